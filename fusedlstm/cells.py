@@ -1,0 +1,246 @@
+"""Every cell, as mathematics, once.
+
+A cell is a function from gate pre-activations and previous states to new states, for one hidden
+unit.  From it follow the NumPy reference, the SIMD and CUDA kernels, and the backward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import keyword
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from . import math
+from .derive import CellError, Graph, compile_source, differentiate, source, trace
+from .math import relu as _relu
+from .math import sigmoid, tanh
+
+__all__ = [
+    "Cell",
+    "CellError",
+    "cell",
+    "coupled_lstm",
+    "gru",
+    "lstm",
+    "peephole_lstm",
+    "rnn_relu",
+    "rnn_tanh",
+]
+
+
+class Cell:
+    """What :func:`cell` makes of a function; see there.
+
+    Attributes:
+        name: name of the function.
+        gates: names of the gates, in the order of the rows of the weights.
+        states: names of the states; the first is the output.
+        split: the gates that arrive as two arguments, ``n_x`` and ``n_h``.
+        weights: names of the learned vectors of length hidden.
+        arguments: pre-activations, then states and learned vectors in use, as the generated code
+            takes them.
+        key: a text that is equal for equal mathematics; names files in the cache.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        gates: Sequence[str],
+        states: Sequence[str],
+        split: Sequence[str],
+        weights: Sequence[str],
+    ) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.__doc__ = function.__doc__
+        self.gates, self.states = _names("gates", gates), _names("states", states)
+        self.split, self.weights = _names("split", split, empty=True), _names("weights", weights, empty=True)
+        for name in self.split:
+            if name not in self.gates:
+                raise CellError(f"split names {name!r}, which is not a gate; the gates are {self.gates}")
+        self._check_names()
+        self.constants = self._match_arguments()
+        self._derive()
+
+    def __repr__(self) -> str:
+        return f"<fusedlstm cell {self.name}: gates {self.gates}, states {self.states}>"
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The gates whose input and recurrent products are added before the cell sees them."""
+        return tuple(g for g in self.gates if g not in self.split)
+
+    @property
+    def preactivations(self) -> tuple[str, ...]:
+        """Input parts of split gates, plain gates, recurrent parts of split gates: the input product
+        fills the front, the recurrent product the back, each without a gap."""
+        return (*(f"{g}_x" for g in self.split), *self.plain, *(f"{g}_h" for g in self.split))
+
+    @property
+    def input_gates(self) -> tuple[str, ...]:
+        """The gates in the order in which the input product computes them."""
+        return (*self.split, *self.plain)
+
+    @property
+    def recurrent_gates(self) -> tuple[str, ...]:
+        """The gates in the order in which the recurrent product computes them."""
+        return (*self.plain, *self.split)
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the cell takes the previous output itself, beside its product with the weights."""
+        return self.states[0] in self.arguments
+
+    @cached_property
+    def numpy(self) -> Any:
+        """The generated functions `step` and `adjoint` over NumPy arrays."""
+        import numpy as np
+
+        functions = {name: getattr(math, name) for name in math.DERIVATIVES}
+        return compile_source(self.source, {**functions, "full_like": np.full_like}, f"<cell {self.name}>")
+
+    def _check_names(self) -> None:
+        names = [*self.preactivations, *self.states, *self.weights]
+        names += [f"d{state}" for state in self.states]
+        for name in names:
+            if names.count(name) > 1:
+                raise CellError(f"cell {self.name}: the name {name!r} is used twice among {names}")
+            if name in math.DERIVATIVES or (name[0] == "v" and name[1:].isdigit()):
+                raise CellError(f"cell {self.name}: the name {name!r} is reserved; choose another")
+
+    def _match_arguments(self) -> dict[str, float]:
+        known = (*self.preactivations, *self.states, *self.weights)
+        taken, constants = [], {}
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                if not isinstance(parameter.default, (int, float)):
+                    raise CellError(
+                        f"cell {self.name}: the constant {name!r} needs a number as its default, "
+                        f"got {parameter.default!r}"
+                    )
+                constants[name] = parameter.default
+            elif parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or name not in known:
+                hint = f"; gate {name!r} is split: take {name}_x and {name}_h" if name in self.split else ""
+                raise CellError(
+                    f"cell {self.name}: the argument {name!r} is none of {', '.join(known)}{hint}. "
+                    "Constants go behind a * with a default"
+                )
+            else:
+                taken.append(name)
+        for name in self.preactivations:
+            if name not in taken:
+                raise CellError(f"cell {self.name}: gate argument {name!r} is declared but not taken")
+        for name in self.weights:
+            if name not in taken:
+                raise CellError(f"cell {self.name}: learned vector {name!r} is declared but not taken")
+        self.arguments = tuple(name for name in known if name in taken)
+        return constants
+
+    def _derive(self) -> None:
+        graph = Graph()
+        results = trace(self.function, self.arguments, self.constants, graph)
+        if len(results) != len(self.states):
+            raise CellError(
+                f"cell {self.name} returns {len(results)} value(s) but declares {len(self.states)} "
+                f"state(s): return {', '.join(self.states)}, in this order"
+            )
+        inputs = [graph.symbol(name) for name in self.arguments]
+        self.seeds = tuple(f"d{name}" for name in self.states)
+        gradients = differentiate(results, [graph.symbol(name) for name in self.seeds], inputs)
+        header = (
+            f"# Cell {self.name!r}, derived by fusedlstm: the step, and its adjoint, which takes the\n"
+            "# gradients of the new states and returns those of the arguments.\n\n"
+        )
+        step = source("step", self.arguments, results)
+        adjoint = source("adjoint", (*self.arguments, *self.seeds), gradients)
+        self.source = f"{header}{step}\n\n{adjoint}"
+        shape = repr((self.name, self.gates, self.states, self.split, self.weights))
+        self.key = f"{self.name}_{hashlib.sha256((shape + self.source).encode()).hexdigest()[:16]}"
+
+
+def _names(what: str, names: Sequence[str], empty: bool = False) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise CellError(f"{what} must be a tuple of names, got the text {names!r}; write ({names!r},)")
+    names = tuple(names)
+    if not names and not empty:
+        raise CellError(f"{what} must name at least one")
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise CellError(f"{what}: {name!r} is not a name that an argument can have")
+    return names
+
+
+def cell(
+    gates: Sequence[str],
+    states: Sequence[str] = ("h",),
+    *,
+    split: Sequence[str] = (),
+    weights: Sequence[str] = (),
+) -> Callable[[Callable[..., Any]], Cell]:
+    """Make a recurrent cell of a function that states its mathematics.
+
+    Arguments are matched by name.  A gate arrives as its pre-activation: input product plus
+    recurrent product plus biases.  A state arrives as its value at the previous step.  The function
+    returns the new states in the declared order; the first is the output of the layer, and what the
+    recurrent weights multiply.  Keyword-only arguments with defaults are constants.
+
+    Args:
+        gates: names of the gates, in the order in which the weights stack them.
+        states: names of the states, the output first.
+        split: gates that arrive in two parts, ``n_x`` from the input and ``n_h`` from the output.
+        weights: names of learned vectors of length hidden, peepholes for instance.
+
+    Raises:
+        CellError: if the function cannot become a kernel; the message says what to change.
+
+    Example:
+        >>> @cell(gates=("i", "f", "g", "o"), states=("h", "c"))
+        ... def lstm(i, f, g, o, c):
+        ...     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        ...     return sigmoid(o) * tanh(c), c
+    """
+    return lambda function: Cell(function, gates, states, split, weights)
+
+
+@cell(gates=("i", "f", "g", "o"), states=("h", "c"))
+def lstm(i: Any, f: Any, g: Any, o: Any, c: Any) -> Any:
+    """Long short-term memory with a forget gate (Gers et al., 2000), as in ``torch.nn.LSTM``."""
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(c), c
+
+
+@cell(gates=("i", "f", "g", "o"), states=("h", "c"), weights=("p_i", "p_f", "p_o"))
+def peephole_lstm(i: Any, f: Any, g: Any, o: Any, c: Any, p_i: Any, p_f: Any, p_o: Any) -> Any:
+    """LSTM whose gates look at the cell state (Gers et al., 2002), as in ONNX's LSTM with P."""
+    new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * tanh(g)
+    return sigmoid(o + p_o * new) * tanh(new), new
+
+
+@cell(gates=("f", "g", "o"), states=("h", "c"))
+def coupled_lstm(f: Any, g: Any, o: Any, c: Any) -> Any:
+    """LSTM whose input gate is one minus its forget gate (Greff et al., 2017, variant CIFG)."""
+    keep = sigmoid(f)
+    c = keep * c + (1 - keep) * tanh(g)
+    return sigmoid(o) * tanh(c), c
+
+
+@cell(gates=("r", "z", "n"), split=("n",))
+def gru(r: Any, z: Any, n_x: Any, n_h: Any, h: Any) -> Any:
+    """Gated recurrent unit that resets after the product, as in ``torch.nn.GRU`` and cuDNN."""
+    n = tanh(n_x + sigmoid(r) * n_h)
+    return n + sigmoid(z) * (h - n)
+
+
+@cell(gates=("a",))
+def rnn_tanh(a: Any) -> Any:
+    """Elman's network with tanh (Elman, 1990), as in ``torch.nn.RNN``."""
+    return tanh(a)
+
+
+@cell(gates=("a",))
+def rnn_relu(a: Any) -> Any:
+    """Elman's network with a rectifier (Le et al., 2015), ``torch.nn.RNN(nonlinearity="relu")``."""
+    return _relu(a)

@@ -1,0 +1,331 @@
+"""From the mathematics of a cell: straight-line code for its step and for its adjoint.
+
+A cell is called once with symbols.  Every operation on a symbol makes a node of an expression
+graph in which equal expressions are one node, so that common subexpressions are found as they
+arise.  The adjoint follows by walking the graph backwards (reverse-mode differentiation), which
+yields the short code that one would write by hand; differentiating each result with respect to
+each argument, as a computer algebra system does, yields several times as much.
+
+The code is Python that calls the functions of :mod:`fusedlstm.math` by name.  NumPy arrays, SIMD
+vectors and CUDA scalars all run it, each with its own versions of these functions.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .math import DERIVATIVES
+
+OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+LOGIC = {"and": "&", "or": "|"}
+
+
+class CellError(TypeError):
+    """A cell that cannot become a kernel; the message says what to change."""
+
+
+class Graph:
+    """Expressions in the order in which they were made, equal ones once."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[Any, ...], Expression] = {}
+
+    def symbol(self, name: str) -> Expression:
+        return self._node("symbol", (), name)
+
+    def constant(self, value: float) -> Expression:
+        # repr tells 0.0 from -0.0 and makes NaN equal to itself
+        return self._node("constant", (), repr(float(value)))
+
+    def apply(self, op: str, *args: Any) -> Expression:
+        """The expression `op(*args)`, simplified where that cannot change its value."""
+        nodes = tuple(self.lift(op, arg) for arg in args)
+        simple = self._simplified(op, nodes)
+        return self._node(op, nodes, None) if simple is None else simple
+
+    def lift(self, op: str, value: Any) -> Expression:
+        if isinstance(value, Expression):
+            if value.graph is not self:
+                raise CellError("a value of another cell is used; pass it as an argument")
+            return value
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise CellError(f"{op} is applied to {value!r}; use arguments, constants and numbers only")
+        return self.constant(float(value))
+
+    def _node(self, op: str, args: tuple[Expression, ...], value: str | None) -> Expression:
+        key = (op, tuple(id(arg) for arg in args), value)
+        if key not in self._nodes:
+            self._nodes[key] = Expression(self, op, args, value, len(self._nodes))
+        return self._nodes[key]
+
+    def _simplified(self, op: str, args: tuple[Expression, ...]) -> Expression | None:
+        numbers = [arg.number for arg in args]
+        if op in OPERATORS and None not in numbers and (op != "div" or numbers[1] != 0):
+            return self.constant(_fold(op, *numbers))
+        if op == "add":
+            if numbers[0] == 0:
+                return args[1]
+            if numbers[1] == 0:
+                return args[0]
+        elif op == "sub" and numbers[1] == 0:
+            return args[0]
+        elif op == "mul":
+            for one, other in ((0, 1), (1, 0)):
+                if numbers[one] == 0 or numbers[one] == 1:
+                    return args[one] if numbers[one] == 0 else args[other]
+                mask = args[one]
+                if mask.op == "where" and mask.args[1].number is not None and mask.args[2].number is not None:
+                    # a derivative that is 0 must stay 0 when it meets infinity
+                    chosen = (self.apply("mul", args[other], arm) for arm in mask.args[1:])
+                    return self.apply("where", mask.args[0], *chosen)
+        elif op == "div" and (numbers[1] == 1 or numbers[0] == 0):
+            return args[0]
+        elif op == "where" and args[1] is args[2]:
+            return args[1]
+        return None
+
+
+def _fold(op: str, x: Any, y: Any) -> float:
+    return float({"add": x + y, "sub": x - y, "mul": x * y, "div": x / (y or 1)}[op])
+
+
+class Expression:
+    """One node: what a cell's function computes with while it is traced."""
+
+    __array_ufunc__ = None  # np.float32(2) * x asks us, not NumPy
+    __hash__ = object.__hash__
+
+    def __init__(
+        self, graph: Graph, op: str, args: tuple[Expression, ...], value: str | None, index: int
+    ) -> None:
+        self.graph, self.op, self.args, self.value, self.index = graph, op, args, value, index
+
+    @property
+    def number(self) -> float | None:
+        return float(self.value) if self.op == "constant" and self.value is not None else None
+
+    @property
+    def is_condition(self) -> bool:
+        return self.op in COMPARISONS or self.op in LOGIC or self.op == "not"
+
+    def record(self, name: str, args: tuple[Any, ...]) -> Expression:
+        """The call `name(*args)` of one of the functions of :mod:`fusedlstm.math`."""
+        if name == "where" and not getattr(args[0], "is_condition", False):
+            raise CellError("the first argument of where() must be a comparison, such as x > 0")
+        for arg in args[1:] if name == "where" else args:
+            _refuse_condition(arg, f"{name}()")
+        return self.graph.apply(name, *args)
+
+    def _operation(self, op: str, *args: Any) -> Expression:
+        for arg in args:
+            _refuse_condition(arg, OPERATORS.get(op, COMPARISONS.get(op, op)))
+        return self.graph.apply(op, *args)
+
+    def _combine(self, op: str, *args: Any) -> Expression:
+        if not all(getattr(arg, "is_condition", False) for arg in args):
+            raise CellError("&, | and ~ combine comparisons only; put each comparison in parentheses")
+        return self.graph.apply(op, *args)
+
+    def __add__(self, y: Any) -> Expression:
+        return self._operation("add", self, y)
+
+    def __radd__(self, x: Any) -> Expression:
+        return self._operation("add", x, self)
+
+    def __sub__(self, y: Any) -> Expression:
+        return self._operation("sub", self, y)
+
+    def __rsub__(self, x: Any) -> Expression:
+        return self._operation("sub", x, self)
+
+    def __mul__(self, y: Any) -> Expression:
+        return self._operation("mul", self, y)
+
+    def __rmul__(self, x: Any) -> Expression:
+        return self._operation("mul", x, self)
+
+    def __truediv__(self, y: Any) -> Expression:
+        return self._operation("div", self, y)
+
+    def __rtruediv__(self, x: Any) -> Expression:
+        return self._operation("div", x, self)
+
+    def __neg__(self) -> Expression:
+        return self._operation("mul", self, -1.0)
+
+    def __pos__(self) -> Expression:
+        return self
+
+    def __abs__(self) -> Expression:
+        return self.record("absolute", (self,))
+
+    def __pow__(self, exponent: Any) -> Expression:
+        if isinstance(exponent, float) and exponent == 0.5:
+            return self.record("sqrt", (self,))
+        if isinstance(exponent, int) and 1 <= exponent <= 16:
+            half = self if exponent < 2 else self ** (exponent // 2)
+            return half if exponent < 2 else half * half * (self if exponent % 2 else 1)
+        raise CellError(
+            f"** takes the constants 1 to 16 and 0.5 here, got {exponent!r}; write exp(y * log(x)) instead"
+        )
+
+    def __lt__(self, y: Any) -> Expression:
+        return self._operation("lt", self, y)
+
+    def __le__(self, y: Any) -> Expression:
+        return self._operation("le", self, y)
+
+    def __gt__(self, y: Any) -> Expression:
+        return self._operation("gt", self, y)
+
+    def __ge__(self, y: Any) -> Expression:
+        return self._operation("ge", self, y)
+
+    def __eq__(self, y: object) -> Expression:  # type: ignore[override]
+        return self._operation("eq", self, y)
+
+    def __ne__(self, y: object) -> Expression:  # type: ignore[override]
+        return self._operation("ne", self, y)
+
+    def __and__(self, y: Any) -> Expression:
+        return self._combine("and", self, y)
+
+    def __or__(self, y: Any) -> Expression:
+        return self._combine("or", self, y)
+
+    def __invert__(self) -> Expression:
+        return self._combine("not", self)
+
+    def __bool__(self) -> bool:
+        raise CellError(
+            "the cell branches on a value (if, and, or, not, min, max, a chained comparison); every "
+            "unit must take the same path: use where(condition, x, y), minimum, maximum, & and |"
+        )
+
+    def __float__(self) -> float:
+        raise CellError(
+            "a function that works on plain numbers was called with a cell's value (math.tanh, say); "
+            "use the functions of fusedlstm.math: " + ", ".join(sorted(DERIVATIVES))
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CellError(
+            f"a cell's value has no attribute {name!r}; use arithmetic and the functions of "
+            "fusedlstm.math: " + ", ".join(sorted(DERIVATIVES))
+        )
+
+
+def _refuse_condition(arg: Any, where: str) -> None:
+    if getattr(arg, "is_condition", False):
+        raise CellError(f"a comparison is used as a number in {where}; write where(comparison, 1.0, 0.0)")
+
+
+def trace(
+    function: Callable[..., Any], names: Sequence[str], constants: dict[str, float], graph: Graph
+) -> list[Expression]:
+    """Call `function` with a symbol for each name; its results as expressions."""
+    symbols = {name: graph.symbol(name) for name in names}
+    try:
+        results = function(**symbols, **constants)
+    except CellError:
+        raise
+    except Exception as error:
+        raise CellError(
+            f"cell {function.__name__}: {error}. A cell may use arithmetic, comparisons and the "
+            "functions of fusedlstm.math: " + ", ".join(sorted(DERIVATIVES))
+        ) from error
+    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    for n, result in enumerate(results):
+        _refuse_condition(result, f"result {n + 1} of cell {function.__name__}")
+    return [graph.lift(f"result of {function.__name__}", result) for result in results]
+
+
+def differentiate(
+    results: Sequence[Expression], seeds: Sequence[Expression], inputs: Sequence[Expression]
+) -> list[Expression]:
+    """The gradient of sum(seeds * results) with respect to each of `inputs`."""
+    graph = inputs[0].graph
+    zero = graph.constant(0.0)
+    adjoint: dict[int, Expression] = {}
+
+    def accumulate(node: Expression, term: Expression) -> None:
+        adjoint[node.index] = graph.apply("add", adjoint.get(node.index, zero), term)
+
+    for result, seed in zip(results, seeds):
+        accumulate(result, seed)
+    for node in reversed(_reachable(results)):
+        d = adjoint.get(node.index)
+        if d is None or not node.args or node.is_condition:
+            continue
+        for arg, factor in zip(node.args, _factors(node)):
+            if factor is not None:
+                accumulate(arg, graph.apply("mul", d, factor))
+    return [adjoint.get(node.index, zero) for node in inputs]
+
+
+def _factors(node: Expression) -> tuple[Any, ...]:
+    if node.op in ("add", "sub"):
+        return (1.0, 1.0 if node.op == "add" else -1.0)
+    x, *rest = node.args
+    if node.op == "mul":
+        return (rest[0], x)
+    if node.op == "div":
+        return (1 / rest[0], -node / rest[0])
+    return DERIVATIVES[node.op][1](*node.args, node)
+
+
+def _reachable(results: Iterable[Expression]) -> list[Expression]:
+    """What `results` depend on, in the order in which it was made: arguments first."""
+    found: dict[int, Expression] = {}
+    waiting = list(results)
+    while waiting:
+        node = waiting.pop()
+        if node.index not in found:
+            found[node.index] = node
+            waiting.extend(node.args)
+    return [found[index] for index in sorted(found)]
+
+
+def source(name: str, arguments: Sequence[str], results: Sequence[Expression]) -> str:
+    """A Python function of straight-line code; a bare number becomes an array like the first argument."""
+    names: dict[int, str] = {}
+    lines: list[str] = []
+    for node in _reachable(results):
+        text = _text(node, [names[arg.index] for arg in node.args])
+        if node.op in ("symbol", "constant"):
+            names[node.index] = text
+        else:
+            names[node.index] = f"v{len(lines)}"
+            lines.append(f"    v{len(lines)} = {text}")
+    returned = [
+        f"full_like({arguments[0]}, {names[node.index]})" if node.op == "constant" else names[node.index]
+        for node in results
+    ]
+    body = "\n".join([*lines, f"    return ({', '.join(returned)},)"])
+    return f"def {name}({', '.join(arguments)}):\n{body}\n"
+
+
+def _text(node: Expression, args: list[str]) -> str:
+    if node.op == "symbol":
+        return str(node.value)
+    if node.op == "constant":
+        return str(node.value) if not str(node.value).startswith("-") else f"({node.value})"
+    for table in (OPERATORS, COMPARISONS, LOGIC):
+        if node.op in table:
+            return f"{args[0]} {table[node.op]} {args[1]}"
+    if node.op == "not":
+        return f"~{args[0]}"
+    return f"{node.op}({', '.join(args)})"
+
+
+def compile_source(text: str, namespace: dict[str, Any], filename: str) -> types.ModuleType:
+    """The functions of generated code as a module, in which `namespace` is visible."""
+    module = types.ModuleType(filename)
+    module.__dict__.update(namespace)
+    exec(compile(text, filename, "exec"), module.__dict__)
+    return module

@@ -1,0 +1,128 @@
+"""The functions that a cell may use, each with its derivative.
+
+Called with NumPy arrays or numbers they compute; called with the symbols of
+:mod:`fusedlstm.derive` they record.  The processors have their own versions under the same
+names: ``kernels/cpu/simd.py`` and ``kernels/cuda/scalar.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "absolute",
+    "exp",
+    "hard_sigmoid",
+    "log",
+    "maximum",
+    "minimum",
+    "relu",
+    "sigmoid",
+    "softplus",
+    "sqrt",
+    "tanh",
+    "where",
+]
+
+# name -> (number of arguments, derivatives); the derivatives take the arguments, then the
+# result, and return one factor per argument, None for an argument without a derivative.
+DERIVATIVES: dict[str, tuple[int, Callable[..., tuple[Any, ...]]]] = {}
+
+
+def _function(derivatives: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    def register(compute: Callable[..., Any]) -> Callable[..., Any]:
+        name, count = compute.__name__, compute.__code__.co_argcount
+        DERIVATIVES[name] = (count, derivatives)
+
+        def call(*args: Any) -> Any:
+            if len(args) != count:
+                raise TypeError(f"{name}() takes {count} argument(s), got {len(args)}")
+            for arg in args:
+                if record := getattr(arg, "record", None):
+                    return record(name, args)
+            return compute(*args)
+
+        call.__name__ = call.__qualname__ = name
+        call.__doc__ = compute.__doc__
+        return call
+
+    return register
+
+
+@_function(lambda condition, x, y, w: (None, where(condition, 1.0, 0.0), where(condition, 0.0, 1.0)))
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """x where the condition holds, y elsewhere; the condition is a comparison."""
+    return np.where(condition, x, y)
+
+
+def _step(x: Any) -> Any:
+    return where(x > 0, 1.0, 0.0)
+
+
+@_function(lambda x, y: (1 - y * y,))
+def tanh(x: Any) -> Any:
+    """Hyperbolic tangent."""
+    return np.tanh(x)
+
+
+@_function(lambda x, y: (y * (1 - y),))
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.exp(-np.logaddexp(0, -x))
+
+
+@_function(lambda x, y: (where((y > 0) & (y < 1), 1 / 6, 0.0),))
+def hard_sigmoid(x: Any) -> Any:
+    """x / 6 + 1 / 2, cut to [0, 1], as PyTorch and Keras define it."""
+    return np.clip(x / 6 + 0.5, 0, 1)
+
+
+@_function(lambda x, y: (_step(x),))
+def relu(x: Any) -> Any:
+    """max(x, 0); NaN stays NaN."""
+    return np.maximum(x, 0)
+
+
+@_function(lambda x, y: (sigmoid(x),))
+def softplus(x: Any) -> Any:
+    """log(1 + exp(x)), without overflow."""
+    return np.logaddexp(0, x)
+
+
+@_function(lambda x, y: (y,))
+def exp(x: Any) -> Any:
+    """Exponential function."""
+    return np.exp(x)
+
+
+@_function(lambda x, y: (1 / x,))
+def log(x: Any) -> Any:
+    """Natural logarithm."""
+    return np.log(x)
+
+
+@_function(lambda x, y: (0.5 / y,))
+def sqrt(x: Any) -> Any:
+    """Square root."""
+    return np.sqrt(x)
+
+
+@_function(lambda x, y: (where(x > 0, 1.0, where(x < 0, -1.0, 0.0)),))
+def absolute(x: Any) -> Any:
+    """|x|; the derivative at 0 is 0."""
+    return np.abs(x)
+
+
+@_function(lambda x, y, m: (where(x <= y, 1.0, 0.0), where(x <= y, 0.0, 1.0)))
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller of two values, NaN if either is; the derivative of a tie goes to the first."""
+    return np.minimum(x, y)
+
+
+@_function(lambda x, y, m: (where(x >= y, 1.0, 0.0), where(x >= y, 0.0, 1.0)))
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of two values, NaN if either is; the derivative of a tie goes to the first."""
+    return np.maximum(x, y)

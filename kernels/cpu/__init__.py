@@ -1,0 +1,1 @@
+"""Fused recurrent kernels for CPUs, in Numba."""

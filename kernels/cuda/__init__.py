@@ -1,0 +1,1 @@
+"""Fused recurrent kernels for NVIDIA GPUs, in Numba CUDA."""

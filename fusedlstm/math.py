@@ -52,7 +52,11 @@ def _function(derivatives: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]
     return register
 
 
-@_function(lambda condition, x, y, w: (None, where(condition, 1.0, 0.0), where(condition, 0.0, 1.0)))
+def _where_derivatives(condition: Any, x: Any, y: Any, result: Any) -> tuple[Any, ...]:
+    return None, where(condition, 1.0, 0.0), where(condition, 0.0, 1.0)
+
+
+@_function(_where_derivatives)
 def where(condition: Any, x: Any, y: Any) -> Any:
     """x where the condition holds, y elsewhere; the condition is a comparison."""
     return np.where(condition, x, y)

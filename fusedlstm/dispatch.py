@@ -6,12 +6,24 @@ kernels want them; :mod:`fusedlstm.layers` stacks directions into layers.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import importlib
+import os
+from typing import Any, Protocol, cast
 
 from .cells import Cell
 from .weights import Weights
 
 States = tuple[Any, ...]
+
+BACKENDS = ("auto", "cpu", "cuda", "reference")
+
+_ENGINES = {
+    "cpu": ("fusedlstm.kernels.cpu.engine", "CPU"),
+    "cuda": ("fusedlstm.kernels.cuda.engine", "CUDA"),
+    "reference": ("fusedlstm.kernels.reference", "Reference"),
+}
+_HINTS = {"cuda": ". It needs an NVIDIA GPU, numba-cuda and CuPy: pip install 'fusedlstm[cuda12]'"}
+_loaded: dict[str, Engine] = {}
 
 
 class Direction(Protocol):
@@ -53,3 +65,41 @@ class Engine(Protocol):
 
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
         """Lay out weights for the kernels; they are not modified afterwards."""
+
+
+def backend_for(backend: str, x: Any) -> str:
+    """The backend that takes the array x: "cpu", "cuda" or "reference".
+
+    Raises:
+        TypeError: if x does not lie where the backend's kernels run.
+    """
+    device = hasattr(x, "__cuda_array_interface__")
+    if backend == "auto":
+        return "cuda" if device else "cpu"
+    if backend == "cuda" and not device and not simulated():
+        raise TypeError("backend 'cuda' takes CuPy arrays, got a NumPy array; use cupy.asarray")
+    if backend != "cuda" and device:
+        raise TypeError(f"backend {backend!r} takes NumPy arrays, got a CuPy array; use cupy.asnumpy")
+    return backend
+
+
+def simulated() -> bool:
+    """Whether CUDA kernels run in Numba's simulator, on NumPy arrays."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+def engine(backend: str, x: Any = None) -> Engine:
+    """The engine of a backend, loaded when it is first needed; "auto" picks by where x lies.
+
+    Raises:
+        ImportError: if the backend needs a package that is not installed.
+        RuntimeError: if it needs a GPU that is not there.
+    """
+    name = backend_for(backend, x)
+    if name not in _loaded:
+        module, engine_class = _ENGINES[name]
+        try:
+            _loaded[name] = cast(Engine, getattr(importlib.import_module(module), engine_class)())
+        except ImportError as error:
+            raise ImportError(f"backend {name!r} cannot be loaded: {error}{_HINTS.get(name, '')}") from error
+    return _loaded[name]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -60,3 +64,54 @@ def flatten(weights: Weights) -> list[Any]:
     """The entries that are there, in PyTorch's order; the learned vectors come last."""
     present = [weights.ih, weights.hh, weights.bias_ih, weights.bias_hh, weights.hr]
     return [entry for entry in present if entry is not None] + list(weights.vectors)
+
+
+def fill(names: Weights, entry: Callable[[str], Any]) -> Weights:
+    """`names` with `entry(name)` in the place of each name."""
+    single = [None if name is None else entry(name) for name in names[:-1]]
+    return Weights._make([*single, tuple(entry(name) for name in names.vectors)])
+
+
+def write(path: str | os.PathLike[str], arrays: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write a safetensors file: the arrays, and the settings as JSON in its metadata.
+
+    A reader, or a crash, never meets half of a file.
+    """
+    from safetensors.numpy import save
+
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(save(arrays, {"format": "np", "fusedlstm": json.dumps(settings)}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays and the settings of a file that :func:`write` made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not a file of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
+    if "fusedlstm" not in metadata:
+        raise ValueError(
+            f"{path} holds no fusedlstm settings; build a layer and call load_state_dict with its arrays"
+        )
+    try:
+        settings = json.loads(metadata["fusedlstm"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its settings are no JSON: {error}") from error
+    return arrays, settings

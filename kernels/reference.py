@@ -1,7 +1,8 @@
 """The explicit time loop in NumPy: the truth that every kernel is held against.
 
 One direction of one layer, in the precision of its arguments, without any cleverness.  The step is
-the cell's own function; the gradient of a step is the cell's derived adjoint.
+the cell's own function; the gradient of a step is the cell's derived adjoint.  :class:`Reference`
+gives these functions the interface of an engine.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def backward(
         passed = [np.where(active, 0, d) for d in dstates]
         dnew[0] = dnew[0] + np.where(active, dy[t], 0)
         if weights.hr is not None:
-            grads.hr[...] += dnew[0].T @ tape.raw[t]
+            grads.hr[...] += dnew[0].T @ np.where(active, tape.raw[t], 0)
             dnew[0] = dnew[0] @ weights.hr
         gradients = cell.numpy.adjoint(**tape.arguments[t], **dict(zip(cell.seeds, dnew)))
         # a row that is past its end has no gradient, whatever its values are
@@ -116,7 +117,7 @@ def backward(
         d_input = np.concatenate([d.get(f"{g}_x", d.get(g)) for g in cell.gates], axis=-1)
         d_output = np.concatenate([d.get(f"{g}_h", d.get(g)) for g in cell.gates], axis=-1)
         dx[t] = d_input @ weights.ih
-        grads.ih[...] += d_input.T @ tape.x[t]
+        grads.ih[...] += d_input.T @ np.where(active, tape.x[t], 0)
         grads.hh[...] += d_output.T @ tape.entering[t]
         if weights.bias_ih is not None:
             grads.bias_ih[...] += d_input.sum(0)
@@ -135,3 +136,53 @@ def _zeros_like(entry: Any) -> Any:
     if isinstance(entry, tuple):
         return tuple(_zeros_like(part) for part in entry)
     return None if entry is None else np.zeros_like(entry)
+
+
+class Direction(NamedTuple):
+    """One direction of one layer; see :class:`fusedlstm.dispatch.Direction`."""
+
+    cell: Cell
+    weights: Weights
+
+    def forward(
+        self,
+        x: np.ndarray,  # (T, B, I)
+        initial: tuple[np.ndarray, ...] | None,
+        y: np.ndarray,  # (T, B, P)
+        final: tuple[np.ndarray, ...],
+        lengths: np.ndarray | None,  # (B,)
+        reset: np.ndarray | None,  # (T, B)
+        reverse: bool,
+        training: bool,
+    ) -> Tape | None:
+        if initial is None:
+            initial = tuple(np.zeros_like(state) for state in final)
+        y[...], states, tape = forward(self.cell, self.weights, x, initial, lengths, reset, reverse)
+        for target, state in zip(final, states):
+            target[...] = state
+        return tape if training else None
+
+    def backward(
+        self,
+        tape: Tape,
+        dy: np.ndarray,  # (T, B, P)
+        dfinal: tuple[np.ndarray, ...] | None,
+        dx: np.ndarray,  # (T, B, I)
+        accumulate: bool,
+    ) -> tuple[tuple[np.ndarray, ...], Weights]:
+        if dfinal is None:
+            outputs, hidden = tape.entering[0], tape.raw[0]
+            dfinal = tuple(np.zeros_like(hidden if n else outputs) for n in range(len(self.cell.states)))
+        here, dinitial, grads = backward(tape, dy, dfinal)
+        dx[...] = dx + here if accumulate else here
+        return dinitial, grads
+
+    def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
+        return {"kernel": "explicit time loop in NumPy, for checking"}
+
+
+class Reference:
+    """The engine for backend="reference"."""
+
+    def prepare(self, cell: Cell, weights: Weights) -> Direction:
+        return Direction(cell, weights)

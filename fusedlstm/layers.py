@@ -1,0 +1,849 @@
+"""Recurrent layers: stacking, directions, projection, dropout, and the tape for backward.
+
+:class:`Recurrent` runs any cell; :class:`LSTM`, :class:`GRU` and :class:`RNN` are it with the
+arguments of PyTorch's layers of the same names.  Sizes in the comments and docstrings:
+
+    T  time steps        I  input_size          L  num_layers
+    B  batch             H  hidden_size         D  directions: 2 if bidirectional, else 1
+                         P  size of the output: proj_size if there is a projection, else H
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from fusedlstm.kernels.random import dropout_mask
+
+from . import cells, dispatch
+from . import weights as storage
+from .cells import Cell
+from .dispatch import Direction
+from .weights import Weights
+
+__all__ = ["GRU", "LSTM", "RNN", "Explanation", "Recurrent", "Tape", "explain", "load"]
+
+_BUILT_IN = {name: value for name in cells.__all__ if isinstance(value := getattr(cells, name), Cell)}
+_replacing = threading.Lock()
+
+
+class _Place:
+    """One direction of one layer: its weights, and what engines made of them.
+
+    Weights never change; a place is replaced as a whole, so nothing packed can be out of date.
+    """
+
+    __slots__ = ("ready", "weights")
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.ready: dict[type, Direction] = {}  # by the type of the input array
+
+
+class Recurrent:
+    """A stack of recurrent layers that run `cell`.
+
+    A layer holds weights and nothing else that changes, so that any number of threads may call it at
+    once.  Its weights are attributes with PyTorch's names (``layer.weight_hh_l0``) and read-only:
+    assign a new array, or use :meth:`load_state_dict`.  The learned vectors of a cell are named
+    likewise (``layer.p_i_l0``).
+
+    Args:
+        cell: what :func:`fusedlstm.cell` made of a function, or one of :mod:`fusedlstm.cells`.
+        input_size: I, the number of features of the input.
+        hidden_size: H, the number of hidden units.
+        num_layers: L; each layer after the first takes the output of the one before.
+        bias: whether gates have biases, ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are (B, T, features) and not (T, B, features).  States
+            are (L*D, B, features) in either case.
+        dropout: probability with which an output of a layer except the last is set to zero in
+            training; the others are divided by 1 - dropout.
+        bidirectional: whether each layer has a second direction, from the last step to the first;
+            outputs of both are concatenated.
+        proj_size: P, the size to which each output is projected (Sak et al., 2014); 0 for none.  The
+            cell must not read its own output.
+        dtype: "float32" or "float64", of the weights, the input, the states and the output.
+        backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for CuPy arrays, else "cpu".
+        seed: of the initial weights and of dropout; None takes fresh entropy.
+
+    Raises:
+        TypeError, ValueError: for an argument that is none of the above.
+    """
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    dtype: np.dtype[Any]
+    backend: str
+    _names: tuple[Weights, ...]  # for each direction of each layer, as are the places
+    _shapes: dict[str, tuple[int, ...]]
+    _places: tuple[_Place, ...]
+    _sizes: tuple[int, ...]  # of the states: P, then H
+    _directions: int
+    _width: int  # of the output: D * P
+    _drops: bool  # whether there is dropout in training
+    _key: tuple[Any, Any]
+    _draws: count[int]
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        dtype: Any = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be made with @fusedlstm.cell, got {cell!r}")
+        settings = vars(self)  # attributes themselves cannot be assigned
+        settings.update(
+            cell=cell,
+            input_size=_size("input_size", input_size),
+            hidden_size=_size("hidden_size", hidden_size),
+            num_layers=_size("num_layers", num_layers),
+            bias=_flag("bias", bias),
+            batch_first=_flag("batch_first", batch_first),
+            dropout=_probability("dropout", dropout),
+            bidirectional=_flag("bidirectional", bidirectional),
+            proj_size=_size("proj_size", proj_size, minimum=0),
+            dtype=_dtype(dtype),
+            backend=backend,
+        )
+        self._check_settings()
+        directions = 2 if bidirectional else 1
+        outputs = self.proj_size or self.hidden_size
+        settings.update(
+            _directions=directions,
+            _width=directions * outputs,
+            _drops=self.dropout > 0 and self.num_layers > 1,
+            _sizes=(outputs, *[self.hidden_size] * (len(cell.states) - 1)),
+            _names=tuple(
+                storage.names(cell, layer, bool(d), self.bias, self.proj_size > 0)
+                for layer in range(self.num_layers)
+                for d in range(directions)
+            ),
+        )
+        settings["_shapes"] = self._parameter_shapes()
+        for_weights, for_dropout = np.random.SeedSequence(seed).spawn(2)
+        settings["_key"] = tuple(np.uint64(word) for word in for_dropout.generate_state(2))
+        settings["_draws"] = count()
+        self._initialise(np.random.default_rng(for_weights))
+
+    def _check_settings(self) -> None:
+        if self.backend not in dispatch.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {self.backend!r}")
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(
+                f"proj_size must be smaller than hidden_size {self.hidden_size}, got {self.proj_size}"
+            )
+        if self.proj_size and self.cell.reads_output:
+            raise ValueError(
+                f"proj_size needs a cell that does not read its own output; {self.cell.name} takes "
+                f"{self.cell.states[0]!r}, which has the size of a gate without a projection only"
+            )
+        if self.dropout and self.num_layers == 1:
+            warnings.warn(
+                "dropout is applied after every layer but the last, and there is one layer", stacklevel=3
+            )
+
+    def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for n, names in enumerate(self._names):
+            inputs = self.input_size if n < self._directions else self._width
+            expected = storage.shapes(self.cell, inputs, self.hidden_size, self.bias, self.proj_size)
+            shapes.update(zip(storage.flatten(names), storage.flatten(expected)))
+        return shapes
+
+    def _initialise(self, generator: np.random.Generator) -> None:
+        bound = self.hidden_size**-0.5
+        self._replace(
+            {
+                name: generator.uniform(-bound, bound, shape).astype(self.dtype)
+                for name, shape in self._shapes.items()
+            }
+        )
+
+    def __repr__(self) -> str:
+        shown = [repr(self.input_size), repr(self.hidden_size)]
+        if type(self) is Recurrent:
+            shown.insert(0, self.cell.name)
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default:
+                shown.append(f"{name}={str(value) if name == 'dtype' else value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    # Weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._shapes:
+            raise AttributeError(
+                f"{type(self).__name__} has no parameter {name!r}, and its settings are fixed when it is "
+                f"built; the parameters are {', '.join(self._shapes)}"
+            )
+        self._replace({name: self._parameter(name, value)})
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name!r} cannot be deleted")
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The weights by name, read-only, on the host; later changes of the layer do not show in it."""
+        places = self._places
+        return {
+            name: array
+            for names, place in zip(self._names, places)
+            for name, array in zip(storage.flatten(names), storage.flatten(place.weights))
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy weights from a mapping of names to arrays (NumPy, CuPy, PyTorch on the CPU).
+
+        Floating-point arrays of another precision are converted.
+
+        Raises:
+            ValueError: if an entry is missing, unexpected or misshapen; the layer is as it was.
+            TypeError: if an entry is no array of floating-point numbers; likewise.
+        """
+        problems = [f"{name} is missing" for name in self._shapes if name not in state_dict]
+        problems += [f"{name} is unexpected" for name in state_dict if name not in self._shapes]
+        if problems:
+            raise ValueError(f"state_dict does not fit {self!r}: {'; '.join(problems)}")
+        self._replace({name: self._parameter(name, state_dict[name]) for name in self._shapes})
+
+    def _parameter(self, name: str, value: Any) -> np.ndarray:
+        """A copy of `value` of the layer's dtype, if it fits the parameter `name`."""
+        array = np.asarray(value.get() if hasattr(value, "__cuda_array_interface__") else value)
+        if array.dtype.kind != "f":
+            raise TypeError(f"{name} must be an array of floating-point numbers, got {array.dtype}")
+        if array.shape != self._shapes[name]:
+            raise ValueError(f"{name} must have the shape {self._shapes[name]}, got {array.shape}")
+        return np.array(array, self.dtype, order="C")
+
+    def _replace(self, arrays: dict[str, np.ndarray]) -> None:
+        """Publish new weights, all at once; directions that keep theirs keep what was made of them."""
+        for array in arrays.values():
+            array.flags.writeable = False
+        with _replacing:
+            merged = vars(self) | arrays
+            places = []
+            for n, names in enumerate(self._names):
+                if not arrays.keys().isdisjoint(storage.flatten(names)):
+                    places.append(_Place(storage.fill(names, merged.__getitem__)))
+                else:
+                    places.append(self._places[n])
+            vars(self).update(arrays, _places=tuple(places))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and settings to a safetensors file, which :func:`fusedlstm.load` reads."""
+        settings: dict[str, Any] = {
+            "layer": type(self).__name__,
+            "cell": self.cell.name,
+            # a cell of this package is known by its name, another by its mathematics
+            "key": None if _BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
+            "input_size": self.input_size,
+            "hidden_size": self.hidden_size,
+        }
+        settings |= {name: getattr(self, name) for name in _DEFAULTS if name != "backend"}
+        settings["dtype"] = self.dtype.name
+        storage.write(path, self.state_dict(), settings)
+
+    # Running
+
+    def __call__(
+        self,
+        x: Any,  # (T, B, I), (B, T, I) or (T, I)
+        state: Any = None,
+        lengths: Any = None,  # (B,)
+        reset: Any = None,  # (T, B), (B, T) or (T,)
+    ) -> tuple[Any, Any]:
+        """Outputs and final state; see :meth:`forward`."""
+        return self.forward(x, state, lengths, reset)[:2]
+
+    def forward(
+        self,
+        x: Any,  # (T, B, I), (B, T, I) or (T, I)
+        state: Any = None,
+        lengths: Any = None,  # (B,)
+        reset: Any = None,  # (T, B), (B, T) or (T,)
+        training: bool = False,
+        *,
+        draw: int | None = None,
+    ) -> tuple[Any, Any, Tape | None]:
+        """Run the layers over a batch of sequences, or over one.
+
+        Args:
+            x: (T, B, I), or (B, T, I) if batch_first, or one sequence (T, I); a NumPy or CuPy array of
+                the layer's dtype.
+            state: initial state, zero if None: an array (L*D, B, P) for a cell with one state, else a
+                tuple of the states, of which those after the first are (L*D, B, H).  Without the axis B
+                for one sequence.
+            lengths: (B,) integers from 1 to T: sequences end there.  Outputs past the end are zero, the
+                final state is that at the end, and the reverse direction starts there.
+            reset: booleans, shaped as x without its features: where true, the state goes back to the
+                initial one before that step.  The reverse direction goes back at the same boundary.
+            training: whether to apply dropout and to keep what backward needs.
+            draw: number of the dropout masks; ``tape.draw`` of an earlier call gives its masks again.
+                By default each call in training takes the next number.
+
+        Returns:
+            y, shaped as x with D*P features; the final state, shaped as the initial one; and the
+            :class:`Tape` in training, else None.  The tape refers to x and y: change neither in place
+            before backward.
+
+        Raises:
+            TypeError, ValueError: for an argument that is none of the above; it names the argument.
+        """
+        x, batched = self._input(x)
+        kind = type(x)
+        xp = np if kind is np.ndarray else _array_module("x", x)
+        steps, batch, _ = x.shape
+        initial = None if state is None else self._state("state", state, batch, batched, xp)
+        if lengths is not None:
+            lengths = _lengths(lengths, steps, batch, batched, xp)
+        if reset is not None:
+            reset = self._reset(reset, steps, batch, batched, xp)
+        dtype, directions, outputs, places = self.dtype, self._directions, self._sizes[0], self._places
+        final: list[Any] = []
+        empty = xp.empty
+        for size in self._sizes:
+            final.append(empty((len(places), batch, size), dtype))
+        tape = None
+        if training:
+            tape = Tape(self, places, kind, (steps, batch), batched)
+            if self._drops:
+                tape.draw = next(self._draws) if draw is None else operator.index(draw)
+        y = x
+        for n, place in enumerate(places):
+            reverse = n % directions == 1
+            if not reverse:
+                x = tape.dropped(y, n // directions - 1, xp) if tape is not None and n else y
+                y = empty((steps, batch, self._width), dtype)
+            record = (place.ready.get(kind) or self._prepare(place, x)).forward(
+                x,
+                None if initial is None else _entries(initial, n),
+                y if directions == 1 else y[..., outputs * reverse : outputs * (1 + reverse)],
+                _entries(final, n),
+                lengths,
+                reset,
+                reverse,
+                training,
+            )
+            if tape is not None:
+                tape.records.append(record)
+        if not batched:
+            y, final = y[:, 0], [part[:, 0] for part in final]
+        elif self.batch_first:
+            y = y.swapaxes(0, 1)
+        return y, final[0] if len(final) == 1 else tuple(final), tape
+
+    def _prepare(self, place: _Place, x: Any) -> Direction:
+        direction = dispatch.engine(self.backend, x).prepare(self.cell, place.weights)
+        place.ready[type(x)] = direction
+        return direction
+
+    def _input(self, x: Any) -> tuple[Any, bool]:
+        """x as (T, B, I), and whether it has a batch axis."""
+        if type(x) is not np.ndarray or x.dtype is not self.dtype or not x.flags.carray:
+            x = _laid_out("x", x, self.dtype, _array_module("x", x))
+        shape = x.shape
+        if len(shape) not in (2, 3) or shape[-1] != self.input_size or 0 in shape:
+            axes = "(B, T, {0})" if self.batch_first else "(T, B, {0})"
+            expected = f"{axes} or (T, {{0}})".format(self.input_size)
+            raise ValueError(f"x must have the shape {expected}, no axis of them empty, got {shape}")
+        if len(shape) == 2:
+            return x[:, None], False
+        return x.swapaxes(0, 1) if self.batch_first else x, True
+
+    def _state(self, what: str, state: Any, batch: int, batched: bool, xp: Any) -> Any:
+        """The states as (L*D, B, size) each."""
+        sizes, rows, dtype = self._sizes, len(self._places), self.dtype
+        if len(sizes) == 1:
+            state = (state,)
+        elif type(state) is not tuple and type(state) is not list:
+            raise TypeError(f"{what} must be a tuple {self._state_names()}, got {_described(state)}")
+        if len(state) != len(sizes):
+            raise ValueError(f"{what} must be a tuple {self._state_names()}, got {len(state)} entries")
+        for part, size in zip(state, sizes):
+            expected = (rows, batch, size) if batched else (rows, size)
+            if (
+                type(part) is not np.ndarray
+                or part.dtype is not dtype
+                or part.shape != expected
+                or not part.flags.carray
+                or xp is not np
+            ):
+                state = self._laid_out_states(what, state, batch, batched, xp)
+                break
+        return state if batched else [part[:, None] for part in state]
+
+    def _laid_out_states(self, what: str, state: Any, batch: int, batched: bool, xp: Any) -> list[Any]:
+        names, rows, parts = self.cell.states, len(self._places), []
+        for name, part, size in zip(names, state, self._sizes):
+            label = what if len(names) == 1 else f"{name} in {what}"
+            expected = (rows, batch, size) if batched else (rows, size)
+            part = _laid_out(label, part, self.dtype, xp)
+            if part.shape != expected:
+                axes = "(layers * directions, batch, size)" if batched else "(layers * directions, size)"
+                raise ValueError(f"{label} must be {axes} = {expected}, got {part.shape}")
+            parts.append(part)
+        return parts
+
+    def _state_names(self) -> str:
+        return f"({', '.join(self.cell.states)})"
+
+    def _reset(self, reset: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
+        """reset as (T, B)."""
+        flags = xp.asarray(reset)
+        expected: tuple[int, ...] = (steps,)
+        if batched:
+            expected = (batch, steps) if self.batch_first else (steps, batch)
+        if flags.dtype != bool:
+            raise TypeError(f"reset must be booleans, got {flags.dtype}")
+        if flags.shape != expected:
+            raise ValueError(
+                f"reset must have the shape {expected}, as x without its features, got {flags.shape}"
+            )
+        if not batched:
+            flags = flags[:, None]
+        elif self.batch_first:
+            flags = flags.T
+        return xp.ascontiguousarray(flags)
+
+
+class Tape:
+    """What :meth:`backward` needs of one forward pass.  It may be used again, and by any thread.
+
+    Attributes:
+        draw: number of the dropout masks of this pass, None if there was no dropout.
+    """
+
+    __slots__ = ("batched", "draw", "kind", "layer", "places", "records", "sizes")
+
+    def __init__(
+        self,
+        layer: Recurrent,
+        places: tuple[_Place, ...],
+        kind: type,
+        sizes: tuple[int, int],
+        batched: bool,
+    ) -> None:
+        self.layer, self.places, self.kind, self.sizes, self.batched = layer, places, kind, sizes, batched
+        self.records: list[Any] = []  # of the engine, for each place
+        self.draw: int | None = None
+
+    def dropped(self, values: Any, layer: int, xp: Any) -> Any:
+        """The output of a layer, or its gradient, (T, B, D*P), after dropout."""
+        if self.draw is None:
+            return values
+        rate, key = self.layer.dropout, self.layer._key
+        return values * dropout_mask(values.shape, rate, key, self.draw, layer, values.dtype, xp)
+
+    def backward(self, dy: Any, dstate: Any = None) -> tuple[Any, Any, dict[str, Any]]:
+        """Gradients of x, of the initial state and of the weights.
+
+        Args:
+            dy: gradient of the output, shaped as it; None for zero.
+            dstate: gradient of the final state, shaped as it; None for zero.
+
+        Returns:
+            dx, shaped as x; the gradient of the initial state, shaped as it; and those of the weights
+            as a dictionary with the keys of ``layer.state_dict()``.
+
+        Raises:
+            TypeError, ValueError: for a gradient that is not shaped as what it belongs to.
+        """
+        layer, (steps, batch) = self.layer, self.sizes
+        xp = np if self.kind is np.ndarray else sys.modules["cupy"]
+        d_output = self._output_gradient(dy, xp)
+        d_final = None if dstate is None else layer._state("dstate", dstate, batch, self.batched, xp)
+        directions, outputs = layer._directions, layer._sizes[0]
+        d_initial = [xp.empty((len(self.places), batch, size), layer.dtype) for size in layer._sizes]
+        grads: dict[str, Any] = dict.fromkeys(layer._shapes)
+        for level in reversed(range(layer.num_layers)):
+            inputs = layer._width if level else layer.input_size
+            d_input = xp.empty((steps, batch, inputs), layer.dtype)
+            for reverse in range(directions):
+                n = level * directions + reverse
+                states, gradients = (
+                    self.places[n]
+                    .ready[self.kind]
+                    .backward(
+                        self.records[n],
+                        d_output
+                        if directions == 1
+                        else d_output[..., outputs * reverse : outputs * (1 + reverse)],
+                        None if d_final is None else _entries(d_final, n),
+                        d_input,
+                        reverse == 1,
+                    )
+                )
+                for target, part in zip(d_initial, states):
+                    target[n] = part
+                grads.update(zip(storage.flatten(layer._names[n]), storage.flatten(gradients)))
+            d_output = self.dropped(d_input, level - 1, xp) if level else d_input
+        if not self.batched:
+            d_output, d_initial = d_output[:, 0], [part[:, 0] for part in d_initial]
+        elif layer.batch_first:
+            d_output = d_output.swapaxes(0, 1)
+        return d_output, d_initial[0] if len(d_initial) == 1 else tuple(d_initial), grads
+
+    def _output_gradient(self, dy: Any, xp: Any) -> Any:
+        """dy as (T, B, D*P)."""
+        layer, (steps, batch) = self.layer, self.sizes
+        if dy is None:
+            return xp.zeros((steps, batch, layer._width), layer.dtype)
+        dy = _laid_out("dy", dy, layer.dtype, xp)
+        expected: tuple[int, ...] = (steps, layer._width)
+        if self.batched:
+            expected = (*((batch, steps) if layer.batch_first else (steps, batch)), layer._width)
+        if dy.shape != expected:
+            raise ValueError(f"dy must have the shape of the output {expected}, got {dy.shape}")
+        if not self.batched:
+            return dy[:, None]
+        return dy.swapaxes(0, 1) if layer.batch_first else dy
+
+
+class LSTM(Recurrent):
+    """``torch.nn.LSTM`` with fused kernels; arguments as :class:`Recurrent`'s.
+
+    Example:
+        >>> lstm = LSTM(3, 5, seed=1)
+        >>> y, (h, c) = lstm(np.zeros((7, 2, 3), "float32"))
+        >>> y.shape, h.shape, c.shape
+        ((7, 2, 5), (1, 2, 5), (1, 2, 5))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        dtype: Any = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            cells.lstm,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            dtype=dtype,
+            backend=backend,
+            seed=seed,
+        )
+
+
+class GRU(Recurrent):
+    """``torch.nn.GRU`` with fused kernels; arguments as :class:`Recurrent`'s."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        dtype: Any = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            cells.gru,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            dtype=dtype,
+            backend=backend,
+            seed=seed,
+        )
+
+
+class RNN(Recurrent):
+    """``torch.nn.RNN`` with fused kernels; arguments as :class:`Recurrent`'s, and
+    `nonlinearity`, "tanh" or "relu"."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        dtype: Any = "float32",
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        kinds = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
+        if nonlinearity not in kinds:
+            raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        super().__init__(
+            kinds[nonlinearity],
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            dtype=dtype,
+            backend=backend,
+            seed=seed,
+        )
+
+    @property
+    def nonlinearity(self) -> str:
+        """ "tanh" or "relu"."""
+        return self.cell.name.removeprefix("rnn_")
+
+
+# The settings of a layer that have a default, and it.
+_DEFAULTS: dict[str, Any] = {
+    "num_layers": 1,
+    "bias": True,
+    "batch_first": False,
+    "dropout": 0.0,
+    "bidirectional": False,
+    "proj_size": 0,
+    "dtype": "float32",
+    "backend": "auto",
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    cell: Cell | None = None,
+    backend: str = "auto",
+    seed: int | None = None,
+) -> Recurrent:
+    """The layer that :meth:`Recurrent.save` wrote.
+
+    Args:
+        path: of the safetensors file.
+        cell: the cell, if it is none of :mod:`fusedlstm.cells`.
+        backend: as for :class:`Recurrent`.
+        seed: of dropout, as for :class:`Recurrent`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is not one of ours, or was saved with another cell.
+    """
+    arrays, settings = storage.read(path)
+    try:
+        kind, name, key = (settings.pop(entry) for entry in ("layer", "cell", "key"))
+        chosen = _saved_cell(path, name, key, cell)
+        layer: Recurrent = object.__new__({"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent))
+        Recurrent.__init__(layer, chosen, **settings, backend=backend, seed=seed)
+        layer.load_state_dict(arrays)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return layer
+
+
+def _saved_cell(path: Any, name: str, key: str | None, cell: Cell | None) -> Cell:
+    """The cell of a file: named `name`, with the mathematics `key` if it is not built in."""
+    if key is None:
+        if name not in _BUILT_IN:
+            raise ValueError(f"{path} was saved with the cell {name!r}, which this version does not have")
+        if cell not in (None, _BUILT_IN[name]):
+            raise ValueError(f"{path} was saved with fusedlstm.cells.{name}, not with the cell {cell!r}")
+        return _BUILT_IN[name]
+    if cell is None:
+        raise ValueError(
+            f"{path} was saved with a cell of your own, {name}: pass it, load(path, cell={name})"
+        )
+    if cell.key != key:
+        raise ValueError(
+            f"{path} was saved with another cell than {cell.name}: the names or the mathematics differ "
+            f"(saved {key}, given {cell.key})"
+        )
+    return cell
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What would run, and why; prints as text.
+
+    Attributes:
+        what: the layer and its input.
+        backend: the backend and why it was chosen.
+        places: for each direction of each layer what its engine says, by subject.
+    """
+
+    what: str
+    backend: str
+    places: dict[str, dict[str, str]]
+
+    def __str__(self) -> str:
+        lines = [self.what, f"  backend: {self.backend}"]
+        shown: dict[str, str] | None = None
+        for place, says in self.places.items():
+            if says == shown:
+                lines.append(f"{place}: the same")
+            else:
+                lines += [f"{place}:", *(f"  {subject}: {text}" for subject, text in says.items())]
+            shown = says
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
+    """Which kernel, tile, threads and layout would run for `layer(x)`, and why.
+
+    Args:
+        layer: any layer.
+        x: its input; shape and kind of array decide, not the values.
+        training: whether for ``layer.forward(x, training=True)``.
+
+    Raises:
+        TypeError, ValueError: as the call would.
+    """
+    given = x.shape if hasattr(x, "shape") else None
+    x, _ = layer._input(x)
+    steps, batch, _ = x.shape
+    name = dispatch.backend_for(layer.backend, x)
+    kind = "NumPy" if type(x) is np.ndarray else "CuPy"
+    reason = f"x is a {kind} array" if layer.backend == "auto" else f"the layer has backend={name!r}"
+    places = {}
+    for n, place in enumerate(layer._places):
+        level, d = divmod(n, layer._directions)
+        direction = place.ready.get(type(x)) or layer._prepare(place, x)
+        label = f"layer {level}, reverse" if d else f"layer {level}"
+        places[label] = direction.explain(steps, batch, training)
+    purpose = "forward and backward" if training else "forward"
+    return Explanation(f"{layer!r} on x {given} {layer.dtype}, {purpose}", f"{name}, since {reason}", places)
+
+
+# Checks of arguments
+
+
+def _size(name: str, value: Any, minimum: int = 1) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if size < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {size}")
+    return size
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _probability(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return float(value)
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    for dtype in (np.dtype("float32"), np.dtype("float64")):
+        if value == dtype:
+            return dtype
+    raise ValueError(f"dtype must be 'float32' or 'float64', got {value!r}")
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _entries(parts: Sequence[Any], n: int) -> tuple[Any, ...]:
+    """Entry n of every part."""
+    if len(parts) == 2:  # spelled out: this is a good part of the cost of a single step
+        first, second = parts
+        return first[n], second[n]
+    return tuple([part[n] for part in parts])
+
+
+def _array_module(name: str, value: Any) -> Any:
+    """numpy or cupy, whichever the array belongs to; cupy is there if an array of it is."""
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        return np
+    if type(value).__module__.partition(".")[0] == "cupy":
+        return sys.modules["cupy"]
+    raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(value).__name__}")
+
+
+def _laid_out(name: str, value: Any, dtype: np.dtype[Any], xp: Any) -> Any:
+    """The array itself if its last axis is contiguous and native, else a copy that is."""
+    if _array_module(name, value) is not xp:
+        kind = "NumPy" if xp is np else "CuPy"
+        raise TypeError(f"{name} must be a {kind} array, as x is, got {type(value).__name__}")
+    value = xp.asarray(value)  # a plain array of a subclass
+    if value.dtype.newbyteorder("=") != dtype:
+        other = str(value.dtype)
+        advice = f" or build the layer with dtype={other!r}" if other in ("float32", "float64") else ""
+        raise TypeError(
+            f"{name} must be {dtype}, got {other}; convert it with .astype({dtype.name!r}){advice}"
+        )
+    regular = value.ndim == 0 or value.strides[-1] == dtype.itemsize
+    if value.dtype == dtype and regular and getattr(value.flags, "aligned", True):
+        return value
+    return value.astype(dtype, order="C", copy=True)
+
+
+def _lengths(lengths: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
+    """lengths as (B,) int64."""
+    if not batched:
+        raise ValueError("lengths needs an input with a batch axis; cut one sequence to its length instead")
+    host = np.asarray(lengths.get() if hasattr(lengths, "__cuda_array_interface__") else lengths)
+    if host.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {host.dtype}")
+    if host.shape != (batch,):
+        raise ValueError(f"lengths must have the shape ({batch},), one for each sequence, got {host.shape}")
+    if host.min() < 1 or host.max() > steps:
+        raise ValueError(f"lengths must be from 1 to {steps}, got {host.min()} to {host.max()}")
+    return xp.asarray(np.ascontiguousarray(host, np.int64))

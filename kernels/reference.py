@@ -42,7 +42,8 @@ def schedule(
     boundary = np.zeros((steps, batch), bool)
     if reset is not None:
         boundary = np.concatenate([reset[1:], boundary[:1]]) if reverse else reset.copy()
-    return active, boundary, range(steps)[:: -1 if reverse else 1]
+    # what lies beyond the end of a sequence does not touch its state
+    return active, boundary & active, range(steps)[:: -1 if reverse else 1]
 
 
 def forward(

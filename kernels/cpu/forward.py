@@ -1,0 +1,230 @@
+"""The forward pass: a whole sequence in one parallel region.
+
+A thread owns some panels of hidden units, with all their gates, for the entire sequence, so its share
+of the weights stays in its own cache.  It projects the inputs of a chunk of steps for its panels, which
+needs nothing of the other threads, then walks through the steps of the chunk: recurrent product, cell
+update while the sums are at hand, one barrier.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+from .cell import update
+from .memory import (
+    LINE,
+    Sequences,
+    aligned,
+    layout,
+    round_up,
+    row_address,
+    starts_anew,
+    tables,
+    time_of,
+)
+from .simd import load, read, read_int, splat, store, write, write_int
+from .team import barrier, fork
+from .tile import panel_product, panel_rows, rows_times_planes, share
+
+
+class Packed(NamedTuple):
+    """Weights as the forward pass reads them, at addresses; see pack.py."""
+
+    inputs: Any  # panels of the input weights
+    recurrent: Any  # panels of the recurrent weights
+    bias: Any  # (panels, inputs * panel)
+    vectors: Any  # (V, H), padded
+    projection: Any  # planes of the projection
+
+
+@register_jitable
+def project_inputs(spec, p, rows, count, depth, packed, gates, stride):
+    """Pre-activations of panel p from the input: bias + x @ weights."""
+    vector = spec.lanes * spec.size
+    weights = packed.inputs + p * depth * spec.width * vector
+    bias = packed.bias + p * spec.inputs * spec.units * vector
+    blocks = -(-count // panel_rows(spec))
+    for block in range(blocks):
+        first, last = share(count, block, blocks)
+        target = gates + first * stride
+        panel_product(spec, last - first, bias, 0, target, stride, rows + first * 8, 0, weights, 0, depth)
+    # the recurrent parts of split gates start from a bias of their own
+    for v in range(spec.width, spec.inputs * spec.units):
+        start = load(spec, bias + v * vector)
+        for row in range(count):
+            store(start, gates + row * stride + v * vector)
+
+
+@register_jitable
+def enter_step(spec, step, active, here, y, sequences, memory, parts, taped, table):
+    """Note where each row finds what enters a step, and where it puts its output."""
+    before = here - sequences.first[step] + sequences.first[step - 1] if taped and step > 0 else 0
+    for row in range(active):
+        if starts_anew(sequences, step, row):
+            write_int(memory + parts.initial + row * parts.output_width, table.entering + row * 8)
+            write_int(memory + parts.initial_states + row * parts.width, table.states + row * 8)
+            write_int(sequences.order.size * parts.width, table.strides + row * 8)
+        else:
+            write_int(row_address(y, sequences, step - 1, row), table.entering + row * 8)
+            write_int(memory + parts.states + (before + row) * parts.width, table.states + row * 8)
+            write_int(parts.rows * parts.width, table.strides + row * 8)
+        write_int(row_address(y, sequences, step, row), table.leaving + row * 8)
+        write_int(memory + parts.raw + (here + row) * parts.width, table.raw + row * 8)
+
+
+@register_jitable
+def step_panel(spec, p, active, here, hidden, outputs, packed, gates, memory, parts, table):
+    """One step of the hidden units of panel p: the recurrent product, and the cell on its sums."""
+    vector = spec.lanes * spec.size
+    gate_stride = spec.units * vector
+    stride = spec.inputs * gate_stride
+    weights = packed.recurrent + p * outputs * spec.width * vector
+    to = table.raw if spec.projected else table.leaving
+    offset, left = p * spec.panel * spec.size, hidden - p * spec.panel
+    new_states, new_stride = memory + parts.states + here * parts.width, parts.rows * parts.width
+    blocks = -(-active // panel_rows(spec))
+    for block in range(blocks):
+        first, last = share(active, block, blocks)
+        sums = gates + first * stride + spec.splits * gate_stride
+        panel_product(
+            spec, last - first, sums, stride, sums, stride, table.entering + first * 8, 0, weights, 0, outputs
+        )
+        for row in range(first, last):
+            for unit in range(spec.units):
+                valid = left - unit * spec.lanes
+                if valid > 0:
+                    update(
+                        spec,
+                        gates + row * stride + unit * vector,
+                        gate_stride,
+                        read_int(table.entering + row * 8),
+                        read_int(table.states + row * 8),
+                        read_int(table.strides + row * 8),
+                        new_states + row * parts.width,
+                        new_stride,
+                        read_int(to + row * 8),
+                        packed.vectors,
+                        parts.width,
+                        offset + unit * vector,
+                        valid,
+                    )
+
+
+@njit(error_model="numpy")
+def forward_work(thread, threads, sync, spec, x, y, packed, sequences, memory, parts, hidden, chunk, taped, space):
+    """What each thread does; see :func:`forward`."""
+    steps, batch, depth = x.shape
+    outputs = y.shape[2]
+    panels = round_up(hidden, spec.panel) // spec.panel
+    low, high = share(panels, thread, threads)
+    low_output, high_output = share(-(-outputs // spec.lanes), thread, threads)
+    stride = spec.inputs * spec.panel * spec.size
+    table = tables(spec, space + thread * tables(spec, 0, batch * chunk, batch).end, batch * chunk, batch)
+    for start in range(0, steps, chunk):
+        end = min(start + chunk, steps)
+        base = sequences.first[start]
+        gates = memory + parts.gates + (base * stride if taped else 0)
+        for step in range(start, end):
+            for row in range(sequences.first[step + 1] - sequences.first[step]):
+                place = table.inputs + (sequences.first[step] - base + row) * 8
+                write_int(row_address(x, sequences, step, row), place)
+        for p in range(low, high):
+            to = gates + p * parts.gate_rows * stride
+            project_inputs(spec, p, table.inputs, sequences.first[end] - base, depth, packed, to, stride)
+        for step in range(start, end):
+            active = sequences.first[step + 1] - sequences.first[step]
+            here = sequences.first[step] if taped else 0
+            enter_step(spec, step, active, here, y, sequences, memory, parts, taped, table)
+            for p in range(low, high):
+                sums = gates + (p * parts.gate_rows + sequences.first[step] - base) * stride
+                step_panel(spec, p, active, here, hidden, outputs, packed, sums, memory, parts, table)
+            barrier(sync, threads)
+            if spec.projected:
+                rows_times_planes(
+                    spec, active, table.raw, packed.projection, hidden, low_output, high_output,
+                    table.leaving, outputs, False, table.scratch,
+                )  # fmt: skip
+                barrier(sync, threads)
+
+
+@register_jitable
+def set_initial(spec, initial, given, sequences, memory, parts):
+    """Copy the initial states, rows in order, padded with zeros; if none are given, all are zero."""
+    for place in range(parts.initial, parts.states, spec.lanes * spec.size):
+        store(splat(spec, 0.0), memory + place)
+    if not given:
+        return
+    batch = sequences.order.size
+    for n in range(spec.states + 1):
+        start = parts.initial if n == 0 else parts.initial_states + (n - 1) * batch * parts.width
+        width = parts.output_width if n == 0 else parts.width
+        for row in range(batch):
+            to = memory + start + row * width
+            for k in range(initial[n].shape[1]):
+                write(spec, initial[n][sequences.order[row], k], to + k * spec.size)
+
+
+@register_jitable
+def get_final(spec, y, final, sequences, memory, parts, taped):
+    """Copy the states after each sequence's last step."""
+    for row in range(sequences.order.size):
+        sequence, last = sequences.order[row], sequences.lengths[row] - 1
+        time = time_of(sequences, last, row)
+        for k in range(y.shape[2]):
+            final[0][sequence, k] = y[time, sequence, k]
+        place = (sequences.first[last] if taped else 0) + row
+        for n in range(spec.states):
+            start = memory + parts.states + (n * parts.rows + place) * parts.width
+            for k in range(final[n + 1].shape[1]):
+                final[n + 1][sequence, k] = read(spec, start + k * spec.size)
+
+
+@register_jitable
+def zero_padding(array, sequences):
+    """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
+    if sequences.first[-1] == array.shape[0] * array.shape[1]:
+        return
+    for row in range(sequences.order.size):
+        array[sequences.lengths[row] :, sequences.order[row]] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def forward(
+    team,  # address of a team of threads
+    threads,  # how many to use at most
+    patience,  # microseconds for which to wait for them
+    spec,
+    x,  # (T, B, I)
+    y,  # (T, B, P)
+    initial,  # (B, P) and (B, H)s; any arrays if not given
+    given,  # whether initial states are given
+    final,  # (B, P) and (B, H)s
+    packed,  # addresses, as in Packed
+    order,  # as in Sequences
+    lengths,
+    first,
+    reset,
+    reverse,
+    memory,  # bytes, as in Layout
+    hidden,
+    chunk,  # steps whose inputs are projected at once
+    taped,  # whether backward is to follow
+):
+    """Run a sequence in one direction: writes y and the final states, and the tape into `memory`."""
+    sequences = Sequences(order, lengths, first, reset, reverse)
+    batch, steps = x.shape[1], x.shape[0]
+    rows = first[steps] if taped else batch
+    gate_rows = first[steps] if taped else batch * chunk
+    parts = layout(spec, hidden, y.shape[2], batch, rows, gate_rows)
+    start = aligned(memory)
+    set_initial(spec, initial, given, sequences, start, parts)
+    space = np.empty(threads * tables(spec, 0, batch * chunk, batch).end + LINE, np.uint8)
+    weights = Packed(packed[0], packed[1], packed[2], packed[3], packed[4])
+    args = (spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, aligned(space))
+    fork(team, threads, forward_work, args, patience)
+    zero_padding(y, sequences)
+    get_final(spec, y, final, sequences, start, parts, taped)

@@ -1,0 +1,118 @@
+"""Where the kernels keep what: the memory of a pass, the order of its rows, tables of addresses.
+
+Sequences are sorted by descending length, so that those that run at a step are the first rows, and
+padding costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba.extending import register_jitable
+
+from .simd import address
+from .tile import PLANES, plane_rows
+
+LINE = 64  # bytes of a cache line
+
+
+@register_jitable
+def round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+@register_jitable
+def aligned(array):
+    """The first address in an array at which a cache line begins."""
+    return round_up(address(array), LINE)
+
+
+class Sequences(NamedTuple):
+    """Which sequences run at which step; rows are sequences in descending order of length."""
+
+    order: Any  # (B,) int64: the sequence of each row
+    lengths: Any  # (B,) int64: by row
+    first: Any  # (T + 1,) int64: how many rows come before each step
+    reset: Any  # (T, B) bool, or (0, 0)
+    reverse: Any  # bool
+
+
+@register_jitable
+def time_of(sequences, step, row):
+    """The time, an index of the input, at which a row's sequence is at a step."""
+    return sequences.lengths[row] - 1 - step if sequences.reverse else step
+
+
+@register_jitable
+def starts_anew(sequences, step, row):
+    """Whether the state goes back to the initial one before this step."""
+    if step == 0:
+        return True
+    if sequences.reset.size == 0:
+        return False
+    time = time_of(sequences, step, row) + (1 if sequences.reverse else 0)
+    return sequences.reset[time, sequences.order[row]]
+
+
+@register_jitable
+def row_address(array, sequences, step, row):
+    """The address of a row of an array (T, B, ...) at a step."""
+    time = time_of(sequences, step, row)
+    return address(array) + time * array.strides[0] + sequences.order[row] * array.strides[1]
+
+
+class Layout(NamedTuple):
+    """Where the parts of the memory of a forward pass begin, in bytes, and the lengths of its rows.
+
+    With S other states and N rows: all rows of all steps if a tape is kept, else those of one step.
+    """
+
+    initial: int  # (B, P): the initial output
+    initial_states: int  # (S, B, H)
+    states: int  # (S, N, H): the other states after each step
+    raw: int  # (N, H): the output before its projection
+    gates: int  # (panels, rows of a chunk, or N, inputs * panel): pre-activations
+    end: int
+    width: int  # bytes of a row of H, padded to whole panels
+    output_width: int  # bytes of a row of P, likewise
+    rows: int  # N
+    gate_rows: int
+
+
+@register_jitable
+def layout(spec, hidden, outputs, batch, rows, gate_rows):
+    """The memory of a forward pass; `rows` and `gate_rows` as in Layout."""
+    width = round_up(hidden, spec.panel) * spec.size
+    output_width = round_up(outputs, spec.panel) * spec.size
+    initial_states = batch * output_width
+    states = initial_states + spec.states * batch * width
+    raw = states + spec.states * rows * width
+    gates = raw + (rows * width if spec.projected else 0)
+    end = gates + gate_rows * width * spec.inputs
+    return Layout(
+        0, initial_states, states, raw, gates, end + LINE, width, output_width, rows, gate_rows
+    )
+
+
+class Tables(NamedTuple):
+    """Row addresses, 8 bytes each, that a thread notes for the tiles, and scratch space for one tile."""
+
+    inputs: int  # of x, for all rows of a chunk
+    entering: int  # of the output that enters a step
+    leaving: int  # of the output that leaves it
+    raw: int  # of the output before its projection
+    states: int  # of the first state that enters a step
+    strides: int  # from one entering state to the next
+    scratch: int
+    end: int
+
+
+@register_jitable
+def tables(spec, start, chunk_rows, batch):
+    """The tables of one thread."""
+    entering = start + chunk_rows * 8
+    row = batch * 8
+    scratch = round_up(entering + 5 * row, LINE)
+    end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
+    return Tables(start, entering, entering + row, entering + 2 * row, entering + 3 * row, entering + 4 * row,
+                  scratch, end)

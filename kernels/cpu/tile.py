@@ -1,0 +1,257 @@
+"""The register tile: a small matrix product whose sums stay in registers.
+
+`sums[rows, vectors] += a[rows, k] @ b[k, vectors]`: for each k, a column of weights is loaded, and
+each row's value is broadcast against it.  Batch rows times vectors are chosen to fill the register
+file; the product then runs at the rate of the multiply-add units.  Three layouts:
+
+* ``"panel"``: a by a table of row addresses, so that rows may lie anywhere (permuted sequences,
+  initial states); b as one panel [k, vectors].  The forward products.
+* ``"planes"``: a as above; each vector's column of b by itself, [vectors][k], so that any share of
+  the vectors can be computed.  The gradients of inputs and of previous outputs.
+* ``"outer"``: a read down its columns, b as a panel.  The gradients of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, register_jitable
+
+from .simd import INT64, call_ir, load, load_row, read_int, splat, splat_ir, store, store_row
+from .spec import Spec
+
+UNROLL = 4
+LATENCY = 8  # multiply-adds that must be in flight to keep the units busy
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(INT64, value)
+
+
+class _Tile:
+    """Builds the LLVM function of one tile."""
+
+    arguments = "source source_stride target target_stride a a_stride b b_stride depth".split()
+
+    def __init__(self, module: ir.Module, spec: Spec, layout: str, rows: int, vectors: int) -> None:
+        self.spec, self.layout, self.rows, self.vectors = spec, layout, rows, vectors
+        self.size, self.vector = spec.scalar.bitwidth // 8, spec.vector.ir
+        name = f"tile_{layout}_{rows}x{vectors}x{spec.lanes}_{spec.scalar}"
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * len(self.arguments))
+        self.function = cgutils.get_or_insert_function(module, kind, name)
+        if self.function.is_declaration:
+            self.function.linkage = "internal"
+            self.function.attributes.add("noinline")
+            self.build()
+
+    def build(self) -> None:
+        self.builder = builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        for name, value in zip(self.arguments, self.function.args):
+            setattr(self, name, value)
+        self.starts = [self.row_start(r) for r in range(self.rows)]
+        # a tile with few sums keeps several of each, or it waits for the latency of its additions
+        copies = min(UNROLL, -(-LATENCY // (self.rows * self.vectors)))
+        sums = [self.load(self.at(self.source, self.source_stride, n)) for n in self.places()]
+        zero = ir.Constant(self.vector, None)
+        sums += [zero] * (len(sums) * (copies - 1))
+        unrolled = builder.and_(self.depth, _constant(-UNROLL))
+        k, sums = self.loop(_constant(0), unrolled, UNROLL, copies, sums)
+        k, sums = self.loop(k, self.depth, 1, copies, sums)
+        count = self.rows * self.vectors
+        for place, n in enumerate(self.places()):
+            total = sums[place]
+            for copy in range(1, copies):
+                total = builder.fadd(total, sums[copy * count + place])
+            builder.store(total, self.at(self.target, self.target_stride, n), align=self.size)
+        builder.ret_void()
+
+    def places(self) -> list[tuple[int, int]]:
+        return [(r, v) for r in range(self.rows) for v in range(self.vectors)]
+
+    def at(self, base: ir.Value, stride: ir.Value, place: tuple[int, int]) -> ir.Value:
+        row, v = place
+        address = self.builder.add(base, self.builder.mul(stride, _constant(row)))
+        address = self.builder.add(address, _constant(v * self.spec.lanes * self.size))
+        return self.builder.inttoptr(address, self.vector.as_pointer())
+
+    def load(self, pointer: ir.Value) -> ir.Value:
+        return self.builder.load(pointer, align=self.size)
+
+    def row_start(self, row: int) -> ir.Value | None:
+        if self.layout == "outer":
+            return None
+        place = self.builder.add(self.a, _constant(row * 8))
+        start = self.builder.load(self.builder.inttoptr(place, INT64.as_pointer()))
+        return self.builder.inttoptr(self.builder.add(start, self.a_stride), self.vector.element.as_pointer())
+
+    def loop(
+        self, start: ir.Value, end: ir.Value, unroll: int, copies: int, sums: list[ir.Value]
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """Steps of `unroll` from start to end; none if start is end."""
+        builder, before = self.builder, self.builder.block
+        body, done = builder.append_basic_block("k"), builder.append_basic_block("done")
+        builder.cbranch(builder.icmp_signed("<", start, end), body, done)
+        builder.position_at_end(body)
+        k = builder.phi(INT64)
+        k.add_incoming(start, before)
+        phis = [builder.phi(self.vector) for _ in sums]
+        for phi, first in zip(phis, sums):
+            phi.add_incoming(first, before)
+        current = list(phis)
+        for u in range(unroll):
+            self.multiply_add(builder.add(k, _constant(u)), current, u % copies)
+        after = builder.add(k, _constant(unroll))
+        k.add_incoming(after, builder.block)
+        for phi, last in zip(phis, current):
+            phi.add_incoming(last, builder.block)
+        builder.cbranch(builder.icmp_signed("<", after, end), body, done)
+        builder.position_at_end(done)
+        results = []
+        for first, last in zip([start, *sums], [after, *current]):
+            phi = builder.phi(first.type)
+            phi.add_incoming(first, before)
+            phi.add_incoming(last, body)
+            results.append(phi)
+        return results[0], results[1:]
+
+    def multiply_add(self, k: ir.Value, sums: list[ir.Value], copy: int) -> None:
+        builder, count = self.builder, self.rows * self.vectors
+        weights = [self.load(self.weight(k, v)) for v in range(self.vectors)]
+        for r in range(self.rows):
+            x = splat_ir(builder, builder.load(self.value(k, r)), self.spec.lanes)
+            for v, w in enumerate(weights):
+                n = copy * count + r * self.vectors + v
+                sums[n] = call_ir(builder, f"llvm.fma.{self.spec.vector.suffix}", self.vector, x, w, sums[n])
+
+    def weight(self, k: ir.Value, v: int) -> ir.Value:
+        builder, bytes_ = self.builder, self.spec.lanes * self.size
+        if self.layout == "planes":
+            offset = builder.add(
+                builder.mul(self.b_stride, _constant(v)), builder.mul(k, _constant(bytes_))
+            )
+        else:
+            offset = builder.add(builder.mul(k, _constant(self.vectors * bytes_)), _constant(v * bytes_))
+        return builder.inttoptr(builder.add(self.b, offset), self.vector.as_pointer())
+
+    def value(self, k: ir.Value, r: int) -> ir.Value:
+        builder = self.builder
+        if self.layout != "outer":
+            return builder.gep(self.starts[r], [k])
+        address = builder.add(self.a, builder.mul(self.a_stride, k))
+        address = builder.add(address, _constant(r * self.size))
+        return builder.inttoptr(address, self.vector.element.as_pointer())
+
+
+def _product(layout: str, width: Callable[[Spec], int]) -> Any:
+    """An intrinsic that picks the tile by its number of rows at run time."""
+
+    @intrinsic
+    def product(
+        typingctx: Any,
+        spec: Any,
+        rows: Any,  # 1 to spec.rows(width)
+        source: Any,  # address of the initial sums
+        source_stride: Any,  # bytes from row to row, 0 to give all rows the same
+        target: Any,  # address of the results
+        target_stride: Any,
+        a: Any,  # address of the table of row addresses; "outer": of the values
+        a_stride: Any,  # bytes added to each row address; "outer": from column to column
+        b: Any,  # address of the weights
+        b_stride: Any,  # bytes from plane to plane; unused without planes
+        depth: Any,  # number of products in each sum
+    ) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            done = builder.append_basic_block("tiled")
+            switch = builder.switch(args[1], done)
+            vectors = width(spec)
+            for count in range(1, spec.rows(vectors) + 1):
+                case = builder.append_basic_block(f"rows{count}")
+                switch.add_case(_constant(count), case)
+                builder.position_at_end(case)
+                builder.call(_Tile(builder.module, spec, layout, count, vectors).function, args[2:])
+                builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(spec, *[types.int64] * 10), codegen
+
+    return product
+
+
+PLANES = 4  # vectors of a tile over planes; what is left is done one by one
+
+panel_product = _product("panel", lambda spec: spec.width)
+planes_product = _product("planes", lambda spec: PLANES)
+plane_product = _product("planes", lambda spec: 1)
+outer_product = _product("outer", lambda spec: PLANES)
+thin_outer_product = _product("outer", lambda spec: 1)
+
+
+def _rows(width: Callable[[Spec], int]) -> Any:
+    def rows(spec: Any) -> int:
+        raise NotImplementedError
+
+    @overload(rows, inline="always")
+    def _(spec):
+        count = spec.rows(width(spec))
+        return lambda spec: count
+
+    return rows
+
+
+panel_rows = _rows(lambda spec: spec.width)
+plane_rows = _rows(lambda spec: PLANES)
+
+
+@register_jitable
+def share(count, part, parts):
+    """The beginning and end of one of several parts, as equal as can be, of `count` things."""
+    return count * part // parts, count * (part + 1) // parts
+
+
+@register_jitable
+def rows_times_planes(
+    spec, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch
+):
+    """The vectors low to high of `out = a @ b`, or of `out += a @ b`.
+
+    `a_rows` and `out_rows` are the addresses of tables of `count` row addresses; `scratch` has room for
+    a tile.
+    """
+    vector = spec.lanes * spec.size
+    plane, stride = depth * vector, PLANES * vector
+    blocks = -(-count // plane_rows(spec))
+    for block in range(blocks):
+        first, last = share(count, block, blocks)
+        v = low
+        while v < high:
+            wide = min(PLANES, high - v)
+            for row in range(first, last):
+                out = read_int(out_rows + row * 8)
+                for n in range(wide):
+                    start = splat(spec, 0.0)
+                    if accumulate:
+                        start = load_row(spec, out + (v + n) * vector, out_length - (v + n) * spec.lanes)
+                    store(start, scratch + (row - first) * stride + n * vector)
+            if wide == PLANES:
+                planes_product(
+                    spec, last - first, scratch, stride, scratch, stride, a_rows + first * 8, 0,
+                    b + v * plane, plane, depth
+                )
+            else:
+                for n in range(wide):
+                    sums = scratch + n * vector
+                    plane_product(
+                        spec, last - first, sums, stride, sums, stride, a_rows + first * 8, 0,
+                        b + (v + n) * plane, plane, depth
+                    )
+            for row in range(first, last):
+                out = read_int(out_rows + row * 8)
+                for n in range(wide):
+                    value = load(spec, scratch + (row - first) * stride + n * vector)
+                    store_row(spec, value, out + (v + n) * vector, out_length - (v + n) * spec.lanes)
+            v += wide

@@ -30,6 +30,9 @@ __all__ = [
     "rnn_tanh",
 ]
 
+# names of the layers' own parameters, and of what generated code calls besides the functions of math
+_RESERVED = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "full_like")
+
 
 class Cell:
     """What :func:`cell` makes of a function; see there.
@@ -108,7 +111,7 @@ class Cell:
         for name in names:
             if names.count(name) > 1:
                 raise CellError(f"cell {self.name}: the name {name!r} is used twice among {names}")
-            if name in math.DERIVATIVES or (name[0] == "v" and name[1:].isdigit()):
+            if name in (*math.DERIVATIVES, *_RESERVED) or (name[0] == "v" and name[1:].isdigit()):
                 raise CellError(f"cell {self.name}: the name {name!r} is reserved; choose another")
 
     def _match_arguments(self) -> dict[str, float]:

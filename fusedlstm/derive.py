@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import Any
 
 from .math import DERIVATIVES
@@ -37,12 +38,16 @@ class Graph:
         return self._node("symbol", (), name)
 
     def constant(self, value: float) -> Expression:
-        # repr tells 0.0 from -0.0 and makes NaN equal to itself
+        if not isfinite(value):
+            raise CellError(f"{value} is used as a number; a cell may use finite numbers only")
+        # repr tells 0.0 from -0.0
         return self._node("constant", (), repr(float(value)))
 
     def apply(self, op: str, *args: Any) -> Expression:
         """The expression `op(*args)`, simplified where that cannot change its value."""
         nodes = tuple(self.lift(op, arg) for arg in args)
+        if op == "div" and nodes[1].number == 0:
+            raise CellError("the cell divides by zero")
         simple = self._simplified(op, nodes)
         return self._node(op, nodes, None) if simple is None else simple
 
@@ -63,7 +68,7 @@ class Graph:
 
     def _simplified(self, op: str, args: tuple[Expression, ...]) -> Expression | None:
         numbers = [arg.number for arg in args]
-        if op in OPERATORS and None not in numbers and (op != "div" or numbers[1] != 0):
+        if op in OPERATORS and None not in numbers:
             return self.constant(_fold(op, *numbers))
         if op == "add":
             if numbers[0] == 0:
@@ -77,8 +82,8 @@ class Graph:
                 if numbers[one] == 0 or numbers[one] == 1:
                     return args[one] if numbers[one] == 0 else args[other]
                 mask = args[one]
-                if mask.op == "where" and mask.args[1].number is not None and mask.args[2].number is not None:
-                    # a derivative that is 0 must stay 0 when it meets infinity
+                if mask.op == "where" and any(arm.number is not None for arm in mask.args[1:]):
+                    # a derivative that is 0 must stay 0 when it meets infinity or NaN
                     chosen = (self.apply("mul", args[other], arm) for arm in mask.args[1:])
                     return self.apply("where", mask.args[0], *chosen)
         elif op == "div" and (numbers[1] == 1 or numbers[0] == 0):

@@ -62,6 +62,11 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     return np.where(condition, x, y)
 
 
+def _log_one_plus_exp(x: Any) -> Any:
+    with np.errstate(invalid="ignore"):  # NaN comes out as NaN, which needs no warning
+        return np.logaddexp(0, x)
+
+
 def _step(x: Any) -> Any:
     return where(x > 0, 1.0, 0.0)
 
@@ -75,7 +80,7 @@ def tanh(x: Any) -> Any:
 @_function(lambda x, y: (y * (1 - y),))
 def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x)), without overflow."""
-    return np.exp(-np.logaddexp(0, -x))
+    return np.exp(-_log_one_plus_exp(-x))
 
 
 @_function(lambda x, y: (where((y > 0) & (y < 1), 1 / 6, 0.0),))
@@ -93,7 +98,7 @@ def relu(x: Any) -> Any:
 @_function(lambda x, y: (sigmoid(x),))
 def softplus(x: Any) -> Any:
     """log(1 + exp(x)), without overflow."""
-    return np.logaddexp(0, x)
+    return _log_one_plus_exp(x)
 
 
 @_function(lambda x, y: (y,))

@@ -36,6 +36,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,7 +58,7 @@ REGION_BYTES = 3 * LINE
 # The control block of any team, of an OpenMP team (addresses of functions), and of our own.
 KIND = 0
 THREAD_NUM, NUM_THREADS, MAX_THREADS, FORK, LOCATION, GLOBAL_NUM, PUSH_NUM = (8 + 8 * n for n in range(7))
-WORKERS, IDLE_SPINS, SPINS_PER_US = 8, 16, 24
+WORKERS, SPINS_PER_US = 8, 16
 BUSY = LINE  # held by the thread that runs a region on the team
 DOOR = 2 * LINE  # generation << 32 | wanted threads << 16 | joined workers; none is wanted once it is shut
 START, REGION = 3 * LINE, 3 * LINE + 8  # generation << 16 | threads that run
@@ -69,7 +70,7 @@ GOMP, KMPC, OWN = 1, 2, 3  # kinds
 LEAVE = -1  # at the door: the team is dissolved
 
 YIELD_AFTER = 2000  # spins, after which a waiting thread offers its core to others
-IDLE_US = 200  # for which an idle worker of our own team spins before it sleeps
+IDLE_YIELDS = 10_000  # after which an idle worker of our own team sleeps: some milliseconds
 MOST_THREADS = 4096
 PATIENCE_US = 100  # for which workers that are late are waited for, unless `fork` is told otherwise
 
@@ -103,7 +104,7 @@ def _load(typingctx, address):
 @intrinsic
 def _store(typingctx, address, value):
     def codegen(context, builder, sig, args):
-        builder.store_atomic(args[1], _word(builder, args[0]), "seq_cst", 8)
+        builder.store_atomic(args[1], _word(builder, args[0]), "release", 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -323,7 +324,7 @@ def _run_own(team, threads, region, patience):
     generation = ((_load(team + DOOR) >> 32) + 1) & 0x7FFFFFFF
     _store(team + REGION, region)
     _store(team + FINISHED, 0)
-    _store(team + DOOR, generation << 32 | wanted << 16)
+    _exchange(team + DOOR, generation << 32 | wanted << 16)
     _wake(team, wanted - 1)
     spins = patience * _load(team + SPINS_PER_US)
     while spins > 0 and (_load(team + DOOR) & 0xFFFF) < wanted - 1:
@@ -399,12 +400,12 @@ def _serve(team, worker):
             if _replace(team + DOOR, door, door + 1):
                 _take_part(team, worker, wanted, (door & 0xFFFF) + 1, door >> 32)
             idle = 0
-        elif idle < _load(team + IDLE_SPINS):
-            _pause()
-            idle += 1
+        elif idle < YIELD_AFTER + IDLE_YIELDS:
+            idle = _wait(idle)
         else:
-            _store(desk + ASLEEP, 1)
-            # Whoever opens the door after this line sees us asleep; if it is open, up again.
+            # Each looks after writing (a store alone would not order the two): whoever opens the door
+            # sees us asleep, or we see that it is open.
+            _exchange(desk + ASLEEP, 1)
             if _load(team + DOOR) == door or not _replace(desk + ASLEEP, 1, 0):
                 _acquire_lock(_load(desk + LOCK), 1)
             idle = 0
@@ -415,7 +416,7 @@ def _dissolve(team):
     """Send the workers home, unless the team is busy.  It stays busy: whoever calls later runs alone."""
     if not _replace(team + BUSY, 0, 1):
         return False
-    _store(team + DOOR, LEAVE)
+    _exchange(team + DOOR, LEAVE)
     _wake(team, _load(team + WORKERS))
     return True
 
@@ -472,7 +473,7 @@ class OpenMP(Team):
     def __init__(self, path: str) -> None:
         super().__init__(_describe_library(path), LINE // 8)
         self.path = path
-        self._library = ctypes.CDLL(path)
+        self._library = ctypes.PyDLL(path)  # whose functions keep the GIL: they are short
         self.max_threads = self._library.omp_get_max_threads
         self._set(
             THREAD_NUM=self._symbol("omp_get_thread_num"),
@@ -498,28 +499,36 @@ class OpenMP(Team):
         return ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value or 0
 
 
-class Own(Team):
-    """A team of our own: the calling thread and `threads - 1` Python threads in a native loop."""
+_allocate_lock = ctypes.pythonapi.PyThread_allocate_lock
+_allocate_lock.restype = ctypes.c_void_p
 
-    def __init__(self, threads: int) -> None:
-        workers = threads - 1
-        super().__init__("our own team", (DESKS + workers * LINE) // 8)
-        spins_per_us = _spins_per_us()
-        self._set(KIND=OWN, WORKERS=workers, IDLE_SPINS=IDLE_US * spins_per_us, SPINS_PER_US=spins_per_us)
+
+class Own(Team):
+    """A team of our own: the calling thread and `size - 1` Python threads in a native loop."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__("our own team", (DESKS + (size - 1) * LINE) // 8)
+        self.size = size
         _serve.compile((types.int64, types.int64))
         _dissolve.compile((types.int64,))
-        self.size = threads
-        self._threads = []
-        for worker in range(1, threads):
-            lock = ctypes.pythonapi.PyThread_allocate_lock
-            lock.restype = ctypes.c_void_p
-            self._block[(DESKS + (worker - 1) * LINE + LOCK) // 8] = held = lock()
-            ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(held), 1)
-            thread = threading.Thread(
-                target=_serve, args=(self.address, worker), name=f"fusedlstm-{worker}", daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+        self._threads: list[threading.Thread] = []
+        try:
+            for worker in range(1, size):
+                self._start(worker)
+        except RuntimeError as error:
+            started = len(self._threads) + 1
+            warnings.warn(f"only {started} of {size} threads could be started: {error}", stacklevel=4)
+        self._set(KIND=OWN, WORKERS=len(self._threads), SPINS_PER_US=_spins_per_us())
+
+    def _start(self, worker: int) -> None:
+        lock = _allocate_lock()
+        ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
+        self._block[(DESKS + (worker - 1) * LINE + LOCK) // 8] = lock
+        thread = threading.Thread(
+            target=_serve, args=(self.address, worker), name=f"fusedlstm-{worker}", daemon=True
+        )
+        thread.start()
+        self._threads.append(thread)
 
     def dissolve(self) -> None:
         """End the workers, within a second if a region still runs."""
@@ -602,26 +611,25 @@ def _choose() -> Team:
 
 
 def _find_runtime() -> None:
-    global _modules, _runtime
+    global _modules, _runtime, _team
     with _lock:
         if _modules == (count := len(sys.modules)):
             return
-        paths = [p for p in dict.fromkeys(_loaded_libraries()) if OPENMP.match(os.path.basename(p))]
+        paths = [p for p in dict.fromkeys(_loaded_libraries()) if OPENMP.fullmatch(os.path.basename(p))]
         paths.sort(key=lambda path: "torch" not in path)  # the one that will be busy next to us
         if paths and (_runtime is None or _runtime.path != paths[0]):
-            _runtime = OpenMP(paths[0])
+            _runtime, _team = OpenMP(paths[0]), None
         _modules = count
 
 
-OPENMP = re.compile(r"(libgomp|libomp|libiomp5)\b.*\.(so|dylib|dll)")
+OPENMP = re.compile(r"(libgomp|libi?omp5?|libiomp5md|libomp140)\b.*\.(so[.\d]*|dylib|dll)")
 
 
 def _loaded_libraries() -> Iterator[str]:
     """The files of the libraries that are loaded in this process (on Windows, of those in question)."""
     if sys.platform == "win32":
         for name in ("libiomp5md.dll", "libomp.dll", "libomp140.x86_64.dll"):
-            handle = ctypes.windll.kernel32.GetModuleHandleW(name)
-            if handle:
+            if ctypes.windll.kernel32.GetModuleHandleW(name):
                 yield name
     elif sys.platform == "darwin":
         system = ctypes.CDLL(None)

@@ -1,0 +1,225 @@
+"""The backward kernel: one template for both forms and all options.
+
+It walks the steps of the forward pass backwards.  Each step: the product of the weights with the
+exchanged gate gradients of the step before completes the gradient of the output, the cell's derived
+adjoint turns it into the gate gradients of this step, and these are handed to the other blocks.
+One more step than the forward pass has leaves the gradient of the initial output.  Gradients of
+weights and input are single products afterwards; see engine.py.
+
+Forms, blocks and exchange buffers are as in forward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from fusedlstm.cells import Cell
+
+from .plan import Plan
+from .product import U, functions, meet, starts_anew
+from .scalar import element, update
+
+# As in forward.py.
+ARGUMENTS = {
+    "pre": "real 4",  # (T, B, A, H)
+    "entering": "real 3",  # (T, B, P)
+    "entering_states": "real 4",  # (S, T, B, H)
+    "learned": "real 2",  # (V, H)
+    "lengths": "int64 1",  # (B,)
+    "reset": "bool 2",  # (T, B)
+    "dy": "real 3 strided",  # (T, B, P)
+    "doutput": "real 2",  # (B, P) gradient of the final output before, of the initial one after
+    "dstates": "real 3",  # (S, B, H) likewise
+    "total_output": "real 2",  # (B, P) added to: what resets send to the initial output
+    "total_states": "real 3",  # (S, B, H) likewise
+    "dlearned": "real 3",  # (V, B, H) added to
+    "d": "real 4",  # (T, B, A, H) written: gradients of the pre-activations
+    "dprojected": "real 3",  # (T, B, P) written with a projection: gradient of its result
+    "exchange": "operand 1",  # two buffers
+    "exchange_projected": "operand 1",
+    "weights": "operand 1",  # packed
+    "weights_hr": "operand 1",  # packed
+    "arrivals": "uint64 1",  # zeros, one for each block of the batch
+    "first": "int64",  # steps from first up to last, T + 1 of them
+    "last": "int64",
+    "reverse": "int64",
+    "phase": "int64",  # stepwise with a projection: 0 the projection's result, 1 the cell
+}
+
+
+def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
+    """The kernel as a Python function, for Numba to compile; a backward pass is always training."""
+    hidden, outputs = plan.outputs
+    units, elements = plan.units, plan.elements
+    batch, threads, real = plan.recurrent.batch, plan.threads, plan.recurrent.real
+    further, vectors = len(cell.states) - 1, len(cell.weights)
+    inputs, split = len(cell.preactivations), len(cell.split)
+    cells, owned = ceil(units * batch / threads), ceil(elements * batch / threads)  # of one thread
+    persistent, projected = plan.form == "persistent", plan.projection is not None
+
+    recurrent = functions(plan.recurrent)
+    hold, multiply, total, publish = recurrent
+    _, multiply_hr, total_hr, publish_hr = functions(plan.projection) if plan.projection else recurrent
+    second = plan.projection or plan.recurrent
+    adjoint = update(cell, real).adjoint
+
+    number, operand = element(real), element(plan.recurrent.operand)
+    per_block, per_block_hr = plan.recurrent.weights, second.weights
+    kept, kept_hr = plan.recurrent.shared_weights, second.shared_weights
+    shared_base = plan.partial // plan.recurrent.operand.itemsize
+    shared_base_hr = shared_base + kept
+    buffer, buffer_hr = plan.recurrent.depth * batch, second.depth * batch
+    registers = max(1, plan.recurrent.held_weights * 4 // np.dtype(real).itemsize)
+    held_type = element(np.uint32) if plan.recurrent.tensor else number
+    # sizes of local arrays, which must be names for Numba to see that they are constant
+    all_states, all_vectors = max(1, cells * further), max(1, cells * vectors)
+    slots, outcome = inputs + 1 + further + vectors, 1 + further
+    none = real(0)
+
+    def kernel(
+        pre: Any, entering: Any, entering_states: Any, learned: Any, lengths: Any, reset: Any,
+        dy: Any, doutput: Any, dstates: Any, total_output: Any, total_states: Any, dlearned: Any,
+        d: Any, dprojected: Any,
+        exchange: Any, exchange_projected: Any, weights: Any, weights_hr: Any, arrivals: Any,
+        first: Any, last: Any, reverse: Any, phase: Any,
+    ) -> None:  # fmt: skip
+        steps, rows = dy.shape[0], dy.shape[1]
+        thread, block, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+        groups, blocks = cuda.gridDim.y, cuda.gridDim.x
+        partial = cuda.shared.array(0, number)
+        resident = cuda.shared.array(0, operand)
+        held = cuda.local.array(registers, held_type)
+        carried = cuda.local.array(owned, number)  # gradient of the output, state 0
+        state = cuda.local.array(all_states, number)  # of the other states
+        learning = cuda.local.array(all_vectors, number)
+        values = cuda.local.array(slots, number)
+        gradients = cuda.local.array(slots, number)
+        seeds = cuda.local.array(outcome, number)
+
+        for n in range(owned):
+            q = thread + n * threads
+            p, b = block * elements + q % elements, group * batch + q // elements
+            if q < elements * batch and p < outputs and b < rows:
+                carried[U(n)] = doutput[b, p]
+        for n in range(cells):
+            q = thread + n * threads
+            u, b = block * units + q % units, group * batch + q // units
+            if q < units * batch and u < hidden and b < rows:
+                for i in range(further):
+                    state[U(n * further + i)] = dstates[i, b, u]
+                for i in range(vectors):
+                    learning[U(n * vectors + i)] = dlearned[i, b, u]
+        if persistent:
+            hold(weights, block * per_block, held)
+            for i in range(thread, kept, threads):
+                resident[U(shared_base + i)] = weights[block * per_block + i]
+            if projected:
+                for i in range(thread, kept_hr, threads):
+                    resident[U(shared_base_hr + i)] = weights_hr[block * per_block_hr + i]
+
+        arrived = 0
+        for step in range(first, last):
+            t = step if reverse else steps - 1 - step
+            here = ((step % 2) * groups + group) * buffer
+            there = (((step + 1) % 2) * groups + group) * buffer
+            if not projected or persistent or phase == 0:
+                if step > 0:
+                    later = t - 1 if reverse else t + 1
+                    if persistent:
+                        arrived += 1
+                        meet(arrivals, group, np.uint64(arrived * blocks))
+                        multiply(resident, shared_base, held, exchange, there, partial)
+                    else:
+                        multiply(weights, block * per_block, held, exchange, there, partial)
+                    cuda.syncthreads()
+                    for n in range(owned):
+                        q = thread + n * threads
+                        p, b = block * elements + q % elements, group * batch + q // elements
+                        if q < elements * batch and p < outputs and b < rows:
+                            value = carried[U(n)] + total(partial, q % elements, q // elements)
+                            if resets and starts_anew(reset, later, b, lengths[b], reverse):
+                                total_output[b, p] += value
+                                value = none
+                            carried[U(n)] = value
+                if projected and step < steps:
+                    for n in range(owned):
+                        q = thread + n * threads
+                        p, b = block * elements + q % elements, group * batch + q // elements
+                        if q < elements * batch and p < outputs and b < rows:
+                            value = none
+                            if t < lengths[b]:
+                                value = carried[U(n)] + dy[t, b, p]
+                                carried[U(n)] = none
+                            dprojected[t, b, p] = value
+                            publish_hr(exchange_projected, group * buffer_hr, p, q // elements, value)
+            if step < steps and (not projected or persistent or phase == 1):
+                if projected:
+                    if persistent:
+                        arrived += 1
+                        meet(arrivals, group, np.uint64(arrived * blocks))
+                        multiply_hr(
+                            resident, shared_base_hr, held, exchange_projected, group * buffer_hr, partial
+                        )
+                    else:
+                        multiply_hr(
+                            weights_hr, block * per_block_hr, held,
+                            exchange_projected, group * buffer_hr, partial,
+                        )  # fmt: skip
+                    cuda.syncthreads()
+                for n in range(cells):
+                    q = thread + n * threads
+                    unit, column = q % units, q // units
+                    u, b = block * units + unit, group * batch + column
+                    if q < units * batch and u < hidden and b < rows:
+                        active = t < lengths[b]
+                        for a in range(inputs):
+                            values[U(a)] = pre[t, b, a, u]
+                        if not projected:
+                            values[U(inputs)] = entering[t, b, u]
+                        for i in range(further):
+                            values[U(inputs + 1 + i)] = entering_states[i, t, b, u]
+                            seeds[U(1 + i)] = state[U(n * further + i)]
+                        for i in range(vectors):
+                            values[U(inputs + 1 + further + i)] = learned[i, u]
+                        if projected:
+                            seeds[U(0)] = total_hr(partial, unit, column)
+                        else:
+                            seeds[U(0)] = carried[U(n)] + dy[t, b, u]
+                        adjoint(values, seeds, gradients)
+                        for a in range(inputs):
+                            value = gradients[U(a)] if active else none
+                            d[t, b, a, u] = value
+                            if a >= split:
+                                publish(exchange, here, (a - split) * hidden + u, column, value)
+                        if active and not projected:
+                            carried[U(n)] = gradients[U(inputs)]
+                        for i in range(further):
+                            value = gradients[U(inputs + 1 + i)] if active else state[U(n * further + i)]
+                            if resets and starts_anew(reset, t, b, lengths[b], reverse):
+                                total_states[i, b, u] += value
+                                value = none
+                            state[U(n * further + i)] = value
+                        for i in range(vectors):
+                            if active:
+                                learning[U(n * vectors + i)] += gradients[U(inputs + 1 + further + i)]
+
+        for n in range(owned):
+            q = thread + n * threads
+            p, b = block * elements + q % elements, group * batch + q // elements
+            if q < elements * batch and p < outputs and b < rows:
+                doutput[b, p] = carried[U(n)]
+        for n in range(cells):
+            q = thread + n * threads
+            u, b = block * units + q % units, group * batch + q // units
+            if q < units * batch and u < hidden and b < rows:
+                for i in range(further):
+                    dstates[i, b, u] = state[U(n * further + i)]
+                for i in range(vectors):
+                    dlearned[i, b, u] = learning[U(n * vectors + i)]
+
+    return kernel

@@ -1,0 +1,346 @@
+"""The CUDA engine: weights laid out for the kernels, and the products around them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedlstm.cells import Cell
+from fusedlstm.dispatch import States
+from fusedlstm.weights import Weights
+
+from .gemm import matmul
+from .launch import array_module, current_device, kernel
+from .plan import PRECISIONS, Device, Form, Plan, Precision, choose
+
+# Buffers that nothing initialises are filled with NaN, to find out who reads them.
+POISON = bool(os.environ.get("FUSEDLSTM_POISON"))
+
+
+class Tape(NamedTuple):
+    """What a backward pass needs of a forward pass."""
+
+    x: Any  # (T, B, I)
+    pre: Any  # (T, B, A, H)
+    entering: Any  # (T, B, P)
+    entering_states: Any  # (S, T, B, H)
+    raw: Any  # (T, B, H)
+    lengths: Any  # (B,)
+    reset: Any  # (T, B) or None
+    reverse: bool
+
+
+class CUDA:
+    """The engine for backend="cuda".
+
+    Args:
+        precision: of products in a float32 layer: "float32" exactly, or "tf32", "bfloat16" or
+            "float16" on tensor cores, with sums and states in float32.  A float64 layer is exact.
+        form: "persistent" or "stepwise" forces a kernel; by default the sizes and the device decide.
+
+    Raises:
+        ImportError, RuntimeError: if CuPy, the driver or a GPU is missing.
+        ValueError: for an argument that is none of the above.
+    """
+
+    def __init__(self, precision: Precision = "float32", form: Form | None = None) -> None:
+        if precision not in PRECISIONS or precision == "float64":
+            raise ValueError(
+                f"precision must be 'float32', 'tf32', 'bfloat16' or 'float16', got {precision!r}"
+            )
+        if form not in (None, "persistent", "stepwise"):
+            raise ValueError(f"form must be 'persistent', 'stepwise' or None, got {form!r}")
+        self.precision, self.form = precision, form
+        array_module()
+
+    def prepare(self, cell: Cell, weights: Weights) -> Direction:
+        return Direction(cell, weights, self.precision, self.form)
+
+
+class Direction:
+    """One direction of one layer on CUDA devices; see dispatch.Direction."""
+
+    def __init__(self, cell: Cell, weights: Weights, precision: Precision, form: Form | None) -> None:
+        if weights.hr is not None and cell.reads_output:
+            raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
+        self.cell, self._weights, self._form = cell, weights, form
+        self._precision: Precision = "float64" if weights.ih.dtype == np.float64 else precision
+        self._resident: dict[int, Resident] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def _on(self, x: Any) -> Iterator[Resident]:
+        """The weights on the device of x, which becomes the current one."""
+        xp = array_module()
+        if xp is np:
+            yield self._prepared(0)
+        else:
+            with x.device:
+                yield self._prepared(x.device.id)
+
+    def _prepared(self, device: int) -> Resident:
+        with self._lock:
+            if device not in self._resident:
+                self._resident[device] = Resident(self.cell, self._weights, self._precision, self._form)
+            return self._resident[device]
+
+    def forward(
+        self,
+        x: Any,  # (T, B, I)
+        initial: States | None,
+        y: Any,  # (T, B, P)
+        final: States,
+        lengths: Any | None,  # (B,)
+        reset: Any | None,  # (T, B)
+        reverse: bool,
+        training: bool,
+    ) -> Tape | None:
+        with self._on(x) as resident:
+            return resident.forward(x, initial, y, final, lengths, reset, reverse, training)
+
+    def backward(
+        self,
+        tape: Tape,
+        dy: Any,  # (T, B, P)
+        dfinal: States | None,
+        dx: Any,  # (T, B, I)
+        accumulate: bool,
+    ) -> tuple[States, Weights]:
+        with self._on(tape.x) as resident:
+            return resident.backward(tape, dy, dfinal, dx, accumulate)
+
+    def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
+        """Which kernels would run on the current device, and why."""
+        xp = array_module()
+        resident = self._prepared(0 if xp is np else xp.cuda.Device().id)
+        said = {"device": resident.device.name, **_described("forward", resident.plan(batch, False), batch)}
+        if training:
+            said |= _described("backward", resident.plan(batch, True), batch)
+        return said
+
+
+def _described(what: str, plan: Plan, batch: int) -> dict[str, str]:
+    product, grid = plan.recurrent, plan.grid(batch)
+    return {
+        what: f"{plan.form}, {product.precision}: {plan.why}",
+        f"{what} launch": f"{grid[0]} x {grid[1]} blocks of {plan.threads} threads, {plan.shared} bytes "
+        "of shared memory each",
+        f"{what} tile": f"{plan.units} hidden units x {product.batch} rows of the batch a block, weights "
+        f"in {product.parts} parts of {product.steps} steps, {product.held} of them in registers",
+    }
+
+
+class Resident:
+    """One direction of one layer on one device."""
+
+    def __init__(self, cell: Cell, weights: Weights, precision: Precision, form: Form | None) -> None:
+        self.cell, self.precision, self.form = cell, precision, form
+        self.xp = xp = array_module()
+        self.device: Device = current_device()
+        self.dtype = weights.ih.dtype
+        gates = len(cell.gates)
+        self.hidden, self.inputs = weights.ih.shape[0] // gates, weights.ih.shape[1]
+        self.outputs = weights.hh.shape[1]
+        self.ih = _ordered(xp.asarray(weights.ih), cell, cell.input_gates)
+        hh = _ordered(xp.asarray(weights.hh), cell, cell.recurrent_gates)
+        self.hh = hh.reshape(gates, self.hidden, self.outputs)
+        self.hr = None if weights.hr is None else xp.asarray(weights.hr)
+        self.bias = self._biases(weights)
+        self.learned = xp.zeros((len(cell.weights), self.hidden), self.dtype)
+        for target, vector in zip(self.learned, weights.vectors):
+            target[...] = xp.asarray(vector)
+        self.biased = weights.bias_ih is not None
+        self.plan = lru_cache(maxsize=32)(self._plan)
+        self._packed = lru_cache(maxsize=4)(self._pack)
+        self._no_padding = lru_cache(maxsize=64)(self._full_lengths)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until arrays that outlive a call are there, since the next call may use another stream."""
+        if self.xp is not np:
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def _full_lengths(self, steps: int, batch: int) -> Any:
+        lengths = self.xp.full(batch, steps, np.int64)
+        self._settle()
+        return lengths
+
+    def _biases(self, weights: Weights) -> Any:  # (A, H)
+        cell, xp = self.cell, self.xp
+        bias = xp.zeros((len(cell.preactivations), self.hidden), self.dtype)
+        if weights.bias_ih is not None:
+            ih = _ordered(xp.asarray(weights.bias_ih), cell, cell.input_gates)
+            hh = _ordered(xp.asarray(weights.bias_hh), cell, cell.recurrent_gates)
+            bias[: len(cell.gates)] += ih.reshape(-1, self.hidden)
+            bias[len(cell.split) :] += hh.reshape(-1, self.hidden)
+        return bias
+
+    def _plan(self, batch: int, backward: bool) -> Plan:
+        projected = 0 if self.hr is None else self.outputs
+        return choose(
+            self.device, self.cell, self.precision, self.hidden, projected, batch, backward, self.form
+        )
+
+    def _pack(self, plan: Plan) -> tuple[Any, Any]:
+        """The weights of both products of a plan."""
+        recurrent, projection = self.hh, self.hr
+        if plan.backward:
+            recurrent = self.hh.reshape(1, -1, self.outputs).transpose(0, 2, 1)
+            projection = None if self.hr is None else self.hr.T
+        packed = plan.recurrent.pack(self.xp, recurrent, plan.blocks)
+        second = packed[:0]
+        if plan.projection is not None:
+            second = plan.projection.pack(self.xp, projection[None], plan.blocks)
+        self._settle()
+        return packed, second
+
+    def _empty(self, *shape: int) -> Any:
+        if POISON:
+            return self.xp.full(shape, np.nan, self.dtype)
+        return self.xp.empty(shape, self.dtype)
+
+    def _run(self, plan: Plan, batch: int, steps: int, reverse: bool, options: Any, arrays: Any) -> None:
+        """Launch a plan's kernel; `arrays` are those before the exchange buffers."""
+        xp, columns = self.xp, plan.grid(batch)[1]
+        sizes = [plan.recurrent.batch * product.depth * columns for product in plan.products]
+        operand = plan.recurrent.operand
+        # padding is multiplied by zero, so it must be a number
+        exchange = xp.zeros(2 * sizes[0], operand)
+        second = xp.zeros(sizes[1], operand) if plan.projection else exchange[:0]
+        arrivals = xp.zeros(columns, np.uint64)
+        launch = kernel(self.cell, plan, *options, self.device.capability)
+        arrays = (*arrays, exchange, second, *self._packed(plan), arrivals)
+        launch(plan, plan.grid(batch), arrays, list(_runs(plan, steps, reverse)))
+
+    def forward(
+        self,
+        x: Any,
+        initial: States | None,
+        y: Any,
+        final: States,
+        lengths: Any | None,
+        reset: Any | None,
+        reverse: bool,
+        training: bool,
+    ) -> Tape | None:
+        xp, cell, hidden = self.xp, self.cell, self.hidden
+        steps, batch, _ = x.shape
+        gates, inputs, further = len(cell.gates), len(cell.preactivations), len(cell.states) - 1
+        rows = xp.ascontiguousarray(x).reshape(steps * batch, self.inputs)
+        fed = matmul(rows, self.ih.T, self.precision, xp).reshape(steps, batch, gates * hidden)
+        output, states = self._states(initial, batch)
+        initial_output, initial_states = output, states
+        if reset is not None:
+            initial_output, initial_states = output.copy(), states.copy()
+            reset = xp.ascontiguousarray(reset)
+        lengths = self._no_padding(steps, batch) if lengths is None else xp.ascontiguousarray(lengths)
+        taped = (steps, batch) if training else (0, 0)
+        in_place = training and not cell.split  # each thread writes what it alone has read
+        pre = fed.reshape(*fed.shape[:2], gates, hidden) if in_place else self._empty(*taped, inputs, hidden)
+        entering = self._empty(*taped, self.outputs)
+        entering_states = self._empty(further, *taped, hidden)
+        raw = self._empty(*(taped if self.hr is not None else (0, 0)), hidden)
+        arrays = (
+            fed, self.bias, self.learned, lengths, xp.zeros((0, 0), bool) if reset is None else reset,
+            initial_output, initial_states, output, states, y, pre, entering, entering_states, raw,
+        )  # fmt: skip
+        options = (reset is not None, training)
+        self._run(self.plan(batch, False), batch, steps, reverse, options, arrays)
+        for target, state in zip(final, (output, *states)):
+            target[...] = state
+        if not training:
+            return None
+        return Tape(x, pre, entering, entering_states, raw, lengths, reset, reverse)
+
+    def _states(self, given: States | None, batch: int) -> tuple[Any, Any]:
+        """The first state (B, P), and the others (S, B, H), in arrays of their own."""
+        xp, further = self.xp, len(self.cell.states) - 1
+        output = xp.zeros((batch, self.outputs), self.dtype)
+        states = xp.zeros((further, batch, self.hidden), self.dtype)
+        if given is not None:
+            output[...] = given[0]
+            for target, state in zip(states, given[1:]):
+                target[...] = state
+        return output, states
+
+    def backward(
+        self, tape: Tape, dy: Any, dfinal: States | None, dx: Any, accumulate: bool
+    ) -> tuple[States, Weights]:
+        xp, cell, hidden = self.xp, self.cell, self.hidden
+        steps, batch, _ = tape.x.shape
+        gates, inputs = len(cell.gates), len(cell.preactivations)
+        doutput, dstates = self._states(dfinal, batch)
+        total_output, total_states = self._states(None, batch)
+        dlearned = xp.zeros((len(cell.weights), batch, hidden), self.dtype)
+        d = self._empty(steps, batch, inputs, hidden)
+        dprojected = self._empty(*((steps, batch) if self.hr is not None else (0, 0)), self.outputs)
+        arrays = (
+            tape.pre, tape.entering, tape.entering_states, self.learned, tape.lengths,
+            xp.zeros((0, 0), bool) if tape.reset is None else tape.reset,
+            dy, doutput, dstates, total_output, total_states, dlearned, d, dprojected,
+        )  # fmt: skip
+        options = (tape.reset is not None, True)
+        self._run(self.plan(batch, True), batch, steps, tape.reverse, options, arrays)
+
+        rows = d.reshape(steps * batch, inputs * hidden)
+        d_input, d_output = rows[:, : gates * hidden], rows[:, (inputs - gates) * hidden :]
+        x = xp.ascontiguousarray(tape.x).reshape(steps * batch, self.inputs)
+        here = matmul(d_input, self.ih, self.precision, xp).reshape(tape.x.shape)
+        if accumulate:
+            dx += here
+        else:
+            dx[...] = here
+        grads = self._weight_gradients(x, d_input, d_output, tape, dprojected, dlearned)
+        return (doutput + total_output, *(dstates + total_states)), grads
+
+    def _weight_gradients(
+        self, x: Any, d_input: Any, d_output: Any, tape: Tape, dprojected: Any, dlearned: Any
+    ) -> Weights:
+        xp, cell, precision = self.xp, self.cell, self.precision
+        entering = tape.entering.reshape(len(x), self.outputs)
+        ih = matmul(d_input.T, x, precision, xp)
+        hh = matmul(d_output.T, entering, precision, xp)
+        bias_ih = bias_hh = hr = None
+        if self.biased:
+            bias_ih = _ordered(d_input.sum(0), cell, cell.gates, cell.input_gates)
+            bias_hh = _ordered(d_output.sum(0), cell, cell.gates, cell.recurrent_gates)
+        if self.hr is not None:
+            dprojected = dprojected.reshape(len(x), self.outputs)
+            hr = matmul(dprojected.T, tape.raw.reshape(len(x), self.hidden), precision, xp)
+        return Weights(
+            _ordered(ih, cell, cell.gates, cell.input_gates),
+            _ordered(hh, cell, cell.gates, cell.recurrent_gates),
+            bias_ih,
+            bias_hh,
+            hr,
+            tuple(dlearned.sum(1)),
+        )
+
+
+def _runs(plan: Plan, steps: int, reverse: bool) -> Iterator[tuple[int, int, int, int]]:
+    """The arguments (first, last, reverse, phase) of each launch."""
+    steps += plan.backward  # one more, for the gradient of the initial output
+    if plan.form == "persistent":
+        yield 0, steps, int(reverse), 0
+        return
+    if not plan.backward:
+        yield 0, 0, int(reverse), 0
+    for step in range(steps):
+        for phase in range(len(plan.products)):
+            yield step, step + 1, int(reverse), phase
+
+
+def _ordered(stacked: Any, cell: Cell, wanted: tuple[str, ...], given: tuple[str, ...] | None = None) -> Any:
+    """An array whose first axis stacks the gates, in another order of them."""
+    given = cell.gates if given is None else given
+    if wanted == given:
+        return stacked
+    parts = stacked.reshape(len(given), -1, *stacked.shape[1:])
+    return parts[[given.index(gate) for gate in wanted]].reshape(stacked.shape)
+

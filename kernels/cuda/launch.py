@@ -1,0 +1,226 @@
+"""From a plan to a launch: compiling, caching on disk, shared memory, streams and graphs.
+
+On a GPU, Numba compiles the kernel to PTX, which is kept on disk; CuPy loads and launches it.  In a
+simulator, Numba runs the Python function on NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numba
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from fusedlstm.cells import Cell
+
+from . import backward, forward
+from .plan import Device, Plan
+from .ptx import SIMULATED
+from .scalar import element
+
+# What a simulated kernel runs on.  Numba's own simulator runs one block after the other, its threads
+# cannot exchange values; a simulator that can, puts another device here.
+SIMULATED_DEVICE = Device("Numba's simulator", (0, 0), 1, 1 << 20, threads=8, cooperative=False, warps=False)
+simulated_device = SIMULATED_DEVICE
+
+_GRAPHS = 16  # that a kernel keeps
+
+
+class Kernel(Protocol):
+    """A compiled kernel."""
+
+    def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
+        """Launch once for each of `runs`, the last four arguments of the kernel."""
+
+
+def array_module() -> Any:
+    """NumPy in a simulator, else CuPy.
+
+    Raises:
+        ImportError: if CuPy is not installed.
+        RuntimeError: if there is no GPU, or no driver.
+    """
+    if SIMULATED:
+        return np
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "backend 'cuda' needs CuPy: pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]', "
+            "whichever is the CUDA version of your driver"
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(
+            f"backend 'cuda' needs an NVIDIA GPU and its driver: {error}. nvidia-smi shows whether they work"
+        ) from error
+    if not count:
+        raise RuntimeError("backend 'cuda' needs an NVIDIA GPU; the driver finds none")
+    return cupy
+
+
+def current_device() -> Device:
+    """The current device of CuPy, or the simulated one."""
+    return simulated_device if SIMULATED else _device(array_module().cuda.Device().id)
+
+
+@cache
+def _device(number: int) -> Device:
+    runtime = array_module().cuda.runtime
+    properties = runtime.getDeviceProperties(number)
+    return Device(
+        properties["name"].decode(),
+        (properties["major"], properties["minor"]),
+        properties["multiProcessorCount"],
+        properties["sharedMemPerBlockOptin"],
+        cooperative=bool(properties["cooperativeLaunch"]),
+    )
+
+
+@cache
+def kernel(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> Kernel:
+    """The kernel of a plan, compiled or taken from the cache on disk."""
+    if SIMULATED:
+        return _Simulated(build(cell, plan, resets, training), plan)
+    return _Compiled(_cached(cell, plan, resets, training, capability), plan)
+
+
+def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
+    """The Python function of a plan."""
+    return (backward if plan.backward else forward).build(cell, plan, resets, training)
+
+
+class _Simulated:
+    def __init__(self, function: Callable[..., None], plan: Plan) -> None:
+        self._function, self._threads = cuda.jit(function), plan.threads
+
+    def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
+        for run in runs:
+            self._function[grid, plan.threads, 0, plan.shared](*arrays, *run)
+
+
+def signature(plan: Plan) -> tuple[Any, ...]:
+    """The Numba types of the arguments of a plan's kernel."""
+    product = plan.recurrent
+    scalars = {"real": product.real, "operand": product.operand}
+    result: list[Any] = []
+    for text in (backward if plan.backward else forward).ARGUMENTS.values():
+        name, *shape = text.split()
+        if not shape:
+            result.append(types.int64)
+        else:
+            item = types.boolean if name == "bool" else element(scalars.get(name, name))
+            result.append(types.Array(item, int(shape[0]), "A" if "strided" in shape else "C"))
+    return tuple(result)
+
+
+def compile_ptx(
+    cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]
+) -> str:
+    """The PTX of a plan's kernel.  Needs no GPU."""
+    ptx, _ = cuda.compile(
+        build(cell, plan, resets, training),
+        types.void(*signature(plan)),
+        cc=capability,
+        output="ptx",
+        device=False,
+        abi="numba",
+        launch_bounds=plan.threads,
+    )
+    text = ptx if isinstance(ptx, str) else ptx.decode()
+    # vector loads from shared memory need its beginning on 16 bytes
+    return re.sub(r"(\.extern \.shared) \.align \d+", r"\1 .align 16", text)
+
+
+def _cached(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> Path:
+    """The file with the PTX of a plan's kernel; compiled if it is not there."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    state = [numba.__version__, cuda.__file__, cell.key, replace(plan, why=""), resets, training, capability]
+    digest = hashlib.sha256(repr(state).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    folder = Path(os.environ.get("FUSEDLSTM_CACHE", Path.home() / ".cache" / "fusedlstm"))
+    path = folder / f"{cell.name}_{digest.hexdigest()[:24]}.ptx"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+        partial.write_text(compile_ptx(cell, plan, resets, training, capability))
+        partial.replace(path)
+    return path
+
+
+class _Compiled:
+    """A kernel that CuPy has loaded from PTX."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self._cupy = array_module()
+        match = re.search(r"\.visible \.entry (\w+)\((.*?)\)", path.read_text(), re.DOTALL)
+        if match is None:
+            raise RuntimeError(f"no kernel in {path}; delete this file")
+        self._parameters = match[2].count(".param")
+        module = self._cupy.RawModule(path=str(path), enable_cooperative_groups=plan.form == "persistent")
+        self._function = module.get_function(match[1])
+        self._prepared: set[int] = set()  # devices
+        self._graphs: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
+        device = self._cupy.cuda.Device().id
+        if device not in self._prepared:
+            self._function.max_dynamic_shared_size_bytes = plan.shared
+            self._prepared.add(device)
+        flat = [number for array in arrays for number in _flattened(array)]
+        if len(flat) + len(runs[0]) != self._parameters:
+            raise RuntimeError(
+                f"this version of numba-cuda passes arrays to kernels in another way: the kernel takes "
+                f"{self._parameters} numbers, {len(flat) + len(runs[0])} were prepared"
+            )
+        if len(runs) == 1:
+            self._launch(plan, grid, flat, runs[0])
+        else:
+            self._replay((device, grid, tuple(flat), tuple(runs)), plan)
+
+    def _launch(self, plan: Plan, grid: tuple[int, int], flat: Sequence[int], run: Sequence[int]) -> None:
+        self._function((*grid, 1), (plan.threads, 1, 1), (*flat, *run), shared_mem=plan.shared)
+
+    def _replay(self, key: Any, plan: Plan) -> None:
+        """Launch many runs as one graph.
+
+        A graph holds the addresses of its arrays.  CuPy's memory pool gives the same ones again to the
+        next call with the same sizes, so graphs are kept under them.
+        """
+        with self._lock:
+            graph = self._graphs.pop(key, None)
+            if graph is None:
+                _, grid, flat, runs = key
+                stream = self._cupy.cuda.Stream(non_blocking=True)
+                with stream:
+                    # other threads may allocate meanwhile
+                    stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeThreadLocal)
+                    try:
+                        for run in runs:
+                            self._launch(plan, grid, flat, run)
+                    finally:
+                        graph = stream.end_capture()
+            self._graphs[key] = graph
+            if len(self._graphs) > _GRAPHS:
+                self._graphs.popitem(last=False)
+            graph.launch(self._cupy.cuda.get_current_stream())
+
+
+def _flattened(array: Any) -> tuple[int, ...]:
+    """An array as Numba passes it to a kernel: memory info, parent, size, item size, address, shape
+    and strides."""
+    return (0, 0, array.size, array.itemsize, array.data.ptr, *array.shape, *array.strides)

@@ -1,0 +1,372 @@
+"""Which kernel runs, in which tiles: everything that is fixed when a kernel is compiled.
+
+A block owns some outputs (hidden units with all their gates, or elements of the projection) for
+some rows of the batch.  Its products are `Product`s: packed weights times the vectors that all
+blocks exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, gcd
+from typing import Any, Literal
+
+import numpy as np
+
+from fusedlstm.cells import Cell
+
+from . import ptx
+
+Precision = Literal["float32", "float64", "tf32", "bfloat16", "float16"]
+Form = Literal["persistent", "stepwise"]
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "float64", "tf32", "bfloat16", "float16")
+TENSOR_CORES = ("tf32", "bfloat16", "float16")  # precisions that run on mma.sync
+_OPERAND = {"tf32": "uint32", "bfloat16": "uint16", "float16": "uint16"}
+_ROUND = {"tf32": ptx.tf32_bits, "bfloat16": ptx.bfloat16_bits, "float16": ptx.float16_bits}
+
+ROWS = 4  # rows of a thread's tile where no tensor core is used
+HELD = 96  # registers of a thread that may hold weights
+TILES = 8  # most tensor-core tiles that one warp accumulates
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared: int  # bytes of shared memory that one block can have
+    threads: int = 256  # of a block
+    cooperative: bool = True  # blocks of one launch can wait for each other
+    warps: bool = True  # threads of a warp can exchange values
+
+
+@dataclass(frozen=True)
+class Product:
+    """out[row, b] = sum over k of weights[row, k] * vectors[k, b], by one block.
+
+    The columns k are cut into `parts`; a part is one thread's, or one warp's on tensor cores, and is
+    worked off in `steps`.  The partial sums of the parts meet in shared memory.
+    """
+
+    precision: Precision
+    groups: int  # gates that an output needs
+    units: int  # outputs of the block
+    size: int  # columns of the weights
+    batch: int  # rows of the batch
+    threads: int
+    held: int = 0  # steps of each part whose weights stay in registers
+
+    @property
+    def tensor(self) -> bool:
+        return self.precision in TENSOR_CORES
+
+    @property
+    def real(self) -> Any:
+        """The type of sums and states."""
+        return np.float64 if self.precision == "float64" else np.float32
+
+    @property
+    def operand(self) -> np.dtype[Any]:
+        """The type of packed weights and exchanged vectors."""
+        return np.dtype(_OPERAND.get(self.precision, self.precision))
+
+    @property
+    def width(self) -> int:
+        """Columns of the batch in a thread's tile."""
+        return gcd(self.batch, 4)
+
+    @property
+    def per_word(self) -> int:
+        return 4 // self.operand.itemsize
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the packed weights: row g * units + u is gate g of output u, the rest is zero."""
+        rows = self.groups * self.units
+        if self.tensor:
+            return 16 * ceil(rows / 16)
+        tiles = ceil(rows / ROWS)
+        if tiles * (self.batch // self.width) < 32:  # lanes that share a tile must be a power of two
+            tiles = 1 << (tiles - 1).bit_length()
+        return ROWS * tiles
+
+    @property
+    def row_tiles(self) -> int:
+        return self.rows // (16 if self.tensor else ROWS)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the result: of a thread, or of a warp."""
+        return self.row_tiles * (self.batch // 8 if self.tensor else self.batch // self.width)
+
+    @cached_property
+    def shares(self) -> int:
+        """Warps, or threads, among which the tiles of one part are dealt out."""
+        if not self.tensor:
+            return self.tiles
+        columns = self.batch // 8
+        return next(n for n in range(1, columns + 1) if columns % n == 0 and self.tiles <= n * TILES)
+
+    @property
+    def workers(self) -> int:
+        return self.threads // 32 if self.tensor else self.threads
+
+    @property
+    def parts(self) -> int:
+        return self.workers // self.shares
+
+    @property
+    def step(self) -> int:
+        """Columns of one step."""
+        return 16 * self.per_word if self.tensor else 1
+
+    @property
+    def steps(self) -> int:
+        """Steps of one part."""
+        return ceil(self.size / (self.step * self.parts))
+
+    @property
+    def depth(self) -> int:
+        """Columns of the packed weights: the size, rounded up with zeros."""
+        return self.parts * self.steps * self.step
+
+    @property
+    def lanes(self) -> int:
+        """Neighbouring threads that work on different parts of one tile, in one warp."""
+        return min(32, self.threads) // self.tiles if not self.tensor and self.tiles < 32 else 1
+
+    @property
+    def sums(self) -> int:
+        """Partial sums that meet in shared memory."""
+        return max(1, self.parts // self.lanes)
+
+    @property
+    def stride(self) -> int:
+        """Distance of two rows of the batch in the partial sums; units more than the rows, so that
+        neighbouring threads read different banks."""
+        return self.rows + self.units
+
+    @property
+    def partial(self) -> int:
+        """Numbers of the partial sums."""
+        return self.sums * self.batch * self.stride
+
+    @property
+    def step_weights(self) -> int:
+        """Packed weights of one step of one part."""
+        return self.rows * self.step
+
+    @property
+    def weights(self) -> int:
+        """Packed weights of a block."""
+        return self.rows * self.depth
+
+    @property
+    def shared_weights(self) -> int:
+        """Those of them that lie in shared memory if they stay on the chip; they come first."""
+        return self.parts * (self.steps - self.held) * self.step_weights
+
+    @property
+    def held_weights(self) -> int:
+        """Registers that `held` steps take."""
+        return self.held * (self.row_tiles * 8 if self.tensor else ROWS) * np.dtype(self.real).itemsize // 4
+
+    @property
+    def fits(self) -> bool:
+        return 1 <= self.shares <= self.workers and (not self.tensor or self.workers % self.shares == 0)
+
+    def pack(self, xp: Any, weights: Any, blocks: int) -> Any:
+        """Weights (groups, outputs, size) in the order of use, (blocks * weights,) of `operand`."""
+        groups, outputs, size = weights.shape
+        wide = xp.zeros((groups, blocks * self.units, self.depth), weights.dtype)
+        wide[:, :outputs, :size] = weights
+        per_block = xp.zeros((blocks, self.rows, self.depth), weights.dtype)
+        tiled = wide.reshape(groups, blocks, self.units, self.depth).transpose(1, 0, 2, 3)
+        per_block[:, : groups * self.units] = tiled.reshape(blocks, groups * self.units, self.depth)
+        row, column = self.order()
+        packed = per_block[:, xp.asarray(row), xp.asarray(column)]
+        if self.tensor:
+            return _ROUND[self.precision](packed).ravel()
+        return packed.ravel()
+
+    def order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of each packed weight."""
+        parts, steps = np.arange(self.parts)[:, None], np.arange(self.steps)
+        number = parts * self.steps + np.broadcast_to(steps, (self.parts, self.steps))
+        # what stays in registers comes last
+        number = np.concatenate([number[:, self.held :].ravel(), number[:, : self.held].ravel()])
+        if not self.tensor:
+            row, column = np.broadcast_arrays(np.arange(self.rows), number[:, None])
+            return row.ravel(), column.ravel()
+        # for each step, tile, half of the step and lane: the four words a0..a3 of mma.sync
+        axes = (len(number), self.row_tiles, 2, 32, 4, self.per_word)
+        step, tile, half, lane, word, part = np.indices(axes, sparse=True)
+        row = 16 * tile + lane // 4 + 8 * (word % 2)
+        column = (16 * number[step] + 4 * (lane % 4) + 2 * half + word // 2) * self.per_word + part
+        row, column = np.broadcast_arrays(row, column)
+        return row.ravel(), column.ravel()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One kernel, and how it is launched."""
+
+    form: Form
+    backward: bool
+    recurrent: Product  # forward: outputs are units; backward: elements of the output
+    projection: Product | None
+    outputs: tuple[int, int]  # number of hidden units, and of elements of the output
+    blocks: int  # along the units
+    why: str
+
+    @property
+    def cells(self) -> Product | None:
+        """The product whose outputs are hidden units; none in a backward pass without projection."""
+        return self.projection if self.backward else self.recurrent
+
+    @property
+    def units(self) -> int:
+        """Hidden units of a block."""
+        product = self.recurrent if self.projection is None else self.cells
+        assert product is not None
+        return product.units
+
+    @property
+    def elements(self) -> int:
+        """Elements of the output of a block."""
+        if self.projection is None:
+            return self.units
+        return self.recurrent.units if self.backward else self.projection.units
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        return (self.recurrent,) if self.projection is None else (self.recurrent, self.projection)
+
+    @property
+    def threads(self) -> int:
+        return self.recurrent.threads
+
+    @property
+    def partial(self) -> int:
+        """Bytes of the partial sums, a multiple of a vector load."""
+        size = max(product.partial for product in self.products)
+        return 16 * ceil(size * np.dtype(self.recurrent.real).itemsize / 16)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        weights = sum(p.shared_weights * p.operand.itemsize for p in self.products)
+        return self.partial + (weights if self.form == "persistent" else 0)
+
+    def grid(self, batch: int) -> tuple[int, int]:
+        return self.blocks, ceil(batch / self.recurrent.batch)
+
+
+def choose(
+    device: Device,
+    cell: Cell,
+    precision: Precision,
+    hidden: int,
+    proj: int,
+    batch: int,
+    backward: bool,
+    form: Form | None = None,
+) -> Plan:
+    """The plan for a pass; `form` forces one.
+
+    Raises:
+        ValueError: if the forced form, or the precision, cannot run on the device.
+    """
+    if precision in TENSOR_CORES and (device.capability < (8, 0) or not device.warps):
+        raise ValueError(
+            f"precision {precision!r} needs a GPU of compute capability 8.0 or later, got {device.name} "
+            f"({device.capability[0]}.{device.capability[1]}); use precision 'float32'"
+        )
+    sizes = (len(cell.gates), hidden, proj, batch, backward, precision)
+    reason = "no tile keeps all weights on the chip with all blocks at work at once"
+    if not device.cooperative:
+        reason = f"blocks cannot wait for each other on {device.name}"
+    elif form != "stepwise" and (plan := _persistent(device, *sizes)):
+        return plan
+    if form == "persistent":
+        raise ValueError(f"form 'persistent' cannot run with H={hidden}, B={batch}: {reason}")
+    return _stepwise(device, *sizes, why="asked for" if form else reason)
+
+
+def _persistent(device: Device, *sizes: Any) -> Plan | None:
+    """The smallest tiles for which every block is resident, and their weights with it."""
+    for plan in _candidates(device, "persistent", *sizes):
+        columns = plan.grid(sizes[3])[1]
+        if plan.blocks * columns > device.multiprocessors:
+            continue
+        for held in _held(plan):
+            kept = replace(plan, recurrent=replace(plan.recurrent, held=held))
+            if kept.shared <= device.shared:
+                where = "shared memory and registers" if held else "shared memory"
+                return replace(kept, why=f"{kept.blocks} x {columns} blocks keep all weights in {where}")
+    return None
+
+
+def _held(plan: Plan) -> Iterator[int]:
+    """From no step in registers to as many as they take."""
+    product = plan.recurrent
+    for held in range(product.steps + 1):
+        if replace(product, held=held).held_weights <= HELD:
+            yield held
+
+
+def _stepwise(device: Device, *sizes: Any, why: str) -> Plan:
+    """The largest tiles with which every multiprocessor has a block, else the smallest."""
+    best: Plan | None = None
+    for plan in _candidates(device, "stepwise", *sizes):
+        columns = plan.grid(sizes[3])[1]
+        if best is not None and plan.blocks * columns < device.multiprocessors:
+            break
+        best = replace(plan, why=why)
+    if best is None:
+        raise ValueError(f"no tile for {sizes} on {device.name}")
+    return best
+
+
+def _candidates(
+    device: Device,
+    form: Form,
+    gates: int,
+    hidden: int,
+    proj: int,
+    batch: int,
+    backward: bool,
+    precision: Precision,
+) -> Iterator[Plan]:
+    """Plans whose tiles fit the threads, from the fewest units a block."""
+    tensor = precision in TENSOR_CORES
+    columns = _columns(batch, tensor, device.threads)
+    outputs = proj or hidden
+    for units in range(1, min(hidden, 64) + 1):
+        blocks = ceil(hidden / units)
+        elements = ceil(outputs / blocks)
+        rows, size = (elements, gates * hidden) if backward else (gates * units, outputs)
+        groups = 1 if backward else gates
+        if tensor and rows % 16 and units < hidden:
+            continue  # rows of a tensor-core tile would be empty
+        recurrent = Product(precision, groups, rows // groups, size, columns, device.threads)
+        projection = None
+        if proj:
+            one, depth = (units, proj) if backward else (elements, hidden)
+            projection = Product(precision, 1, one, depth, columns, device.threads)
+        plan = Plan(form, backward, recurrent, projection, (hidden, outputs), blocks, "")
+        if all(p.fits and (device.warps or p.lanes == 1) for p in plan.products):
+            if plan.partial <= device.shared:
+                yield plan
+
+
+def _columns(batch: int, tensor: bool, threads: int) -> int:
+    """Rows of the batch that a block takes."""
+    if tensor:
+        return min(64, 8 * ceil(batch / 8))
+    return min(1 << (batch - 1).bit_length(), 4 if threads < 64 else 32)

@@ -1,0 +1,233 @@
+"""Every instruction that Numba has no name for, and nothing else.
+
+Each is an LLVM or inline PTX function on a GPU.  In a simulator it is the Python function beside
+it, which computes what the PTX ISA (version 8.0) says that the instruction computes.  Arrays are
+one-dimensional; an index counts elements of the array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import config, cuda
+from numba.cuda import types
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+
+if not SIMULATED:
+    from numba.cuda.extending import intrinsic
+    from numba.cuda.np.arrayobj import make_array
+
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def _instruction(stand_in: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Take the function as a Numba intrinsic, or its stand-in where kernels are simulated."""
+    return lambda function: stand_in if SIMULATED else intrinsic(function)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(make_array(array_type)(context, builder, value=array).data, [index])
+
+
+def _vector(
+    context: Any, builder: Any, sig: Any, args: Any, element: Any, count: int, align: int
+) -> list[Any]:
+    address = _address(context, builder, sig.args[0], *args)
+    pointer = ir.VectorType(element, count).as_pointer(address.type.addrspace)
+    vector = builder.load(builder.bitcast(address, pointer), align=align)
+    return [builder.extract_element(vector, ir.Constant(I32, n)) for n in range(count)]
+
+
+@cache
+def load(width: int) -> Any:
+    """The function (array, index) -> `width` consecutive elements; index is a multiple of width.
+
+    PTX ISA 9.7.9.8, ld.v2 and ld.v4.
+    """
+
+    def stand_in(array: Any, index: int) -> tuple[Any, ...]:
+        return tuple(array[index : index + width])
+
+    @_instruction(stand_in)
+    def instruction(typingctx: Any, array: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            element = context.get_value_type(array.dtype)
+            parts = _vector(context, builder, sig, args, element, width, width * array.dtype.bitwidth // 8)
+            return context.make_tuple(builder, sig.return_type, parts)
+
+        return types.UniTuple(array.dtype, width)(array, types.int64), codegen
+
+    return instruction
+
+
+def _words(array: Any, index: int) -> tuple[Any, ...]:
+    count = 16 // array.dtype.itemsize
+    return tuple(np.ascontiguousarray(array[index : index + count]).view(np.uint32))
+
+
+@_instruction(_words)
+def load_words(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen bytes as four 32-bit words; index is a multiple of 16 bytes.
+
+    PTX ISA 9.7.9.8, ld.v4.b32.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.make_tuple(builder, sig.return_type, _vector(context, builder, sig, args, I32, 4, 16))
+
+    return types.UniTuple(types.uint32, 4)(array, types.int64), codegen
+
+
+def _add(array: Any, index: int, value: int) -> None:
+    array[index] += value
+
+
+@_instruction(_add)
+def add_release(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] += value, after everything that this thread, or one that it has met at a block
+    barrier, has written.
+
+    PTX ISA 9.7.12.7, red.release.gpu; 8.8, release pattern.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = builder.ptrtoint(_address(context, builder, sig.args[0], *args[:2]), I64)
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
+        text = "red.release.gpu.global.add.u64 [$0], $1;"
+        builder.call(ir.InlineAsm(kind, text, "l,l,~{memory}", side_effect=True), [address, args[2]])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.uint64), codegen
+
+
+def _read(array: Any, index: int) -> Any:
+    return array[index]
+
+
+@_instruction(_read)
+def load_acquire(typingctx: Any, array: Any, index: Any) -> Any:
+    """array[index], before everything that this thread, or one that it meets at a block barrier,
+    reads from now on.
+
+    PTX ISA 9.7.9.8, ld.acquire.gpu; 8.8, acquire pattern.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = builder.ptrtoint(_address(context, builder, sig.args[0], *args), I64)
+        kind = ir.FunctionType(I64, [I64])
+        text = "ld.acquire.gpu.global.u64 $0, [$1];"
+        return builder.call(ir.InlineAsm(kind, text, "=l,l,~{memory}", side_effect=True), [address])
+
+    return types.uint64(array, types.int64), codegen
+
+
+def _convert(text: str, result: Any, llvm: Any, constraint: str) -> Callable[..., Any]:
+    def instruction(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = ir.FunctionType(llvm, [F32])
+            return builder.call(ir.InlineAsm(kind, text, constraint, side_effect=False), args)
+
+        return result(types.float32), codegen
+
+    return instruction
+
+
+def tf32_bits(values: Any) -> Any:
+    """float32 as TF32 bit patterns: 10 bits of mantissa, ties away from zero.
+
+    Takes NumPy and CuPy arrays and NumPy numbers.
+    """
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)) * (values == values) + (
+        values != values
+    ) * np.uint32(0x7FFFE000)
+
+
+def bfloat16_bits(values: Any) -> Any:
+    """float32 as bfloat16 bit patterns: 7 bits of mantissa, ties to even."""
+    bits = values.view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    return (rounded * (values == values) + (values != values) * np.uint32(0x7FFF)).astype(np.uint16)
+
+
+def float16_bits(values: Any) -> Any:
+    """float32 as float16 bit patterns, ties to even."""
+    return values.astype(np.float16).view(np.uint16)
+
+
+# PTX ISA 9.7.9.21, cvt
+to_tf32 = _instruction(tf32_bits)(_convert("cvt.rna.tf32.f32 $0, $1;", types.uint32, I32, "=r,f"))
+to_bfloat16 = _instruction(bfloat16_bits)(_convert("cvt.rn.bf16.f32 $0, $1;", types.uint16, I16, "=h,f"))
+to_float16 = _instruction(float16_bits)(_convert("cvt.rn.f16.f32 $0, $1;", types.uint16, I16, "=h,f"))
+
+
+def _from_tf32(words: Any) -> Any:
+    return words.view(np.float32)[..., None]
+
+
+def _from_bfloat16(words: Any) -> Any:
+    halves = words.view(np.uint16).reshape(*words.shape, 2)
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def _from_float16(words: Any) -> Any:
+    return words.view(np.float16).reshape(*words.shape, 2).astype(np.float32)
+
+
+def multiply_fragments(lanes: list[Any], unpack: Callable[[Any], Any]) -> Any:
+    """What one warp's mma.sync computes: (32, 4) results of 32 lanes' (a0..a3, b0, b1, c0..c3).
+
+    Fragments are laid out as in PTX ISA 9.7.13.4.7 (m16n8k8, .tf32) and 9.7.13.4.8 (m16n8k16, .f16
+    and .bf16): a word holds one value of TF32 or two neighbours along k.
+    """
+    lane = np.arange(32)
+    group, place = lane // 4, lane % 4
+    words = unpack(np.array([given[:6] for given in lanes], np.uint32))  # (32, 6, values a word)
+    per_word = words.shape[-1]
+    a, b = np.empty((16, 8 * per_word), np.float32), np.empty((8 * per_word, 8), np.float32)
+    c = np.empty((16, 8), np.float32)
+    for half in range(2):
+        for n in range(per_word):
+            k = (place + 4 * half) * per_word + n
+            a[group, k], a[group + 8, k] = words[:, 2 * half, n], words[:, 2 * half + 1, n]
+            b[k, group] = words[:, 4 + half, n]
+    for n in range(4):
+        c[group + 8 * (n // 2), 2 * place + n % 2] = [given[6 + n] for given in lanes]
+    d = (a.astype(np.float64) @ b.astype(np.float64) + c).astype(np.float32)
+    return np.stack([d[group + 8 * (n // 2), 2 * place + n % 2] for n in range(4)], axis=1)
+
+
+def _mma(shape: str, kind: str, unpack: Callable[[Any], Any]) -> Any:
+    text = (
+        f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+
+    def stand_in(*operands: Any) -> Any:
+        return cuda.collective(operands, lambda lanes: multiply_fragments(lanes, unpack))
+
+    @_instruction(stand_in)
+    def instruction(
+        typingctx: Any, a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.LiteralStructType([F32] * 4), [I32] * 6 + [F32] * 4)
+            call = ir.InlineAsm(kind, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", side_effect=False)
+            results = builder.call(call, args)
+            parts = [builder.extract_value(results, n) for n in range(4)]
+            return context.make_tuple(builder, sig.return_type, parts)
+
+        return types.UniTuple(types.float32, 4)(*[types.uint32] * 6, *[types.float32] * 4), codegen
+
+    return instruction
+
+
+# One warp: D[16, 8] = A[16, k] @ B[k, 8] + C, sums in float32.  PTX ISA 9.7.13.4, mma.sync
+mma_tf32 = _mma("m16n8k8", "tf32", _from_tf32)
+mma_bfloat16 = _mma("m16n8k16", "bf16", _from_bfloat16)
+mma_float16 = _mma("m16n8k16", "f16", _from_float16)

@@ -1,0 +1,132 @@
+"""The functions that a cell may use, for the scalars of a CUDA thread, and a cell's step and adjoint.
+
+float32 stays float32: Numba would compute `1.0 - x` in float64, so every constant of the generated
+code is cast.  Accuracy is that of CUDA's math library, without its fast variants.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from fusedlstm.cells import Cell
+from fusedlstm.derive import compile_source
+from fusedlstm.math import DERIVATIVES
+
+from .ptx import SIMULATED
+
+# In a simulator a scalar is NumPy's, and NumPy keeps its precision.
+_LIBRARY: Any = np if SIMULATED else math
+
+
+def device(function: Any) -> Any:
+    """A function that kernels call; always inlined, so that its arrays can live in registers."""
+    if SIMULATED:
+        return cuda.jit(device=True)(function)
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+def element(dtype: Any) -> Any:
+    """The Numba type of a NumPy type."""
+    return getattr(types, np.dtype(dtype).name)
+
+
+def functions(real: Any) -> dict[str, Any]:
+    """The functions of :mod:`fusedlstm.math` by name; `real` is np.float32 or np.float64."""
+    zero, half, one, six = real(0), real(0.5), real(1), real(6)
+    exp, log, log1p = device_library("exp"), device_library("log"), device_library("log1p")
+    sqrt, tanh = device_library("sqrt"), device_library("tanh")
+
+    def sigmoid(x: Any) -> Any:
+        return one / (one + exp(-x))
+
+    def absolute(x: Any) -> Any:
+        return abs(x)
+
+    # In each comparison below, NaN takes the way that returns it.
+
+    def relu(x: Any) -> Any:
+        return zero if x <= zero else x
+
+    def hard_sigmoid(x: Any) -> Any:
+        y = x / six + half
+        y = zero if y <= zero else y
+        return one if y >= one else y
+
+    def softplus(x: Any) -> Any:
+        return (zero if x <= zero else x) + log1p(exp(-abs(x)))
+
+    def minimum(x: Any, y: Any) -> Any:
+        return x if x <= y or x != x else y
+
+    def maximum(x: Any, y: Any) -> Any:
+        return x if x >= y or x != x else y
+
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        return x if condition else y
+
+    own = [sigmoid, absolute, relu, hard_sigmoid, softplus, minimum, maximum, where]
+    table = {function.__name__: device(function) for function in own}
+    table |= {"exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh}
+    assert table.keys() == DERIVATIVES.keys()
+    return table
+
+
+def device_library(name: str) -> Any:
+    """A function of CUDA's math library, of NumPy in a simulator."""
+    return getattr(_LIBRARY, name)
+
+
+class Update(NamedTuple):
+    """A cell's generated functions over one thread's arrays.
+
+    `values` holds, in this order, every pre-activation, every state and every learned vector,
+    whether the cell takes it or not; `new` and `seeds` hold one number a state.
+    """
+
+    step: Any  # (values, new): new states from values
+    adjoint: Any  # (values, seeds, gradients): the gradient of each of values from those of the states
+
+
+def update(cell: Cell, real: Any) -> Update:
+    """Compile the generated code of a cell for scalars of type `real`."""
+    slots = {name: n for n, name in enumerate((*cell.preactivations, *cell.states, *cell.weights))}
+    given = [f"values[u{slots[name]}]" for name in cell.arguments]
+    seeds = [f"seeds[u{n}]" for n in range(len(cell.seeds))]
+    step = [f"    new[u{n}] = result[{n}]" for n in range(len(cell.states))]
+    gradients = [f"    gradients[u{slots[name]}] = result[{n}]" for n, name in enumerate(cell.arguments)]
+    unused = [f"    gradients[u{n}] = real(0.0)" for name, n in slots.items() if name not in cell.arguments]
+    text = "\n".join(
+        [
+            "def apply_step(values, new):",
+            f"    result = step({', '.join(given)})",
+            *step,
+            "",
+            "def apply_adjoint(values, seeds, gradients):",
+            f"    result = adjoint({', '.join(given + seeds)})",
+            *gradients,
+            *unused,
+        ]
+    )
+    # unsigned: Numba guards a signed index against being negative
+    indices = {f"u{n}": np.uint32(n) for n in range(len(slots) + len(seeds))}
+    cast = ast.unparse(ast.fix_missing_locations(_CastConstants().visit(ast.parse(cell.source))))
+    full_like = device(lambda x, value: value)
+    namespace = {**functions(real), "real": real, "full_like": full_like}
+    derived = compile_source(cast, namespace, f"<CUDA cell {cell.name}>")
+    parts = {"step": device(derived.step), "adjoint": device(derived.adjoint), "real": real}
+    applied = compile_source(text, {**indices, **parts}, f"<CUDA update of {cell.name}>")
+    return Update(device(applied.apply_step), device(applied.apply_adjoint))
+
+
+class _CastConstants(ast.NodeTransformer):
+    """`1.0` becomes `real(1.0)`."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        name = ast.Name("real", ast.Load())
+        return ast.Call(name, [node], []) if isinstance(node.value, float) else node

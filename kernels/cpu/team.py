@@ -38,6 +38,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -562,7 +563,11 @@ def current() -> Team:
 
 
 def set_num_threads(threads: int) -> None:
-    """Use up to `threads` threads from now on, whatever OpenMP's own setting is."""
+    """Use up to `threads` threads from now on, whatever OpenMP's own setting is.
+
+    Where the team is borrowed from PyTorch, `torch.set_num_threads` is better: it keeps the sizes equal,
+    while GNU OpenMP starts and ends threads each time that a team of another size is asked for.
+    """
     global _requested, _team
     if isinstance(threads, bool) or not isinstance(threads, int | np.integer):
         raise TypeError(f"threads must be an integer, not {type(threads).__name__}")
@@ -657,9 +662,25 @@ def _default_threads() -> int:
         if not setting.isdecimal() or int(setting) == 0:
             raise ValueError(f"OMP_NUM_THREADS must be a positive integer, not {setting!r}")
         return min(int(setting), MOST_THREADS)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(_container_cores())))
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _container_cores() -> float:
+    """How many cores' worth of time the container may use, which the affinity does not show."""
+    try:
+        if (CGROUP / "cpu.max").exists():  # version 2
+            quota, period = (CGROUP / "cpu.max").read_text().split()
+        else:
+            quota = (CGROUP / "cpu" / "cpu.cfs_quota_us").read_text()
+            period = (CGROUP / "cpu" / "cpu.cfs_period_us").read_text()
+    except OSError:  # no control groups, or none that limits this
+        return MOST_THREADS
+    limited = quota.strip() not in ("max", "-1")
+    return int(quota) / int(period) if limited else MOST_THREADS
 
 
 def _after_fork() -> None:

@@ -137,11 +137,13 @@ def compile_ptx(
         output="ptx",
         device=False,
         abi="numba",
-        launch_bounds=plan.threads,
     )
     text = ptx if isinstance(ptx, str) else ptx.decode()
     # vector loads from shared memory need its beginning on 16 bytes
-    return re.sub(r"(\.extern \.shared) \.align \d+", r"\1 .align 16", text)
+    text = re.sub(r"(\.extern \.shared) \.align \d+", r"\1 .align 16", text)
+    # one block has all registers; Numba's launch_bounds do not reach PTX in every version
+    bounds = f".maxntid {plan.threads}, 1, 1\n.minnctapersm 1\n"
+    return re.sub(r"(\.visible \.entry [^{]*\))\s*{", rf"\1\n{bounds}{{", text)
 
 
 def _cached(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> Path:

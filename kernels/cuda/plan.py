@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from math import ceil, gcd
 from typing import Any, Literal
 
@@ -28,8 +29,11 @@ _OPERAND = {"tf32": "uint32", "bfloat16": "uint16", "float16": "uint16"}
 _ROUND = {"tf32": ptx.tf32_bits, "bfloat16": ptx.bfloat16_bits, "float16": ptx.float16_bits}
 
 ROWS = 4  # rows of a thread's tile where no tensor core is used
-HELD = 96  # registers of a thread that may hold weights
 TILES = 8  # most tensor-core tiles that one warp accumulates
+HELD = 96  # registers of a thread that may hold weights
+AHEAD = 8  # steps whose vectors are on their way at once
+FETCHED = 64  # registers of a thread for that on tensor cores
+REGISTERS = 160  # for weights, vectors and sums on tensor cores
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,9 @@ class Product:
         if not self.tensor:
             return self.tiles
         columns = self.batch // 8
-        return next(n for n in range(1, columns + 1) if columns % n == 0 and self.tiles <= n * TILES)
+        # 0 if the rows are too many for one warp
+        splits = (n for n in range(1, columns + 1) if columns % n == 0 and self.tiles <= n * TILES)
+        return next(splits, 0)
 
     @property
     def workers(self) -> int:
@@ -178,7 +184,19 @@ class Product:
 
     @property
     def fits(self) -> bool:
+        """Whether the tiles can be dealt out to the threads."""
         return 1 <= self.shares <= self.workers and (not self.tensor or self.workers % self.shares == 0)
+
+    @property
+    def ahead(self) -> int:
+        """Steps whose vectors are on their way at once."""
+        if not self.tensor:
+            fetched = AHEAD
+        else:
+            tile = self.batch // 8 // self.shares
+            free = REGISTERS - 4 * self.row_tiles * tile - self.held_weights
+            fetched = min(FETCHED, free) // (4 * tile)
+        return max(1, min(fetched, self.steps - self.held))
 
     def pack(self, xp: Any, weights: Any, blocks: int) -> Any:
         """Weights (groups, outputs, size) in the order of use, (blocks * weights,) of `operand`."""
@@ -225,16 +243,11 @@ class Plan:
     why: str
 
     @property
-    def cells(self) -> Product | None:
-        """The product whose outputs are hidden units; none in a backward pass without projection."""
-        return self.projection if self.backward else self.recurrent
-
-    @property
     def units(self) -> int:
         """Hidden units of a block."""
-        product = self.recurrent if self.projection is None else self.cells
-        assert product is not None
-        return product.units
+        if self.projection is not None and self.backward:
+            return self.projection.units
+        return self.recurrent.units
 
     @property
     def elements(self) -> int:
@@ -254,7 +267,7 @@ class Plan:
     @property
     def partial(self) -> int:
         """Bytes of the partial sums, a multiple of a vector load."""
-        size = max(product.partial for product in self.products)
+        size = max(p.partial for p in self.products)
         return 16 * ceil(size * np.dtype(self.recurrent.real).itemsize / 16)
 
     @property
@@ -314,23 +327,22 @@ def _persistent(device: Device, *sizes: Any) -> Plan | None:
 
 def _held(plan: Plan) -> Iterator[int]:
     """From no step in registers to as many as they take."""
-    product = plan.recurrent
-    for held in range(product.steps + 1):
-        if replace(product, held=held).held_weights <= HELD:
+    for held in range(plan.recurrent.steps + 1):
+        if replace(plan.recurrent, held=held).held_weights <= HELD:
             yield held
 
 
 def _stepwise(device: Device, *sizes: Any, why: str) -> Plan:
-    """The largest tiles with which every multiprocessor has a block, else the smallest."""
-    best: Plan | None = None
-    for plan in _candidates(device, "stepwise", *sizes):
-        columns = plan.grid(sizes[3])[1]
-        if best is not None and plan.blocks * columns < device.multiprocessors:
-            break
-        best = replace(plan, why=why)
-    if best is None:
+    """Tiles that put every multiprocessor to work, and of these those that read the least."""
+
+    def rating(plan: Plan) -> tuple[int, int]:
+        blocks = plan.blocks * plan.grid(sizes[3])[1]
+        return min(blocks, device.multiprocessors), -blocks * (plan.recurrent.rows + plan.recurrent.batch)
+
+    plans = list(_candidates(device, "stepwise", *sizes))
+    if not plans:
         raise ValueError(f"no tile for {sizes} on {device.name}")
-    return best
+    return replace(max(plans, key=rating), why=why)
 
 
 def _candidates(
@@ -345,9 +357,8 @@ def _candidates(
 ) -> Iterator[Plan]:
     """Plans whose tiles fit the threads, from the fewest units a block."""
     tensor = precision in TENSOR_CORES
-    columns = _columns(batch, tensor, device.threads)
     outputs = proj or hidden
-    for units in range(1, min(hidden, 64) + 1):
+    for columns, units in product(_columns(batch, tensor, device.threads), range(1, min(hidden, 64) + 1)):
         blocks = ceil(hidden / units)
         elements = ceil(outputs / blocks)
         rows, size = (elements, gates * hidden) if backward else (gates * units, outputs)
@@ -365,8 +376,10 @@ def _candidates(
                 yield plan
 
 
-def _columns(batch: int, tensor: bool, threads: int) -> int:
-    """Rows of the batch that a block takes."""
+def _columns(batch: int, tensor: bool, threads: int) -> list[int]:
+    """Rows of the batch that a block may take, from the one that reads the least a step."""
     if tensor:
-        return min(64, 8 * ceil(batch / 8))
-    return min(1 << (batch - 1).bit_length(), 4 if threads < 64 else 32)
+        whole = 8 * ceil(batch / 8)
+        return [min(whole, 64)] + ([128] if whole > 64 else [])
+    whole, most = 1 << (batch - 1).bit_length(), 4 if threads < 64 else 32
+    return [min(whole, most)] + [n for n in (64, 128) if most < n <= whole and threads >= 64]

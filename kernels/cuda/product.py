@@ -69,6 +69,8 @@ def _plain(product: Product) -> tuple[Any, Any]:
     tiles, row_tiles, parts, steps = product.tiles, product.row_tiles, product.parts, product.steps
     lanes, held_steps, tile_size = product.lanes, product.held, ROWS * product.width
     streamed, first_held = steps - held_steps, product.shared_weights
+    ahead = product.ahead
+    all_fetched = ahead * width
     number, zero = element(product.real), product.real(0)
     load_weights, load_vectors = ptx.load(ROWS), ptx.load(width)
 
@@ -83,16 +85,17 @@ def _plain(product: Product) -> tuple[Any, Any]:
                     held[U(ROWS * j + r)] = four[r]
 
     @device
-    def add(sums: Any, four: Any, vector: Any) -> None:
+    def add(sums: Any, four: Any, fetched: Any, i: Any) -> None:
         for r in range(ROWS):
             for n in range(width):
-                sums[U(r * width + n)] += four[r] * vector[n]
+                sums[U(r * width + n)] += four[r] * fetched[U(i * width + n)]
 
     @device
     def multiply(weights: Any, weights_base: Any, held: Any, vectors: Any, base: Any, partial: Any) -> None:
         part, tile = cuda.threadIdx.x // tiles, cuda.threadIdx.x % tiles
         row, column = ROWS * (tile % row_tiles), width * (tile // row_tiles)
         sums = cuda.local.array(tile_size, number)
+        fetched = cuda.local.array(all_fetched, number)
         for n in range(tile_size):
             sums[U(n)] = zero
         if part < parts:
@@ -102,9 +105,21 @@ def _plain(product: Product) -> tuple[Any, Any]:
                 for r in range(ROWS):
                     for n in range(width):
                         sums[U(r * width + n)] += held[U(ROWS * j + r)] * vector[n]
-            for j in range(streamed):
-                four = load_weights(weights, weights_base + (part * streamed + j) * rows + row)
-                add(sums, four, load_vectors(vectors, start + (held_steps + j) * batch))
+            start += held_steps * batch
+            weights_base += part * streamed * rows + row
+            for j in range(0, streamed - streamed % ahead, ahead):
+                for i in range(ahead):
+                    vector = load_vectors(vectors, start + (j + i) * batch)
+                    for n in range(width):
+                        fetched[U(i * width + n)] = vector[n]
+                for i in range(ahead):
+                    four = load_weights(weights, weights_base + (j + i) * rows)
+                    add(sums, four, fetched, i)
+            for j in range(streamed - streamed % ahead, streamed):
+                vector = load_vectors(vectors, start + j * batch)
+                for n in range(width):
+                    fetched[U(n)] = vector[n]
+                add(sums, load_weights(weights, weights_base + j * rows), fetched, 0)
         # lanes of a warp that share a tile add their sums; the number of lanes is a power of two
         distance = tiles
         while distance < tiles * lanes:
@@ -126,9 +141,10 @@ def _tensor(product: Product) -> tuple[Any, Any]:
     batch, stride, depth = product.batch, product.stride, product.depth
     row_tiles, shares, steps, held_steps = product.row_tiles, product.shares, product.steps, product.held
     column_tiles = batch // 8 // shares
-    all_sums, all_vectors = 4 * row_tiles * column_tiles, 4 * column_tiles  # of one thread
     per_word, per_tile = product.per_word, 128 * product.per_word
     streamed, first_held = steps - held_steps, product.shared_weights
+    ahead = product.ahead
+    all_sums, all_fetched = 4 * row_tiles * column_tiles, 4 * column_tiles * ahead  # of one thread
     mma, zero = _MMA[product.precision], np.float32(0)
     single, word = element(np.float32), element(np.uint32)
 
@@ -143,7 +159,7 @@ def _tensor(product: Product) -> tuple[Any, Any]:
                     held[U((2 * row_tiles * j + n) * 4 + i)] = words[i]
 
     @device
-    def add(sums: Any, m: Any, half: Any, a0: Any, a1: Any, a2: Any, a3: Any, b: Any) -> None:
+    def add(sums: Any, m: Any, half: Any, a0: Any, a1: Any, a2: Any, a3: Any, b: Any, j: Any) -> None:
         for n in range(column_tiles):
             at = 4 * (m * column_tiles + n)
             d0, d1, d2, d3 = mma(
@@ -151,8 +167,8 @@ def _tensor(product: Product) -> tuple[Any, Any]:
                 a1,
                 a2,
                 a3,
-                b[U(4 * n + 2 * half)],
-                b[U(4 * n + 2 * half + 1)],
+                b[U(4 * (j * column_tiles + n) + 2 * half)],
+                b[U(4 * (j * column_tiles + n) + 2 * half + 1)],
                 sums[U(at)],
                 sums[U(at + 1)],
                 sums[U(at + 2)],
@@ -161,11 +177,18 @@ def _tensor(product: Product) -> tuple[Any, Any]:
             sums[U(at)], sums[U(at + 1)], sums[U(at + 2)], sums[U(at + 3)] = d0, d1, d2, d3
 
     @device
-    def load_vectors(vectors: Any, start: Any, b: Any) -> None:
+    def multiply_step(sums: Any, weights: Any, base: Any, b: Any, j: Any) -> None:
+        for m in range(row_tiles):
+            for half in range(2):
+                a = ptx.load_words(weights, base + (2 * m + half) * per_tile)
+                add(sums, m, half, a[0], a[1], a[2], a[3], b, j)
+
+    @device
+    def fetch(vectors: Any, start: Any, b: Any, j: Any) -> None:
         for n in range(column_tiles):
             words = ptx.load_words(vectors, start + n * 8 * depth)
             for i in range(4):
-                b[U(4 * n + i)] = words[i]
+                b[U(4 * (j * column_tiles + n) + i)] = words[i]
 
     @device
     def multiply(weights: Any, weights_base: Any, held: Any, vectors: Any, base: Any, partial: Any) -> None:
@@ -173,24 +196,27 @@ def _tensor(product: Product) -> tuple[Any, Any]:
         share, part = warp % shares, warp // shares
         group, place = lane // 4, lane % 4
         sums = cuda.local.array(all_sums, single)
-        b = cuda.local.array(all_vectors, word)
+        b = cuda.local.array(all_fetched, word)
         for n in range(all_sums):
             sums[U(n)] = zero
         first = share * column_tiles * 8
         start = base + (first + group) * depth + (16 * part * steps + 4 * place) * per_word
+        weights_base += part * streamed * 2 * row_tiles * per_tile + 4 * per_word * lane
         for j in range(held_steps):
-            load_vectors(vectors, start + 16 * j * per_word, b)
+            fetch(vectors, start + 16 * j * per_word, b, 0)
             for m in range(row_tiles):
                 for half in range(2):
                     at = 4 * ((row_tiles * j + m) * 2 + half)
-                    add(sums, m, half, held[U(at)], held[U(at + 1)], held[U(at + 2)], held[U(at + 3)], b)
-        for j in range(streamed):
-            load_vectors(vectors, start + 16 * (held_steps + j) * per_word, b)
-            for m in range(row_tiles):
-                for half in range(2):
-                    at = ((part * streamed + j) * row_tiles + m) * 2 + half
-                    a = ptx.load_words(weights, weights_base + at * per_tile + 4 * per_word * lane)
-                    add(sums, m, half, a[0], a[1], a[2], a[3], b)
+                    add(sums, m, half, held[U(at)], held[U(at + 1)], held[U(at + 2)], held[U(at + 3)], b, 0)
+        start += 16 * held_steps * per_word
+        for j in range(0, streamed - streamed % ahead, ahead):
+            for i in range(ahead):
+                fetch(vectors, start + 16 * (j + i) * per_word, b, i)
+            for i in range(ahead):
+                multiply_step(sums, weights, weights_base + (j + i) * 2 * row_tiles * per_tile, b, i)
+        for j in range(streamed - streamed % ahead, streamed):
+            fetch(vectors, start + 16 * j * per_word, b, 0)
+            multiply_step(sums, weights, weights_base + j * 2 * row_tiles * per_tile, b, 0)
         at = (part * batch + first + 2 * place) * stride + group
         for m in range(row_tiles):
             for n in range(column_tiles):

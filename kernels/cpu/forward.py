@@ -19,14 +19,18 @@ from .memory import (
     LINE,
     Sequences,
     aligned,
+    fill_zero,
     layout,
+    note_entering,
+    note_rows,
+    note_states,
     round_up,
-    row_address,
-    starts_anew,
+    set_rows,
     tables,
     time_of,
+    zero_padding,
 )
-from .simd import load, read, read_int, splat, store, write, write_int
+from .simd import load, read, read_int, store, write_int
 from .team import barrier, fork
 from .tile import panel_product, panel_rows, rows_times_planes, share
 
@@ -60,19 +64,12 @@ def project_inputs(spec, p, rows, count, depth, packed, gates, stride):
 
 
 @register_jitable
-def enter_step(spec, step, active, here, y, sequences, memory, parts, taped, table):
+def note_step(step, active, here, y, sequences, memory, parts, taped, table):
     """Note where each row finds what enters a step, and where it puts its output."""
-    before = here - sequences.first[step] + sequences.first[step - 1] if taped and step > 0 else 0
+    note_entering(step, active, y, sequences, memory, parts, table.entering)
+    note_states(step, active, sequences, memory, parts, taped, table)
+    note_rows(y, step, step + 1, sequences, table.leaving)
     for row in range(active):
-        if starts_anew(sequences, step, row):
-            write_int(memory + parts.initial + row * parts.output_width, table.entering + row * 8)
-            write_int(memory + parts.initial_states + row * parts.width, table.states + row * 8)
-            write_int(sequences.order.size * parts.width, table.strides + row * 8)
-        else:
-            write_int(row_address(y, sequences, step - 1, row), table.entering + row * 8)
-            write_int(memory + parts.states + (before + row) * parts.width, table.states + row * 8)
-            write_int(parts.rows * parts.width, table.strides + row * 8)
-        write_int(row_address(y, sequences, step, row), table.leaving + row * 8)
         write_int(memory + parts.raw + (here + row) * parts.width, table.raw + row * 8)
 
 
@@ -128,17 +125,14 @@ def forward_work(thread, threads, sync, spec, x, y, packed, sequences, memory, p
         end = min(start + chunk, steps)
         base = sequences.first[start]
         gates = memory + parts.gates + (base * stride if taped else 0)
-        for step in range(start, end):
-            for row in range(sequences.first[step + 1] - sequences.first[step]):
-                place = table.inputs + (sequences.first[step] - base + row) * 8
-                write_int(row_address(x, sequences, step, row), place)
+        note_rows(x, start, end, sequences, table.inputs)
         for p in range(low, high):
             to = gates + p * parts.gate_rows * stride
             project_inputs(spec, p, table.inputs, sequences.first[end] - base, depth, packed, to, stride)
         for step in range(start, end):
             active = sequences.first[step + 1] - sequences.first[step]
             here = sequences.first[step] if taped else 0
-            enter_step(spec, step, active, here, y, sequences, memory, parts, taped, table)
+            note_step( step, active, here, y, sequences, memory, parts, taped, table)
             for p in range(low, high):
                 sums = gates + (p * parts.gate_rows + sequences.first[step] - base) * stride
                 step_panel(spec, p, active, here, hidden, outputs, packed, sums, memory, parts, table)
@@ -153,19 +147,13 @@ def forward_work(thread, threads, sync, spec, x, y, packed, sequences, memory, p
 
 @register_jitable
 def set_initial(spec, initial, given, sequences, memory, parts):
-    """Copy the initial states, rows in order, padded with zeros; if none are given, all are zero."""
-    for place in range(parts.initial, parts.states, spec.lanes * spec.size):
-        store(splat(spec, 0.0), memory + place)
-    if not given:
-        return
-    batch = sequences.order.size
-    for n in range(spec.states + 1):
-        start = parts.initial if n == 0 else parts.initial_states + (n - 1) * batch * parts.width
-        width = parts.output_width if n == 0 else parts.width
-        for row in range(batch):
-            to = memory + start + row * width
-            for k in range(initial[n].shape[1]):
-                write(spec, initial[n][sequences.order[row], k], to + k * spec.size)
+    """Copy the initial states, padded with zeros; if none are given, all are zero."""
+    fill_zero(spec, memory + parts.initial, memory + parts.states)
+    if given:
+        set_rows(spec, initial[0], sequences, memory + parts.initial, parts.output_width)
+        for n in range(spec.states):
+            start = memory + parts.initial_states + n * sequences.order.size * parts.width
+            set_rows(spec, initial[n + 1], sequences, start, parts.width)
 
 
 @register_jitable
@@ -181,15 +169,6 @@ def get_final(spec, y, final, sequences, memory, parts, taped):
             start = memory + parts.states + (n * parts.rows + place) * parts.width
             for k in range(final[n + 1].shape[1]):
                 final[n + 1][sequence, k] = read(spec, start + k * spec.size)
-
-
-@register_jitable
-def zero_padding(array, sequences):
-    """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
-    if sequences.first[-1] == array.shape[0] * array.shape[1]:
-        return
-    for row in range(sequences.order.size):
-        array[sequences.lengths[row] :, sequences.order[row]] = 0
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

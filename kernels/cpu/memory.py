@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numba.extending import register_jitable
 
-from .simd import address
+from .simd import address, read, splat, store, write, write_int
 from .tile import PLANES, plane_rows
 
 LINE = 64  # bytes of a cache line
@@ -61,6 +61,34 @@ def row_address(array, sequences, step, row):
     return address(array) + time * array.strides[0] + sequences.order[row] * array.strides[1]
 
 
+@register_jitable
+def note_rows(array, start, end, sequences, table):
+    """Write the row addresses of an array (T, B, ...) for some steps to a table."""
+    for step in range(start, end):
+        for row in range(sequences.first[step + 1] - sequences.first[step]):
+            write_int(row_address(array, sequences, step, row), table)
+            table += 8
+
+
+@register_jitable
+def note_entering(step, active, y, sequences, memory, parts, table):
+    """Write the addresses of the outputs that enter a step to a table."""
+    for row in range(active):
+        if starts_anew(sequences, step, row):
+            write_int(memory + parts.initial + row * parts.output_width, table + row * 8)
+        else:
+            write_int(row_address(y, sequences, step - 1, row), table + row * 8)
+
+
+@register_jitable
+def zero_padding(array, sequences):
+    """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
+    if sequences.first[-1] == array.shape[0] * array.shape[1]:
+        return
+    for row in range(sequences.order.size):
+        array[sequences.lengths[row] :, sequences.order[row]] = 0
+
+
 class Layout(NamedTuple):
     """Where the parts of the memory of a forward pass begin, in bytes, and the lengths of its rows.
 
@@ -90,7 +118,7 @@ def layout(spec, hidden, outputs, batch, rows, gate_rows):
     gates = raw + (rows * width if spec.projected else 0)
     end = gates + gate_rows * width * spec.inputs
     return Layout(
-        0, initial_states, states, raw, gates, end + LINE, width, output_width, rows, gate_rows
+        0, initial_states, states, raw, gates, end, width, output_width, rows, gate_rows
     )
 
 
@@ -116,3 +144,37 @@ def tables(spec, start, chunk_rows, batch):
     end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
     return Tables(start, entering, entering + row, entering + 2 * row, entering + 3 * row, entering + 4 * row,
                   scratch, end)
+
+
+@register_jitable
+def note_states(step, active, sequences, memory, parts, taped, table):
+    """Note where each row finds the states, beside the output, that enter a step."""
+    before = sequences.first[step - 1] if taped and step > 0 else 0
+    for row in range(active):
+        anew = starts_anew(sequences, step, row)
+        states = parts.initial_states if anew else parts.states + before * parts.width
+        write_int(memory + states + row * parts.width, table.states + row * 8)
+        write_int((sequences.order.size if anew else parts.rows) * parts.width, table.strides + row * 8)
+
+
+@register_jitable
+def set_rows(spec, source, sequences, target, width):
+    """Copy a state (B, n), rows in order, to padded rows of `width` bytes."""
+    for row in range(sequences.order.size):
+        for k in range(source.shape[1]):
+            write(spec, source[sequences.order[row], k], target + row * width + k * spec.size)
+
+
+@register_jitable
+def get_rows(spec, source, sequences, target, width):
+    """Copy padded rows of `width` bytes to a state (B, n)."""
+    for row in range(sequences.order.size):
+        for k in range(target.shape[1]):
+            target[sequences.order[row], k] = read(spec, source + row * width + k * spec.size)
+
+
+@register_jitable
+def fill_zero(spec, start, end):
+    """Zero whole vectors from one address to another."""
+    for place in range(start, end, spec.lanes * spec.size):
+        store(splat(spec, 0.0), place)

@@ -193,7 +193,7 @@ thin_outer_product = _product("outer", lambda spec: 1)
 
 def _rows(width: Callable[[Spec], int]) -> Any:
     def rows(spec: Any) -> int:
-        raise NotImplementedError
+        return int(spec.rows(width(spec)))
 
     @overload(rows, inline="always")
     def _(spec):

@@ -1,0 +1,46 @@
+"""Fixtures: the backends at hand, and buffers full of NaN."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["FUSEDLSTM_POISON"] = "1"  # the CPU engine fills its workspaces with NaN
+
+import hypothesis
+import numpy as np
+import pytest
+
+from fusedlstm import layers
+
+BACKENDS = ["reference"]
+
+hypothesis.settings.register_profile(
+    "fusedlstm",
+    deadline=None,  # the first example compiles
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("fusedlstm")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class _Poisoned:
+    """NumPy, but what is not initialised is NaN."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def empty(shape: Any, dtype: Any = float) -> np.ndarray:
+        return np.full(shape, np.nan, dtype)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers allocate for their engines to fill is full of NaN."""
+    monkeypatch.setattr(layers, "np", _Poisoned())

@@ -1,0 +1,139 @@
+"""What a layer must compute, said again in PyTorch: one sequence, one segment, one step at a time.
+
+Shares with the package the text of a cell's step and nothing else: no time loop, no adjoint (autograd
+differentiates), no schedule (sequences are cut to their lengths and at their resets before anything runs).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedlstm import Recurrent
+from fusedlstm.cells import Cell
+from fusedlstm.derive import compile_source
+
+_FUNCTIONS: dict[str, Any] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": torch.nn.functional.hardsigmoid,
+    "relu": torch.relu,
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "absolute": torch.abs,
+    "minimum": lambda x, y: torch.minimum(*torch.broadcast_tensors(*map(_tensor, (x, y)))),
+    "maximum": lambda x, y: torch.maximum(*torch.broadcast_tensors(*map(_tensor, (x, y)))),
+    "where": lambda c, x, y: torch.where(c, _tensor(x), _tensor(y)),
+    "full_like": torch.full_like,
+}
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+class Result(NamedTuple):
+    y: np.ndarray  # (T, B, D*P)
+    final: tuple[np.ndarray, ...]  # (L*D, B, P) and (L*D, B, H)
+    dx: np.ndarray
+    dinitial: tuple[np.ndarray, ...]
+    grads: dict[str, np.ndarray]
+
+
+def run(
+    layer: Recurrent,
+    x: np.ndarray,  # (T, B, I)
+    initial: tuple[np.ndarray, ...],  # (L*D, B, P) and (L*D, B, H)
+    dy: np.ndarray,  # (T, B, D*P)
+    dfinal: tuple[np.ndarray, ...],
+    lengths: np.ndarray | None = None,  # (B,)
+    reset: np.ndarray | None = None,  # (T, B)
+    masks: list[np.ndarray] | None = None,  # (T, B, D*P) for each layer but the last
+) -> Result:
+    """Outputs and gradients of a layer in float64, whatever the precision of the layer."""
+    weights = {name: _leaf(array) for name, array in layer.state_dict().items()}
+    x0, initial0 = _leaf(x), tuple(_leaf(part) for part in initial)
+    steps, batch, _ = x.shape
+    ends = np.full(batch, steps) if lengths is None else lengths
+    marks = np.zeros((steps, batch), bool) if reset is None else reset
+    directions = 2 if layer.bidirectional else 1
+    values, finals = x0, []
+    for level in range(layer.num_layers):
+        outputs = []
+        for d in range(directions):
+            suffix = f"_l{level}" + ("_reverse" if d else "")
+            own = {name.removesuffix(suffix): w for name, w in weights.items() if name.endswith(suffix)}
+            start = tuple(part[level * directions + d] for part in initial0)
+            y, end = _direction(layer.cell, own, values, start, ends, marks, d == 1)
+            outputs.append(y)
+            finals.append(end)
+        values = torch.cat(outputs, -1)
+        if masks and level < layer.num_layers - 1:
+            values = values * torch.tensor(masks[level])
+    final = tuple(torch.stack(parts) for parts in zip(*finals))
+    loss = (values * _leaf(dy)).sum() + sum((f * _leaf(d)).sum() for f, d in zip(final, dfinal))
+    loss.backward()
+    return Result(
+        _numpy(values),
+        tuple(map(_numpy, final)),
+        _gradient(x0),
+        tuple(map(_gradient, initial0)),
+        {name: _gradient(w) for name, w in weights.items()},
+    )
+
+
+def _direction(
+    cell: Cell,
+    weights: dict[str, Tensor],
+    x: Tensor,  # (T, B, I)
+    initial: tuple[Tensor, ...],  # (B, size) each
+    ends: np.ndarray,
+    marks: np.ndarray,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    step = compile_source(cell.source, _FUNCTIONS, cell.name).step
+    rows, finals = [], []
+    for b in range(x.shape[1]):
+        y = [torch.zeros_like(initial[0][b])] * x.shape[0]
+        cuts = [0, *(t for t in range(1, ends[b]) if marks[t, b]), int(ends[b])]
+        segments = [range(start, end) for start, end in pairwise(cuts)]
+        for segment in reversed(segments) if reverse else segments:
+            states = [part[b] for part in initial]
+            for t in reversed(segment) if reverse else segment:
+                states = _step(cell, step, weights, x[t, b], states)
+                y[t] = states[0]
+        rows.append(torch.stack(y))
+        finals.append(states)
+    return torch.stack(rows, 1), tuple(torch.stack(parts) for parts in zip(*finals))
+
+
+def _step(cell: Cell, step: Any, weights: dict[str, Tensor], x: Tensor, states: list[Tensor]) -> list[Tensor]:
+    from_x, from_h = weights["weight_ih"] @ x, weights["weight_hh"] @ states[0]
+    if "bias_ih" in weights:
+        from_x, from_h = from_x + weights["bias_ih"], from_h + weights["bias_hh"]
+    count = len(cell.gates)
+    given = dict(zip(cell.states, states)) | {name: weights[name] for name in cell.weights}
+    for gate, a, b in zip(cell.gates, from_x.chunk(count), from_h.chunk(count)):
+        given |= {f"{gate}_x": a, f"{gate}_h": b, gate: a + b}
+    new = list(step(*(given[name] for name in cell.arguments)))
+    if "weight_hr" in weights:
+        new[0] = weights["weight_hr"] @ new[0]
+    return new
+
+
+def _leaf(array: np.ndarray) -> Tensor:
+    return torch.tensor(np.asarray(array, np.float64), requires_grad=True)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
+def _gradient(tensor: Tensor) -> np.ndarray:
+    return np.zeros(tensor.shape) if tensor.grad is None else tensor.grad.numpy()

@@ -1,0 +1,238 @@
+"""What @cell accepts and refuses, and what a cell says of itself."""
+
+from __future__ import annotations
+
+import math as python_math
+from typing import Any
+
+import numpy as np
+import pytest
+from checks import BUILT_IN, five_gates, name, one_gate, own_peephole, three_states
+
+from fusedlstm import cell, cells
+from fusedlstm.cells import Cell, CellError
+from fusedlstm.math import maximum, sigmoid, tanh, where
+
+FUNCTIONS = "absolute, exp, hard_sigmoid, log, maximum, minimum, relu, sigmoid, softplus, sqrt, tanh, where"
+
+
+def define(function: Any, gates: Any = ("a",), states: Any = ("h",), **options: Any) -> Cell:
+    return cell(gates, states, **options)(function)
+
+
+# --- The built-in cells, against the formulas of their sources --------------------------------------------
+
+
+def values(cell: Cell) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1)
+    return {name: generator.normal(size=7) for name in cell.arguments}
+
+
+def s(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def test_lstm() -> None:
+    v = values(cells.lstm)
+    c = s(v["f"]) * v["c"] + s(v["i"]) * np.tanh(v["g"])
+    assert np.allclose(cells.lstm.numpy.step(**v), [s(v["o"]) * np.tanh(c), c], rtol=1e-14)
+
+
+def test_peephole_lstm() -> None:
+    v = values(cells.peephole_lstm)
+    i, f = s(v["i"] + v["p_i"] * v["c"]), s(v["f"] + v["p_f"] * v["c"])
+    c = f * v["c"] + i * np.tanh(v["g"])
+    h = s(v["o"] + v["p_o"] * c) * np.tanh(c)
+    assert np.allclose(cells.peephole_lstm.numpy.step(**v), [h, c], rtol=1e-14)
+
+
+def test_coupled_lstm() -> None:
+    v = values(cells.coupled_lstm)
+    c = s(v["f"]) * v["c"] + (1 - s(v["f"])) * np.tanh(v["g"])
+    assert np.allclose(cells.coupled_lstm.numpy.step(**v), [s(v["o"]) * np.tanh(c), c], rtol=1e-14)
+
+
+def test_gru() -> None:
+    v = values(cells.gru)
+    r, z = s(v["r"]), s(v["z"])
+    n = np.tanh(v["n_x"] + r * v["n_h"])
+    assert np.allclose(cells.gru.numpy.step(**v), [(1 - z) * n + z * v["h"]], rtol=1e-13)
+
+
+def test_rnn() -> None:
+    a = np.linspace(-2, 2, 9)
+    assert np.array_equal(cells.rnn_tanh.numpy.step(a), [np.tanh(a)])
+    assert np.array_equal(cells.rnn_relu.numpy.step(a), [np.maximum(a, 0)])
+
+
+# --- What a cell says of itself ---------------------------------------------------------------------------
+
+
+def test_preactivations_of_split_gates_stand_at_the_ends() -> None:
+    assert five_gates.preactivations == ("p_x", "t_x", "q", "r", "s", "p_h", "t_h")
+    assert five_gates.input_gates == ("p", "t", "q", "r", "s")
+    assert five_gates.recurrent_gates == ("q", "r", "s", "p", "t")
+    assert five_gates.plain == ("q", "r", "s")
+
+
+def test_arguments_are_those_in_use_in_a_fixed_order() -> None:
+    assert three_states.arguments == ("b_x", "a", "b_h", "s", "m", "w")
+    assert three_states.constants == {"keep": 0.9}
+    assert cells.lstm.arguments == ("i", "f", "g", "o", "c")
+
+
+def test_reads_output() -> None:
+    assert cells.gru.reads_output
+    assert one_gate.reads_output
+    assert not cells.lstm.reads_output
+    assert not three_states.reads_output
+
+
+def test_key_is_of_the_mathematics() -> None:
+    def clipped(a: Any, *, clip: float = 1.0) -> Any:
+        return where(a > clip, clip, a)
+
+    def renamed(a: Any, *, limit: float = 1.0) -> Any:
+        high = a > limit
+        return where(high, limit, a)
+
+    renamed.__name__ = "clipped"
+    key = define(clipped).key
+    assert key.startswith("clipped_")
+    assert define(renamed).key == key
+
+    def other(a: Any, *, clip: float = 2.0) -> Any:
+        return where(a > clip, clip, a)
+
+    other.__name__ = "clipped"
+    assert define(other).key != key
+    assert own_peephole.key != cells.peephole_lstm.key  # the name is part of it
+
+
+@pytest.mark.parametrize("cell", BUILT_IN, ids=name)
+def test_built_in_cells_are_described(cell: Cell) -> None:
+    assert len(cell.__doc__ or "") > 20
+    assert repr(cell) == f"<fusedlstm cell {cell.name}: gates {cell.gates}, states {cell.states}>"
+
+
+def test_arithmetic_that_is_accepted() -> None:
+    def everything(a: Any, h: Any) -> Any:
+        b = +a - -h + 2 / (1 + abs(a)) - 1 + np.float32(0.5) * h**3 - (2 - a) / 4
+        return where((a <= h) | ~(b >= 0) & (a != 0), b, a**2)
+
+    a, h = np.array([0.3, -2.0, 1.0]), np.array([0.1, 0.5, 1.5])
+    b = a + h + 2 / (1 + abs(a)) - 1 + 0.5 * h**3 - (2 - a) / 4
+    expected = np.where((a <= h) | (b < 0) & (a != 0), b, a**2)
+    assert np.allclose(define(everything).numpy.step(a, h), [expected], rtol=1e-14)
+
+
+# --- What is refused, where it is defined -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda a: sin(a), rf"name 'sin' is not defined.*functions of fusedlstm.math: {FUNCTIONS}"),  # type: ignore[name-defined]  # noqa: F821
+        (lambda a: np.tanh(a), rf"does not support ufuncs.*functions of fusedlstm.math: {FUNCTIONS}"),
+        (lambda a: python_math.tanh(a), rf"plain numbers.*functions of fusedlstm.math: {FUNCTIONS}"),
+        (lambda a: float(a), "plain numbers"),
+        (lambda a: a.tanh(), rf"no attribute 'tanh'.*functions of fusedlstm.math: {FUNCTIONS}"),
+        (lambda a: a if a > 0 else 0, r"branches on a value.*use where\(condition, x, y\)"),
+        (lambda a: min(a, 1), "branches on a value.*minimum"),
+        (lambda a: where(a > 0 and a < 1, a, 0), "branches on a value.*&"),
+        (lambda a: where(0 < a < 1, a, 0), "branches on a value.*chained comparison"),
+        (lambda a: a[0], "not subscriptable"),
+        (lambda a: sum(a), "not iterable"),
+        (lambda a: a % 2, "unsupported operand"),
+        (lambda a: a**-1, r"\*\* takes the constants 1 to 16 and 0.5 here, got -1"),
+        (lambda a: a**a, r"\*\* takes the constants"),
+        (lambda a: a * 1j, "applied to 1j; use arguments, constants and numbers"),
+        (lambda a: a * "x", "applied to 'x'"),
+        (lambda a: a + np.ones(3), "only 0-dimensional arrays|only length-1 arrays"),
+        (lambda a: a / 0, "divides by zero"),
+        (lambda a: 1 / 0, "division by zero"),
+        (lambda a: a * float("nan"), "nan is used as a number"),
+        (lambda a: maximum(a, float("-inf")), "-inf is used as a number"),
+        (lambda a: (a > 0) * a, r"comparison is used as a number in \*; write where"),
+        (lambda a: tanh(a > 0), r"comparison is used as a number in tanh\(\)"),
+        (lambda a: where(a > 0, a > 1, 1), r"comparison is used as a number in where\(\)"),
+        (lambda a: a > 0, "comparison is used as a number in result 1"),
+        (lambda a: where(a, a, 1), "first argument of where.* must be a comparison"),
+        (lambda a: where(~a, a, 1), "combine comparisons only"),
+        (lambda a: where((a > 0) & a, a, 1), "combine comparisons only"),
+        (lambda a: tanh(a, a), r"tanh\(\) takes 1 argument\(s\), got 2"),
+        (lambda a: None, "result of <lambda> is applied to None"),
+        (lambda a: {"a": a}, "result of <lambda>"),
+    ],
+)
+def test_mathematics_that_cannot_become_a_kernel(function: Any, message: str) -> None:
+    with pytest.raises(CellError, match=message):
+        define(function)
+
+
+def two_results(a: Any) -> Any:
+    return a, a
+
+
+def no_default(a: Any, *, k: float) -> Any:
+    return a * k
+
+
+def text_default(a: Any, *, k: str = "x") -> Any:
+    return a
+
+
+def positional_default(a: Any, k: float = 3) -> Any:
+    return a * k
+
+
+def stars(*a: Any) -> Any:
+    return a
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (two_results, {}, r"returns 2 value\(s\) but declares 1 state\(s\): return h, in this order"),
+        (lambda a: a, {"states": ("h", "c")}, r"returns 1 value\(s\) but declares 2 .*return h, c"),
+        (lambda b: b, {}, "the argument 'b' is none of a, h"),
+        (lambda h: h, {}, "gate argument 'a' is declared but not taken"),
+        (lambda a: a, {"weights": ("w",)}, "learned vector 'w' is declared but not taken"),
+        (no_default, {}, "the constant 'k' needs a number as its default"),
+        (text_default, {}, "the constant 'k' needs a number as its default, got 'x'"),
+        (positional_default, {}, r"'k' is none of a, h. Constants go behind a \*"),
+        (stars, {}, "'a' is none of"),
+        (lambda a: a, {"split": ("a",)}, "gate 'a' is split: take a_x and a_h"),
+        (lambda a_x: a_x, {"split": ("a",)}, "'a_h' is declared but not taken"),
+        (lambda a: a, {"split": ("b",)}, r"split names 'b', which is not a gate; the gates are \('a',\)"),
+        (lambda a: a, {"gates": "a"}, r"gates must be a tuple of names, got the text 'a'; write \('a',\)"),
+        (lambda h: h, {"gates": ()}, "gates must name at least one"),
+        (lambda a: (), {"states": ()}, "states must name at least one"),
+        (lambda a: a, {"gates": ("1a",)}, "'1a' is not a name"),
+        (lambda a: a, {"gates": ("if",)}, "'if' is not a name"),
+        (lambda a: a, {"gates": (1,)}, "1 is not a name"),
+        (lambda a: a, {"gates": ("a", "a")}, "'a' is used twice"),
+        (lambda a: a, {"states": ("a",)}, "'a' is used twice"),
+        (lambda dh: dh, {"gates": ("dh",)}, "'dh' is used twice"),
+        (lambda tanh: tanh, {"gates": ("tanh",)}, "'tanh' is reserved"),
+        (lambda v1: v1, {"gates": ("v1",)}, "'v1' is reserved"),
+        (lambda a, weight_ih: a, {"weights": ("weight_ih",)}, "'weight_ih' is reserved"),
+        (lambda a, bias_hh: a, {"weights": ("bias_hh",)}, "'bias_hh' is reserved"),
+    ],
+)
+def test_declarations_that_do_not_fit(function: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CellError, match=message):
+        define(function, **options)
+
+
+def test_a_cell_error_is_a_type_error() -> None:
+    assert issubclass(CellError, TypeError)
+
+
+def test_definition_in_the_readme_is_the_built_in_lstm() -> None:
+    @cell(gates=("i", "f", "g", "o"), states=("h", "c"))
+    def lstm(i: Any, f: Any, g: Any, o: Any, c: Any) -> Any:
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        return sigmoid(o) * tanh(c), c
+
+    assert lstm.key == cells.lstm.key

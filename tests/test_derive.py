@@ -1,0 +1,162 @@
+"""Derived steps and adjoints: against SymPy, against finite differences, and as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+from checks import ALL, name
+
+from fusedlstm import cell
+from fusedlstm.cells import Cell, lstm
+from fusedlstm.derive import CellError, Graph, compile_source, differentiate
+from fusedlstm.math import exp, log, relu, sqrt, tanh, where
+
+
+class Greater(sympy.Function):  # type: ignore[misc]
+    """x > y, without SymPy's search for an answer."""
+
+    nargs = 2
+
+
+class Select(sympy.Function):  # type: ignore[misc]
+    """x where the condition holds, else y: SymPy's Piecewise without its search for simplifications."""
+
+    nargs = 3
+
+    def _eval_derivative(self, symbol: sympy.Symbol) -> sympy.Expr:
+        condition, x, y = self.args
+        return Select(condition, x.diff(symbol), y.diff(symbol))
+
+
+SYMPY: dict[str, Any] = {
+    "tanh": sympy.tanh,
+    "sigmoid": lambda x: 1 / (1 + sympy.exp(-x)),
+    "hard_sigmoid": lambda x: Select(Greater(x, -3), Select(Greater(3, x), x / 6 + 0.5, 1), 0),
+    "relu": lambda x: Select(Greater(x, 0), x, 0),
+    "softplus": lambda x: sympy.log(1 + sympy.exp(x)),
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "sqrt": sympy.sqrt,
+    "absolute": lambda x: Select(Greater(x, 0), x, -x),
+    "minimum": lambda x, y: Select(Greater(y, x), x, y),
+    "maximum": lambda x, y: Select(Greater(x, y), x, y),
+    "where": Select,
+    "full_like": lambda like, value: sympy.Float(value),
+}
+
+
+def points(cell: Cell, count: int = 40) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(len(cell.arguments))
+    return {name: generator.normal(0, 1.5, count) for name in (*cell.arguments, *cell.seeds)}
+
+
+def inputs(cell: Cell, values: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [values[name] for name in cell.arguments]
+
+
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_step_is_the_function(cell: Cell) -> None:
+    values = points(cell)
+    given = {name: values[name] for name in cell.arguments}
+    results = cell.function(**given, **cell.constants)
+    results = results if isinstance(results, tuple) else (results,)
+    for derived, result in zip(cell.numpy.step(**given), results):
+        assert derived == pytest.approx(np.broadcast_to(result, derived.shape), rel=1e-14, abs=1e-14)
+
+
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_adjoint_is_what_sympy_derives(cell: Cell) -> None:
+    values = points(cell)
+    symbols = {name: sympy.Symbol(name, real=True) for name in values}
+    with sympy.evaluate(False):  # or it ponders on every comparison
+        step = compile_source(cell.source, SYMPY, cell.name).step
+        results = step(*(symbols[name] for name in cell.arguments))
+        loss = sum(symbols[seed] * result for seed, result in zip(cell.seeds, results))
+    adjoint = cell.numpy.adjoint(**values)
+    modules = [{"Select": np.where, "Greater": np.greater}, "numpy"]
+    for argument, gradient in zip(cell.arguments, adjoint):
+        derivative = sympy.lambdify(list(symbols.values()), sympy.diff(loss, symbols[argument]), modules)
+        expected = np.broadcast_to(derivative(*values.values()), gradient.shape)
+        assert gradient == pytest.approx(expected, rel=1e-11, abs=1e-11), argument
+
+
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_adjoint_is_what_finite_differences_give(cell: Cell) -> None:
+    values = points(cell)
+
+    def loss(argument: str, shift: float) -> np.ndarray:
+        moved = values | {argument: values[argument] + shift}
+        return sum(values[s] * r for s, r in zip(cell.seeds, cell.numpy.step(*inputs(cell, moved))))
+
+    h = 1e-5
+    for argument, gradient in zip(cell.arguments, cell.numpy.adjoint(**values)):
+        slope = (loss(argument, h) - loss(argument, -h)) / (2 * h)
+        assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-7), argument
+
+
+def test_source_is_readable_and_short() -> None:
+    step, adjoint = lstm.source.split("def ")[1:]
+    assert step.startswith("step(i, f, g, o, c):\n    v0 = sigmoid(f)\n    v1 = v0 * c\n")
+    assert adjoint.startswith("adjoint(i, f, g, o, c, dh, dc):")
+    for function in ("sigmoid", "tanh"):  # not computed again for the gradient
+        assert adjoint.count(function) == step.count(function)
+
+
+def test_equal_expressions_are_computed_once() -> None:
+    @cell(gates=("a", "b"))
+    def twice(a: Any, b: Any) -> Any:
+        return tanh(a + b) * tanh(a + b)
+
+    assert twice.source.split("def ")[1].count("tanh") == 1
+
+
+def test_constants_are_folded_and_neutral_elements_dropped() -> None:
+    @cell(gates=("a",))
+    def plain(a: Any, *, scale: float = 0.5) -> Any:
+        return (0.0 + a * 1) / 1 - 0 + 0 * tanh(a) + (2 * scale - 1) * a
+
+    assert "return (a,)" in plain.source
+
+
+@pytest.mark.parametrize(
+    ("function", "at"),
+    [
+        (lambda a: where(a > 0, sqrt(a), 0.0), -2.0),  # NaN behind the condition
+        (lambda a: where(a > 0, log(a), 0.0), 0.0),  # infinity
+        (lambda a: relu(a) * exp(a), -1000.0),
+    ],
+)
+def test_a_masked_gradient_is_zero(function: Any, at: float) -> None:
+    masked = cell(gates=("a",))(function)
+    with np.errstate(all="ignore"):
+        (gradient,) = masked.numpy.adjoint(np.array([at]), np.array([3.0]))
+    assert gradient == 0
+
+
+def test_powers() -> None:
+    graph = Graph()
+    a = graph.symbol("a")
+    for exponent in range(1, 17):
+        (slope,) = differentiate([a**exponent], [graph.constant(1.0)], [a])
+        assert _value(a**exponent, 1.1) == pytest.approx(1.1**exponent)
+        assert _value(slope, 1.1) == pytest.approx(exponent * 1.1 ** (exponent - 1))
+    assert _value(a**0.5, 4.0) == 2
+
+
+def _value(expression: Any, a: float) -> float:
+    """Evaluate the graph, which the text of a cell does otherwise."""
+    from fusedlstm import math
+    from fusedlstm.derive import source
+
+    functions = {name: getattr(math, name) for name in math.DERIVATIVES} | {"full_like": np.full_like}
+    (result,) = compile_source(source("f", ["a"], [expression]), functions, "f").f(np.array([a]))
+    return float(result[0])
+
+
+def test_a_value_of_another_cell_is_refused() -> None:
+    stray = Graph().symbol("stray")
+    with pytest.raises(CellError, match="another cell"):
+        cell(gates=("a",))(lambda a: a + stray)

@@ -1,0 +1,71 @@
+"""Which engine runs, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from fusedlstm import LSTM, dispatch
+from fusedlstm.kernels.reference import Reference
+
+HOST = np.zeros((2, 1, 3), np.float32)
+
+
+class Device:
+    """An array on a GPU, as far as the choice of an engine goes."""
+
+    __cuda_array_interface__: ClassVar[dict[str, Any]] = {}
+
+
+def test_auto_follows_the_array() -> None:
+    assert dispatch.backend_for("auto", HOST) == "cpu"
+    assert dispatch.backend_for("auto", Device()) == "cuda"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_arrays_on_a_gpu_are_refused_by_other_backends(backend: str) -> None:
+    assert dispatch.backend_for(backend, HOST) == backend
+    with pytest.raises(TypeError, match=f"backend '{backend}' takes NumPy arrays, got a CuPy array"):
+        dispatch.backend_for(backend, Device())
+
+
+def test_cuda_takes_numpy_arrays_in_the_simulator_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    with pytest.raises(TypeError, match="backend 'cuda' takes CuPy arrays, got a NumPy array"):
+        dispatch.backend_for("cuda", HOST)
+    with pytest.raises(TypeError, match="takes CuPy arrays"):
+        LSTM(3, 4, backend="cuda")(HOST)
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    assert dispatch.backend_for("cuda", HOST) == "cuda"
+
+
+def test_an_engine_is_made_once() -> None:
+    engine = dispatch.engine("reference", HOST)
+    assert isinstance(engine, Reference)
+    assert dispatch.engine("reference", HOST) is engine
+
+
+def test_an_engine_that_cannot_be_imported_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._ENGINES, "cuda", ("fusedlstm.no_such_engine", "CUDA"))
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    with pytest.raises(ImportError, match=r"'cuda' cannot be loaded: No module.*pip install 'fusedlstm\["):
+        dispatch.engine("cuda", Device())
+
+
+def test_importing_the_package_imports_numpy_only() -> None:
+    heavy = ("numba", "llvmlite", "safetensors", "tqdm", "sympy", "torch", "cupy")
+    code = f"import fusedlstm, sys; assert not set({heavy}) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_offers_what_it_says() -> None:
+    import fusedlstm
+
+    for name in fusedlstm.__all__:
+        assert getattr(fusedlstm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = fusedlstm.missing

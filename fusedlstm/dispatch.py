@@ -96,10 +96,11 @@ def engine(backend: str, x: Any = None) -> Engine:
         RuntimeError: if it needs a GPU that is not there.
     """
     name = backend_for(backend, x)
-    if name not in _loaded:
-        module, engine_class = _ENGINES[name]
-        try:
-            _loaded[name] = cast(Engine, getattr(importlib.import_module(module), engine_class)())
-        except ImportError as error:
-            raise ImportError(f"backend {name!r} cannot be loaded: {error}{_HINTS.get(name, '')}") from error
-    return _loaded[name]
+    if name in _loaded:
+        return _loaded[name]
+    module, engine_class = _ENGINES[name]
+    try:
+        made = cast(Engine, getattr(importlib.import_module(module), engine_class)())
+    except ImportError as error:
+        raise ImportError(f"backend {name!r} cannot be loaded: {error}{_HINTS.get(name, '')}") from error
+    return _loaded.setdefault(name, made)  # of two threads, the first

@@ -147,6 +147,8 @@ class Recurrent:
             ),
         )
         settings["_shapes"] = self._parameter_shapes()
+        if seed is not None:
+            seed = _size("seed", seed, minimum=0)
         for_weights, for_dropout = np.random.SeedSequence(seed).spawn(2)
         settings["_key"] = tuple(np.uint64(word) for word in for_dropout.generate_state(2))
         settings["_draws"] = count()
@@ -635,6 +637,10 @@ class RNN(Recurrent):
             seed=seed,
         )
 
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text if self.nonlinearity == "tanh" else f"{text[:-1]}, nonlinearity={self.nonlinearity!r})"
+
     @property
     def nonlinearity(self) -> str:
         """ "tanh" or "relu"."""
@@ -676,12 +682,15 @@ def load(
     arrays, settings = storage.read(path)
     try:
         kind, name, key = (settings.pop(entry) for entry in ("layer", "cell", "key"))
-        chosen = _saved_cell(path, name, key, cell)
-        layer: Recurrent = object.__new__({"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent))
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: its settings lack {error}") from error
+    chosen = _saved_cell(path, name, key, cell)
+    layer: Recurrent = object.__new__({"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent))
+    try:
         Recurrent.__init__(layer, chosen, **settings, backend=backend, seed=seed)
         layer.load_state_dict(arrays)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
     return layer
 
 
@@ -789,7 +798,7 @@ def _probability(name: str, value: Any) -> float:
 
 def _dtype(value: Any) -> np.dtype[Any]:
     for dtype in (np.dtype("float32"), np.dtype("float64")):
-        if value == dtype:
+        if value is not None and value == dtype:  # NumPy takes None for float64
             return dtype
     raise ValueError(f"dtype must be 'float32' or 'float64', got {value!r}")
 

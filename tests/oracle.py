@@ -20,7 +20,7 @@ from fusedlstm.derive import compile_source
 _FUNCTIONS: dict[str, Any] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "hard_sigmoid": torch.nn.functional.hardsigmoid,
+    "hard_sigmoid": lambda x: torch.clamp(x / 6 + 0.5, 0, 1),
     "relu": torch.relu,
     "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "exp": torch.exp,

@@ -1,0 +1,715 @@
+"""Layers on every backend: against PyTorch, against the oracle over all options, and bad input."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from checks import ALL, BUILT_IN, assert_close, five_gates, name, three_states
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fusedlstm
+from fusedlstm import GRU, LSTM, RNN, Recurrent, cells
+from fusedlstm.cells import Cell
+from fusedlstm.kernels.random import dropout_mask
+
+DTYPES = ["float32", "float64"]
+BACKWARD = 10  # rounding errors of a gradient, in units of those of the outputs
+
+
+def as_tuple(state: Any) -> tuple[Any, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def as_state(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+# --- Against PyTorch --------------------------------------------------------------------------------------
+
+PAIRS: list[tuple[type[Recurrent], type[torch.nn.RNNBase], dict[str, Any]]] = [
+    (LSTM, torch.nn.LSTM, {}),
+    (LSTM, torch.nn.LSTM, {"proj_size": 2}),
+    (GRU, torch.nn.GRU, {}),
+    (RNN, torch.nn.RNN, {}),
+    (RNN, torch.nn.RNN, {"nonlinearity": "relu"}),
+]
+SIZES = [(1, 1, 1, 3), (7, 13, 1, 17), (6, 7, 5, 33)]  # T, B, I, H
+STACKS: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 3, "bidirectional": True},
+    {"num_layers": 2, "bias": False, "batch_first": True},
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids="T{0[0]}-B{0[1]}-I{0[2]}-H{0[3]}".format)
+@pytest.mark.parametrize("stack", STACKS, ids=["one", "stacked", "batch-first"])
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_layer_is_pytorch_with_its_weights(
+    backend: str,
+    ours: type[Recurrent],
+    theirs: type[torch.nn.RNNBase],
+    options: dict[str, Any],
+    stack: dict[str, Any],
+    size: tuple[int, int, int, int],
+) -> None:
+    steps, batch, inputs, hidden = size
+    torch.manual_seed(1)
+    module = theirs(inputs, hidden, **options, **stack, dtype=torch.float64)
+    layer: Any = ours(inputs, hidden, **options, **stack, dtype="float64", backend=backend)
+    layer.load_state_dict(module.state_dict())
+    shape = (batch, steps, inputs) if module.batch_first else (steps, batch, inputs)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y, final = module(x)
+    dy, dfinal = torch.randn_like(y), [torch.randn_like(part) for part in as_tuple(final)]
+    ((y * dy).sum() + sum((f * d).sum() for f, d in zip(as_tuple(final), dfinal))).backward()
+
+    our_y, our_final, tape = layer.forward(x.detach().numpy(), training=True)
+    dx, _, grads = tape.backward(dy.numpy(), as_state([d.numpy() for d in dfinal]))
+    assert_close(our_y, y.detach(), steps, "y", factor=3)
+    for a, b in zip(as_tuple(our_final), as_tuple(final)):
+        assert_close(a, b.detach(), steps, "final", factor=3)
+    assert_close(dx, x.grad, steps, "dx", BACKWARD)
+    assert list(grads) == list(module.state_dict()) == list(layer.state_dict())
+    for key, parameter in module.named_parameters():
+        assert_close(grads[key], parameter.grad, steps, key, BACKWARD)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_parameters_are_named_shaped_and_drawn_as_in_pytorch(
+    ours: type[Recurrent], theirs: type[torch.nn.RNNBase], options: dict[str, Any]
+) -> None:
+    stack = {"num_layers": 2, "bidirectional": True}
+    module = theirs(30, 40, **options, **stack)
+    layer: Any = ours(30, 40, **options, **stack, seed=1)
+    theirs_by_name = module.state_dict()
+    assert list(layer.state_dict()) == list(theirs_by_name)
+    bound = 40**-0.5
+    for key, array in layer.state_dict().items():
+        assert array.shape == tuple(theirs_by_name[key].shape)
+        assert array.dtype == np.float32
+        assert np.abs(array).max() <= bound
+        # standard deviation of the uniform distribution, within five of its own
+        assert abs(array.std() / (bound / np.sqrt(3)) - 1) < 5 / np.sqrt(array.size)
+
+
+# --- Against the oracle, over the whole option space ------------------------------------------------------
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    cell = draw(st.sampled_from(ALL))
+    hidden = draw(st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33]))
+    proj = 0 if cell.reads_output or hidden == 1 else draw(st.sampled_from([0, 0, hidden - 1, 1]))
+    dropout = draw(st.sampled_from([0.0, 0.0, 0.3]))
+    return {
+        "options": {
+            "cell": cell,
+            "input_size": draw(st.sampled_from([1, 2, 3, 7, 19])),
+            "hidden_size": hidden,
+            "num_layers": 2 if dropout else draw(st.integers(1, 3)),
+            "bias": draw(st.booleans()),
+            "batch_first": draw(st.booleans()),
+            "dropout": dropout,
+            "bidirectional": draw(st.booleans()),
+            "proj_size": proj,
+            "dtype": draw(st.sampled_from(DTYPES)),
+        },
+        "steps": draw(st.integers(1, 9)),
+        "batch": draw(st.sampled_from([None, 1, 2, 4, 7, 13])),  # None: one sequence without the axis
+        "lengths": draw(st.booleans()),
+        "reset": draw(st.booleans()),
+        "state": draw(st.booleans()),
+        "dstate": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+@settings(max_examples=120)
+@given(problem=problems())
+def test_every_option_is_the_oracle(backend: str, problem: dict[str, Any]) -> None:
+    check_against_oracle(backend, **problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (5, 7, 1, 33), (3, 13, 4, 17)], ids=str)
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_every_cell_is_the_oracle(
+    backend: str, cell: Cell, size: tuple[int, int, int, int], dtype: str
+) -> None:
+    steps, batch, inputs, hidden = size
+    options = {
+        "cell": cell,
+        "input_size": inputs,
+        "hidden_size": hidden,
+        "num_layers": 2,
+        "bidirectional": True,
+        "dtype": dtype,
+    }
+    check_against_oracle(backend, options, steps, batch, lengths=True, reset=True)
+
+
+def check_against_oracle(
+    backend: str,
+    options: dict[str, Any],
+    steps: int,
+    batch: int | None,
+    lengths: bool = False,
+    reset: bool = False,
+    state: bool = True,
+    dstate: bool = True,
+    seed: int = 1,
+) -> None:
+    generator = np.random.default_rng(seed)
+    layer = Recurrent(**options, backend=backend, seed=seed)
+    rows, dtype = batch or 1, layer.dtype
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(dtype)
+
+    count = layer.num_layers * layer._directions
+    x, dy = normal(steps, rows, layer.input_size), normal(steps, rows, layer._width)
+    zeros = [np.zeros((count, rows, size), dtype) for size in layer._sizes]
+    initial = [normal(*part.shape) for part in zeros] if state else zeros
+    dfinal = [normal(*part.shape) for part in zeros] if dstate else zeros
+    ends = generator.integers(1, steps + 1, rows) if lengths and batch else None
+    marks = generator.random((steps, rows)) < 0.25 if reset else None
+
+    def given(array: Any) -> Any:
+        """As the layer takes an array (T, B, ...)."""
+        if array is None or batch is None:
+            return None if array is None else array[:, 0]
+        return array.swapaxes(0, 1) if layer.batch_first else array
+
+    def given_state(parts: list[Any], present: bool) -> Any:
+        return as_state([part if batch else part[:, 0] for part in parts]) if present else None
+
+    y, final, tape = layer.forward(
+        given(x), given_state(initial, state), ends, given(marks), training=True, draw=5
+    )
+    assert tape is not None
+    dx, dinitial, grads = tape.backward(given(dy), given_state(dfinal, dstate))
+    masks = [
+        dropout_mask((steps, rows, layer._width), layer.dropout, layer._key, 5, n, np.float64)
+        for n in range(layer.num_layers - 1)
+    ]
+    expected = oracle.run(layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks)
+
+    depth = steps * layer.num_layers
+    assert_close(y, given(expected.y), depth, "y", factor=3)
+    assert_close(dx, given(expected.dx), depth, "dx", BACKWARD)
+    for n, part in enumerate(as_tuple(final)):
+        assert_close(part, given_state([expected.final[n]], True), depth, f"final {n}", factor=3)
+    for n, part in enumerate(as_tuple(dinitial)):
+        assert_close(part, given_state([expected.dinitial[n]], True), depth, f"dinitial {n}", BACKWARD)
+    assert list(grads) == list(layer.state_dict())
+    for key, value in expected.grads.items():
+        assert_close(grads[key], value, depth, key, BACKWARD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", BUILT_IN, ids=name)
+def test_long_sequences(backend: str, cell: Cell, dtype: str) -> None:
+    """More steps than any chunk of time that an engine may cut."""
+    options = {"cell": cell, "input_size": 3, "hidden_size": 9, "dtype": dtype}
+    check_against_oracle(backend, options, steps=150, batch=2, lengths=True, reset=True)
+
+
+# --- Inference, training, the tape ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, three_states], ids=name)
+def test_inference_gives_what_training_gives(backend: str, cell: Cell) -> None:
+    layer = Recurrent(cell, 3, 5, 2, bidirectional=True, backend=backend, seed=1)
+    x = np.random.default_rng(1).normal(size=(6, 4, 3)).astype(np.float32)
+    lengths = [3, 6, 1, 4]
+    y, final = layer(x, lengths=lengths)
+    trained_y, trained_final, tape = layer.forward(x, lengths=lengths, training=True)
+    assert tape is not None
+    assert layer.forward(x)[2] is None
+    for a, b in zip((y, *as_tuple(final)), (trained_y, *as_tuple(trained_final))):
+        assert_close(a, b, 6)
+
+
+def test_state_is_carried_over(backend: str) -> None:
+    """Two halves, the second with the state of the first, are the whole; so are single steps."""
+    layer = LSTM(3, 5, 2, backend=backend, dtype="float64", seed=1)
+    x = np.random.default_rng(1).normal(size=(6, 2, 3))
+    y, (h, c) = layer(x)
+    state, pieces = None, []
+    for piece in (x[:2], x[2:3], x[3:4], x[4:]):
+        part, state = layer(piece, state)
+        pieces.append(part)
+    assert state is not None
+    assert_close(np.concatenate(pieces), y, 6)
+    assert_close(state[0], h, 6)
+    assert_close(state[1], c, 6)
+
+
+def test_a_tape_may_be_used_again(backend: str) -> None:
+    layer = GRU(3, 5, 2, dropout=0.5, bidirectional=True, backend=backend, seed=1)
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(4, 2, 3)).astype(np.float32)
+    y, _, tape = layer.forward(x, training=True)
+    assert tape is not None
+    dy = generator.normal(size=y.shape).astype(np.float32)
+    first, _, grads = tape.backward(dy)
+    layer.weight_hh_l0 = np.zeros((15, 5), np.float32)  # the tape keeps the weights of its pass
+    again, _, grads_again = tape.backward(dy)
+    assert np.array_equal(first, again)
+    assert all(np.array_equal(grads[key], grads_again[key]) for key in grads)
+
+
+def test_gradients_add_up(backend: str) -> None:
+    """Backward is linear: dy and dstate together, and either alone; None is zero."""
+    layer = LSTM(2, 3, backend=backend, dtype="float64", seed=1)
+    generator = np.random.default_rng(1)
+    y, (h, c), tape = layer.forward(generator.normal(size=(4, 2, 2)), training=True)
+    assert tape is not None
+    dy, dstate = generator.normal(size=y.shape), (generator.normal(size=h.shape), np.zeros_like(c))
+    both, first, second = tape.backward(dy, dstate), tape.backward(dy), tape.backward(None, dstate)
+    assert_close(both[0], first[0] + second[0], 4, factor=3)
+    for key in both[2]:
+        assert_close(both[2][key], first[2][key] + second[2][key], 4, factor=3)
+
+
+def test_results_do_not_share_memory_with_arguments(backend: str) -> None:
+    layer = GRU(3, 3, backend=backend, seed=1)
+    x, h = np.ones((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
+    y, final, tape = layer.forward(x, h, training=True)
+    assert tape is not None
+    dy, dh = np.ones_like(y), np.ones_like(h)
+    dx, dinitial, _ = tape.backward(dy, dh)
+    arrays = [x, h, y, final, dy, dh, dx, dinitial]
+    for a, b in itertools.combinations(arrays, 2):
+        assert not np.shares_memory(a, b)
+    assert all((array == 1).all() for array in (x, h, dy, dh))
+
+
+# --- Dropout ----------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_between_layers_and_in_training_only(backend: str) -> None:
+    x = np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32)
+    with_dropout = LSTM(3, 8, 2, dropout=0.5, backend=backend, seed=1)
+    without = LSTM(3, 8, 2, backend=backend, seed=1)
+    assert np.array_equal(with_dropout(x)[0], without(x)[0])
+    y, (h, _), tape = with_dropout.forward(x, training=True)
+    assert tape is not None
+    assert not np.array_equal(y, without(x)[0])
+    assert (y != 0).all()  # the last layer is not dropped
+    assert np.array_equal(h[0], without(x)[1][0][0])  # nor is the state
+
+
+def test_dropout_draws_anew_and_can_be_repeated(backend: str) -> None:
+    x = np.ones((5, 4, 3), np.float32)
+    layer = GRU(3, 8, 3, dropout=0.5, backend=backend, seed=1)
+    passes = [layer.forward(x, training=True) for _ in range(3)]
+    assert [tape.draw for _, _, tape in passes if tape] == [0, 1, 2]
+    assert len({y.tobytes() for y, _, _ in passes}) == 3
+    assert np.array_equal(layer.forward(x, training=True, draw=1)[0], passes[1][0])
+    again, other = (GRU(3, 8, 3, dropout=0.5, backend=backend, seed=seed) for seed in (1, 2))
+    other.load_state_dict(layer.state_dict())
+    assert np.array_equal(again.forward(x, training=True)[0], passes[0][0])
+    assert not np.array_equal(other.forward(x, training=True, draw=0)[0], passes[0][0])
+
+
+def test_dropout_of_everything(backend: str) -> None:
+    layer = RNN(3, 4, 2, bias=False, dropout=1.0, backend=backend, seed=1)
+    y, _, tape = layer.forward(np.ones((2, 2, 3), np.float32), training=True)
+    assert tape is not None
+    assert (y == 0).all()
+    assert (tape.backward(np.ones_like(y))[0] == 0).all()
+
+
+def test_dropout_after_a_single_layer_is_pointed_out() -> None:
+    with pytest.warns(UserWarning, match="dropout is applied after every layer but the last"):
+        LSTM(3, 4, dropout=0.5)
+
+
+# --- Values that are not numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.rnn_relu, five_gates], ids=name)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy says that there are NaNs
+def test_nan_and_infinity_stay_in_their_row(backend: str, cell: Cell, bad: float) -> None:
+    layer = Recurrent(cell, 3, 17, bidirectional=True, backend=backend, seed=1)
+    x = np.random.default_rng(1).normal(size=(5, 7, 3)).astype(np.float32)
+    spoilt = x.copy()
+    spoilt[2, 4, 1] = bad
+    others = np.arange(7) != 4
+    y, final, tape = layer.forward(x, training=True)
+    spoilt_y, spoilt_final, spoilt_tape = layer.forward(spoilt, training=True)
+    assert tape is not None
+    assert spoilt_tape is not None
+    assert np.array_equal(y[:, others], spoilt_y[:, others])
+    for a, b in zip(as_tuple(final), as_tuple(spoilt_final)):
+        assert np.array_equal(a[:, others], b[:, others])
+    dx, _, _ = tape.backward(np.ones_like(y))
+    spoilt_dx, _, _ = spoilt_tape.backward(np.ones_like(y))
+    assert np.array_equal(dx[:, others], spoilt_dx[:, others])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("ours", "theirs"), [(LSTM, torch.nn.LSTM), (GRU, torch.nn.GRU)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_and_infinity_come_out_as_in_pytorch(
+    backend: str, ours: type[Recurrent], theirs: type[torch.nn.RNNBase], bad: float
+) -> None:
+    module, layer = theirs(2, 5), ours(2, 5, backend=backend)  # type: ignore[call-arg, arg-type]
+    layer.load_state_dict(module.state_dict())
+    x = np.ones((4, 1, 2), np.float32)
+    x[1, 0, 0] = bad
+    y = module(torch.tensor(x))[0].detach().numpy()
+    assert np.allclose(layer(x)[0], y, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_padding_is_neither_read_nor_left_as_it_was(backend: str) -> None:
+    """NaN past the end of a sequence reaches nothing; outputs and gradients there are zero."""
+    layer = LSTM(3, 5, 2, bidirectional=True, proj_size=2, backend=backend, seed=1)
+    generator = np.random.default_rng(1)
+    lengths = np.array([2, 6, 1, 5])
+    past = np.arange(6)[:, None] >= lengths
+    x, dy = (generator.normal(size=(6, 4, size)).astype(np.float32) for size in (3, 4))
+    x[past], dy[past] = np.nan, np.nan
+    y, final, tape = layer.forward(x, lengths=lengths, training=True)
+    assert tape is not None
+    dx, dinitial, grads = tape.backward(dy)
+    assert (y[past] == 0).all()
+    assert (dx[past] == 0).all()
+    for array in (y, *final, dx, *dinitial, *grads.values(), layer(x, lengths=lengths)[0]):
+        assert np.isfinite(array).all()
+
+
+# --- Arrays of every kind ---------------------------------------------------------------------------------
+
+
+def awkward(array: np.ndarray) -> list[np.ndarray]:
+    """The same numbers, held otherwise."""
+    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    wide[..., ::2] = array
+    part = np.full((*array.shape[:-1], array.shape[-1] + 3), np.nan, array.dtype)
+    part[..., 1:-2] = array
+    raw = np.empty(array.nbytes + 1, np.uint8)
+    unaligned = raw[1:].view(array.dtype).reshape(array.shape)
+    unaligned[...] = array
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    return [
+        wide[..., ::2],
+        part[..., 1:-2],
+        np.ascontiguousarray(array[::-1])[::-1],
+        np.asfortranarray(array),
+        array.astype(array.dtype.newbyteorder(">")),
+        unaligned,
+        frozen,
+        array.view(np.memmap),
+    ]
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "one"])
+@pytest.mark.parametrize("kind", range(8))
+def test_arrays_of_every_layout_give_the_same(backend: str, kind: int, batched: bool) -> None:
+    layer = LSTM(3, 5, backend=backend, dtype="float64", seed=1)
+    generator = np.random.default_rng(1)
+    axes = (2,) if batched else ()
+    x, h, c, dy, dh, dc = (
+        generator.normal(size=(first, *axes, last))
+        for first, last in [(4, 3), (1, 5), (1, 5), (4, 5), (1, 5), (1, 5)]
+    )
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        x, h, c, dy, dh, dc = arrays
+        y, final, tape = layer.forward(x, (h, c), training=True)
+        assert tape is not None
+        dx, dinitial, grads = tape.backward(dy, (dh, dc))
+        return [y, *final, dx, *dinitial, *grads.values()]
+
+    plain = (x, h, c, dy, dh, dc)
+    for ours, expected in zip(run(*(awkward(array)[kind] for array in plain)), run(*plain)):
+        assert np.array_equal(ours, expected)
+        assert type(ours) is np.ndarray
+
+
+def test_state_may_be_a_list_and_lengths_and_reset_anything_like_an_array(backend: str) -> None:
+    layer = LSTM(3, 5, backend=backend, seed=1)
+    x, h = np.ones((4, 2, 3), np.float32), np.ones((1, 2, 5), np.float32)
+    reset = [[False, False], [True, False], [False, True], [False, False]]
+    expected = layer(x, (h, h), np.array([4, 2], np.uint8), np.array(reset))[0]
+    assert np.array_equal(layer(x, [h, h], (4, 2), reset)[0], expected)
+    assert np.array_equal(layer(x, [h, h], torch.tensor([4, 2]), reset)[0], expected)
+
+
+# --- Bad input --------------------------------------------------------------------------------------------
+
+X, H = np.zeros((4, 2, 3), np.float32), np.zeros((1, 2, 5), np.float32)
+
+
+class FakeTensor:
+    shape, dtype = (4, 2, 3), np.dtype("float32")
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (np.zeros(3, np.float32), ValueError, r"x must have the shape \(T, B, 3\) or \(T, 3\).* got \(3,\)"),
+        (np.float32(1), TypeError, "x must be a NumPy or CuPy array, got float32"),
+        (np.array(1, np.float32), ValueError, r"got \(\)"),
+        (np.zeros((1, 4, 2, 3), np.float32), ValueError, r"got \(1, 4, 2, 3\)"),
+        (np.zeros((4, 2, 4), np.float32), ValueError, r"got \(4, 2, 4\)"),
+        (np.zeros((0, 2, 3), np.float32), ValueError, r"got \(0, 2, 3\)"),
+        (np.zeros((4, 0, 3), np.float32), ValueError, r"got \(4, 0, 3\)"),
+        (np.zeros((0, 3), np.float32), ValueError, r"got \(0, 3\)"),
+        (
+            X.astype(np.int64),
+            TypeError,
+            r"got int64; convert it with .astype\('float32'\)$",
+        ),
+        (X.astype(bool), TypeError, "x must be float32, got bool"),
+        (X.astype(str), TypeError, "x must be float32, got <U"),
+        (X.astype(complex), TypeError, "x must be float32, got complex128"),
+        (X.astype(object), TypeError, "x must be float32, got object"),
+        (X.astype(np.float16), TypeError, "x must be float32, got float16"),
+        (X.astype(np.float64), TypeError, r"got float64; convert .* or build the layer with dtype='float64'"),
+        (X.tolist(), TypeError, "x must be a NumPy or CuPy array, got list"),
+        (None, TypeError, "x must be a NumPy or CuPy array, got NoneType"),
+        (FakeTensor(), TypeError, "x must be a NumPy or CuPy array, got FakeTensor"),
+        (torch.zeros(4, 2, 3), TypeError, "x must be a NumPy or CuPy array, got Tensor"),
+        (np.ma.masked_array(X), TypeError, "x must be a NumPy or CuPy array, got MaskedArray"),
+    ],
+)
+def test_bad_x(backend: str, x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LSTM(3, 5, backend=backend)(x)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (H, TypeError, r"state must be a tuple \(h, c\), got an array \(1, 2, 5\)"),
+        ((H,), ValueError, r"state must be a tuple \(h, c\), got 1 entries"),
+        ((H, H, H), ValueError, "got 3 entries"),
+        ((H, None), TypeError, "c in state must be a NumPy or CuPy array, got NoneType"),
+        (
+            (H, H[0]),
+            ValueError,
+            r"c in state must be \(layers \* directions, batch, size\) = \(1, ",
+        ),
+        ((H[:, :1], H), ValueError, r"h in state .* got \(1, 1, 5\)"),
+        ((H, np.zeros((1, 2, 6), np.float32)), ValueError, r"c in state .* got \(1, 2, 6\)"),
+        ((np.zeros((2, 2, 5), np.float32), H), ValueError, r"h in state .* got \(2, 2, 5\)"),
+        ((H.astype(float), H), TypeError, "h in state must be float32, got float64"),
+        ((H, H.astype(int)), TypeError, "c in state must be float32, got int64"),
+    ],
+)
+def test_bad_state(backend: str, state: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LSTM(3, 5, backend=backend)(X, state)
+    tape = LSTM(3, 5, backend=backend).forward(X, training=True)[2]
+    assert tape is not None
+    with pytest.raises(error, match=message.replace("state", "dstate")):
+        tape.backward(None, state)
+
+
+def test_bad_single_state(backend: str) -> None:
+    layer = GRU(3, 5, backend=backend)
+    with pytest.raises(TypeError, match="state must be a NumPy or CuPy array, got tuple"):
+        layer(X, (H,))
+    with pytest.raises(ValueError, match=r"state must be \(layers \* directions, size\) = \(1, 5\), got"):
+        layer(X[:, 0], H)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([4, 5], ValueError, "lengths must be from 1 to 4, got 4 to 5"),
+        ([0, 4], ValueError, "lengths must be from 1 to 4, got 0 to 4"),
+        ([-1, 4], ValueError, "got -1 to 4"),
+        ([4], ValueError, r"lengths must have the shape \(2,\), one for each sequence, got \(1,\)"),
+        ([[4, 4]], ValueError, r"got \(1, 2\)"),
+        (4, ValueError, r"got \(\)"),
+        ([4.0, 2.0], TypeError, "lengths must be integers, got float64"),
+        ([True, True], TypeError, "lengths must be integers, got bool"),
+        (["4", "2"], TypeError, "lengths must be integers, got <U1"),
+        (np.array([2**63, 1], np.uint64), ValueError, "lengths must be from 1 to 4"),
+    ],
+)
+def test_bad_lengths(backend: str, lengths: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LSTM(3, 5, backend=backend)(X, lengths=lengths)
+
+
+def test_lengths_of_one_sequence_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="lengths needs an input with a batch axis"):
+        LSTM(3, 5, backend=backend)(X[:, 0], lengths=[3])
+
+
+@pytest.mark.parametrize(
+    ("reset", "error", "message"),
+    [
+        (np.zeros((2, 4), bool), ValueError, r"reset must have the shape \(4, 2\).* got \(2, 4\)"),
+        (np.zeros((4, 2, 3), bool), ValueError, r"got \(4, 2, 3\)"),
+        (np.zeros((4, 2), int), TypeError, "reset must be booleans, got int64"),
+        (np.zeros((4, 2), np.float32), TypeError, "reset must be booleans, got float32"),
+    ],
+)
+def test_bad_reset(backend: str, reset: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LSTM(3, 5, backend=backend)(X, reset=reset)
+
+
+def test_reset_has_the_axes_of_x(backend: str) -> None:
+    layer = LSTM(3, 5, batch_first=True, backend=backend)
+    with pytest.raises(ValueError, match=r"reset must have the shape \(4, 2\)"):
+        layer(X, reset=np.zeros((2, 4), bool))
+    with pytest.raises(ValueError, match=r"reset must have the shape \(4,\)"):
+        layer(X[:, 0], reset=np.zeros((4, 1), bool))
+    with pytest.raises(ValueError, match=r"x must have the shape \(B, T, 3\)"):
+        layer(np.zeros((2, 2, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("dy", "error", "message"),
+    [
+        (
+            np.zeros((4, 2, 4), np.float32),
+            ValueError,
+            r"dy must have the shape of the output \(4, 2",
+        ),
+        (np.zeros((4, 5), np.float32), ValueError, r"got \(4, 5\)"),
+        (np.zeros((4, 2, 5)), TypeError, "dy must be float32, got float64"),
+        ("dy", TypeError, "dy must be a NumPy or CuPy array, got str"),
+    ],
+)
+def test_bad_dy(backend: str, dy: Any, error: type[Exception], message: str) -> None:
+    tape = LSTM(3, 5, backend=backend).forward(X, training=True)[2]
+    assert tape is not None
+    with pytest.raises(error, match=message):
+        tape.backward(dy)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
+        ({"hidden_size": -1}, ValueError, "hidden_size must be at least 1, got -1"),
+        ({"hidden_size": 5.0}, TypeError, "hidden_size must be an integer, got 5.0"),
+        ({"num_layers": 0}, ValueError, "num_layers must be at least 1"),
+        ({"bias": 1}, TypeError, "bias must be True or False, got 1"),
+        ({"batch_first": "yes"}, TypeError, "batch_first must be True or False"),
+        ({"bidirectional": None}, TypeError, "bidirectional must be True or False"),
+        ({"dropout": 1.5}, ValueError, "dropout must be between 0 and 1, got 1.5"),
+        ({"dropout": np.nan}, ValueError, "dropout must be between 0 and 1, got nan"),
+        ({"dropout": "0.5"}, TypeError, "dropout must be a number"),
+        ({"proj_size": 5}, ValueError, "proj_size must be smaller than hidden_size 5, got 5"),
+        ({"proj_size": -1}, ValueError, "proj_size must be at least 0"),
+        ({"dtype": "float16"}, ValueError, "dtype must be 'float32' or 'float64', got 'float16'"),
+        ({"dtype": "nonsense"}, ValueError, "dtype must be 'float32' or 'float64', got 'nonsense'"),
+        ({"dtype": None}, ValueError, "dtype must be 'float32' or 'float64', got None"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, cuda, reference, got 'gpu'"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": "one"}, TypeError, "seed must be an integer, got 'one'"),
+    ],
+)
+def test_bad_settings(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LSTM(**{"input_size": 3, "hidden_size": 5, **options})
+
+
+def test_bad_cells() -> None:
+    with pytest.raises(TypeError, match=r"cell must be made with @fusedlstm\.cell, got <function"):
+        Recurrent(lambda a: a, 3, 5)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="proj_size needs a cell that does not read its own output; gru"):
+        Recurrent(cells.gru, 3, 5, proj_size=2)
+    with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'sine'"):
+        RNN(3, 5, nonlinearity="sine")
+
+
+# --- Weights as attributes --------------------------------------------------------------------------------
+
+
+def test_a_replaced_weight_takes_effect(backend: str) -> None:
+    layer = LSTM(3, 5, 2, bidirectional=True, backend=backend, seed=1)
+    before = layer(X)[0]
+    array = np.full((20, 5), 0.25)
+    layer.weight_hh_l1_reverse = array
+    array[:] = 9  # the layer has a copy
+    assert (layer.weight_hh_l1_reverse == 0.25).all()
+    assert layer.weight_hh_l1_reverse.dtype == np.float32
+    after = layer(X)[0]
+    assert np.array_equal(after[..., :5], before[..., :5])
+    assert not np.array_equal(after[..., 5:], before[..., 5:])
+    fresh = LSTM(3, 5, 2, bidirectional=True, backend=backend, seed=2)
+    fresh.load_state_dict(layer.state_dict())
+    assert np.array_equal(fresh(X)[0], after)
+
+
+def test_weights_cannot_be_written_in_place() -> None:
+    layer = Recurrent(three_states, 3, 5)
+    for array in layer.state_dict().values():
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        layer.w_l0 *= 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("weight_hh_l0", np.zeros((5, 20)), ValueError, r"weight_hh_l0 must have the shape \(20, 5\), got"),
+        ("weight_hh_l0", np.zeros((20, 5), int), TypeError, "floating-point numbers, got int64"),
+        ("weight_hh_l0", "text", TypeError, "floating-point numbers, got <U4"),
+        ("weight_hh_l1", np.zeros((20, 5)), AttributeError, "no parameter 'weight_hh_l1'.*weight_hh_l0"),
+        ("hidden_size", 7, AttributeError, "settings are fixed when it is built"),
+    ],
+)
+def test_assignments_that_are_refused(key: str, value: Any, error: type[Exception], message: str) -> None:
+    layer = LSTM(3, 5, seed=1)
+    before = layer.state_dict()
+    with pytest.raises(error, match=message):
+        setattr(layer, key, value)
+    with pytest.raises(AttributeError, match="cannot be deleted"):
+        del layer.weight_hh_l0
+    assert all(before[name] is array for name, array in layer.state_dict().items())
+
+
+def test_same_seed_same_weights_in_either_precision() -> None:
+    layers = [LSTM(3, 5, seed=seed, dtype=dtype) for seed in (1, 1, 2) for dtype in DTYPES]
+    first, double, again, _, other, _ = (layer.weight_ih_l0 for layer in layers)  # type: ignore[attr-defined]
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, double.astype(np.float32))
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(LSTM(3, 5).state_dict()["bias_ih_l0"], LSTM(3, 5).state_dict()["bias_ih_l0"])
+
+
+# --- Text -------------------------------------------------------------------------------------------------
+
+
+def test_repr_is_how_to_build_it() -> None:
+    assert repr(LSTM(3, 5)) == "LSTM(3, 5)"
+    layer = GRU(3, 5, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, dtype="float64")
+    text = "GRU(3, 5, num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, "
+    assert repr(layer) == text + "dtype='float64')"
+    assert repr(RNN(3, 5, nonlinearity="relu")) == "RNN(3, 5, nonlinearity='relu')"
+    assert repr(Recurrent(three_states, 3, 5, proj_size=2)) == "Recurrent(three_states, 3, 5, proj_size=2)"
+    assert repr(eval(repr(layer))) == repr(layer)
+
+
+def test_explain_says_what_runs_and_why(backend: str) -> None:
+    layer = LSTM(3, 5, 2, bidirectional=True, backend=backend)
+    explanation = fusedlstm.explain(layer, X)
+    assert list(explanation.places) == ["layer 0", "layer 0, reverse", "layer 1", "layer 1, reverse"]
+    assert all("kernel" in says for says in explanation.places.values())
+    lines = str(explanation).splitlines()
+    assert lines[0] == f"{layer!r} on x (4, 2, 3) float32, forward"
+    assert lines[1] == f"  backend: {backend}, since the layer has backend='{backend}'"
+    assert repr(explanation) == str(explanation)
+    assert "forward and backward" in str(fusedlstm.explain(layer, X, training=True))
+    with pytest.raises(TypeError, match="x must be float32"):
+        fusedlstm.explain(layer, X.astype(float))

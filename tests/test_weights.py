@@ -1,0 +1,267 @@
+"""Names, shapes and gate orders of weights; state_dict; files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from checks import BUILT_IN, OWN, name, own_peephole, three_states
+
+import fusedlstm
+from fusedlstm import GRU, LSTM, RNN, Recurrent, cells, weights
+from fusedlstm.cells import Cell, cell
+from fusedlstm.math import tanh
+from fusedlstm.weights import Weights
+
+# --- Names and shapes -------------------------------------------------------------------------------------
+
+
+def test_names_are_those_of_pytorch() -> None:
+    assert weights.names(cells.lstm, 1, reverse=True, bias=True, projected=True) == Weights(
+        "weight_ih_l1_reverse",
+        "weight_hh_l1_reverse",
+        "bias_ih_l1_reverse",
+        "bias_hh_l1_reverse",
+        "weight_hr_l1_reverse",
+    )
+    plain = weights.names(cells.peephole_lstm, 0, reverse=False, bias=False, projected=False)
+    assert plain == Weights("weight_ih_l0", "weight_hh_l0", vectors=("p_i_l0", "p_f_l0", "p_o_l0"))
+
+
+def test_shapes() -> None:
+    assert weights.shapes(cells.peephole_lstm, 3, 5, True, 2) == Weights(
+        (20, 3), (20, 2), (20,), (20,), (2, 5), ((5,), (5,), (5,))
+    )
+    assert weights.shapes(cells.gru, 3, 5, False, 0) == Weights((15, 3), (15, 5))
+
+
+def test_flatten_and_fill_agree() -> None:
+    entries = weights.names(three_states, 0, reverse=False, bias=True, projected=False)
+    upper = weights.fill(entries, str.upper)
+    assert upper.hr is None
+    assert weights.flatten(upper) == [entry.upper() for entry in weights.flatten(entries)]
+    assert weights.flatten(entries)[-1] == "w_l0"
+
+
+@pytest.mark.parametrize("framework", weights.GATE_ORDERS)
+def test_gate_orders_are_permutations_of_ours(framework: str) -> None:
+    for built_in in (cells.lstm, cells.gru):
+        assert sorted(weights.GATE_ORDERS[framework][built_in.name]) == sorted(built_in.gates)
+        assert weights.GATE_ORDERS["torch"][built_in.name] == built_in.gates
+
+
+# --- state_dict -------------------------------------------------------------------------------------------
+
+
+def test_state_dict_of_pytorch_goes_in_and_comes_out() -> None:
+    module = torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2)
+    layer = LSTM(3, 5, 2, bidirectional=True, proj_size=2)
+    layer.load_state_dict(module.state_dict())
+    for key, array in layer.state_dict().items():
+        assert np.array_equal(array, module.state_dict()[key].numpy())
+        assert getattr(layer, key) is array
+    module.load_state_dict({key: torch.tensor(array) for key, array in layer.state_dict().items()})
+
+
+def test_entries_that_do_not_fit_are_named_and_nothing_is_loaded() -> None:
+    layer = GRU(3, 5, seed=1)
+    before, good = layer.state_dict(), GRU(3, 5, seed=2).state_dict()
+
+    def refused(entries: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            layer.load_state_dict(entries)
+        assert all(before[name] is array for name, array in layer.state_dict().items())
+
+    some = {key: array for key, array in good.items() if key.startswith("bias")}
+    refused(some, ValueError, r"GRU\(3, 5\): weight_ih_l0 is missing; weight_hh_l0 is missing$")
+    refused(good | {"weight_hr_l0": 1.0}, ValueError, "weight_hr_l0 is unexpected$")
+    refused({**some, "x": 1}, ValueError, "weight_ih_l0 is missing.*; x is unexpected")
+    misshapen = good | {"bias_hh_l0": np.zeros(16)}
+    refused(misshapen, ValueError, r"bias_hh_l0 must have the shape \(15,\), got \(16,\)")
+    refused(good | {"weight_hh_l0": good["weight_hh_l0"].T}, ValueError, r"got \(5, 15\)")
+    refused(good | {"bias_hh_l0": np.zeros(15, int)}, TypeError, "bias_hh_l0 must be .* got int64")
+    refused(good | {"bias_hh_l0": None}, TypeError, "bias_hh_l0 must be .* got object")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_entries_are_copied_and_converted(dtype: str) -> None:
+    layer = LSTM(3, 5, dtype=dtype)
+    entries = {key: array.astype(">f8") for key, array in LSTM(3, 5, seed=2).state_dict().items()}
+    layer.load_state_dict(entries)
+    expected = entries["bias_ih_l0"].copy()
+    entries["bias_ih_l0"][:] = 0
+    loaded = layer.state_dict()["bias_ih_l0"]
+    assert np.array_equal(loaded, expected)
+    assert loaded.dtype == np.dtype(dtype)
+    assert loaded.dtype.isnative
+    assert not loaded.flags.writeable
+
+
+# --- Files ------------------------------------------------------------------------------------------------
+
+LAYERS: list[Recurrent] = [
+    LSTM(3, 5),
+    LSTM(3, 5, 2, bias=False, batch_first=True, bidirectional=True, proj_size=2, dtype="float64"),
+    GRU(3, 5, 2, dropout=0.25),
+    RNN(3, 5, nonlinearity="relu"),
+    *(Recurrent(built_in, 2, 3) for built_in in BUILT_IN),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_a_saved_layer_comes_back(layer: Recurrent, tmp_path: Path) -> None:
+    layer.save(tmp_path / "m.safetensors")
+    loaded = fusedlstm.load(tmp_path / "m.safetensors", backend="reference")
+    assert type(loaded) is type(layer)
+    assert repr(loaded).replace(", backend='reference'", "") == repr(layer)
+    assert loaded.cell is layer.cell
+    assert loaded.state_dict().keys() == layer.state_dict().keys()
+    for key, array in loaded.state_dict().items():
+        assert np.array_equal(array, layer.state_dict()[key])
+        assert array.dtype == layer.dtype
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]  # no temporary file
+
+
+@pytest.mark.parametrize("own", OWN, ids=name)
+def test_a_layer_with_a_cell_of_ones_own_comes_back(own: Cell, tmp_path: Path) -> None:
+    layer, path = Recurrent(own, 2, 3, bidirectional=True), str(tmp_path / "m.safetensors")
+    layer.save(path)
+    loaded = fusedlstm.load(path, cell=own)
+    assert loaded.cell is own
+    assert all(np.array_equal(array, layer.state_dict()[key]) for key, array in loaded.state_dict().items())
+    with pytest.raises(ValueError, match=rf"cell of your own, {own.name}: pass it, load\(path, cell="):
+        fusedlstm.load(path)
+
+
+def test_another_cell_is_refused(tmp_path: Path) -> None:
+    @cell(gates=("u",))
+    def one_gate(u: Any, h: Any) -> Any:
+        return 0.5 * h + 0.5 * tanh(u)
+
+    @cell(gates=("i", "f", "g", "o"), states=("h", "c"))
+    def lstm(i: Any, f: Any, g: Any, o: Any, c: Any) -> Any:
+        return tanh(i + o + f), c + g
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    LSTM(2, 3).save(ours)
+    Recurrent(OWN[0], 2, 3).save(theirs)
+    with pytest.raises(ValueError, match="saved with another cell than one_gate: the names or the math"):
+        fusedlstm.load(theirs, cell=one_gate)
+    with pytest.raises(ValueError, match=r"saved with fusedlstm.cells.lstm, not with the cell <fused"):
+        fusedlstm.load(ours, cell=own_peephole)
+    assert fusedlstm.load(ours, cell=cells.lstm).cell is cells.lstm
+    Recurrent(lstm, 2, 3).save(ours)  # named as a built-in cell, but not one
+    with pytest.raises(ValueError, match="cell of your own, lstm"):
+        fusedlstm.load(ours)
+    assert fusedlstm.load(ours, cell=lstm).cell is lstm
+
+
+def test_others_can_read_the_file(tmp_path: Path) -> None:
+    LSTM(2, 3, seed=1).save(tmp_path / "m.safetensors")
+    arrays = safetensors.numpy.load_file(tmp_path / "m.safetensors")
+    assert sorted(arrays) == ["bias_hh_l0", "bias_ih_l0", "weight_hh_l0", "weight_ih_l0"]
+    header = _header(tmp_path / "m.safetensors")
+    settings = json.loads(header["__metadata__"]["fusedlstm"])
+    assert settings["cell"] == "lstm"
+    assert settings["hidden_size"] == 3
+
+
+def test_a_layer_does_not_outlive_its_file(tmp_path: Path) -> None:
+    """Arrays are read, not mapped: the file may be overwritten."""
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3, seed=1).save(path)
+    layer = fusedlstm.load(path)
+    before = {key: array.copy() for key, array in layer.state_dict().items()}
+    LSTM(2, 3, seed=2).save(path)
+    assert all(np.array_equal(array, before[key]) for key, array in layer.state_dict().items())
+
+
+def _header(path: Path) -> Any:
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size])
+
+
+def _rewrite(path: Path, **changes: Any) -> None:
+    """Write a file again with other settings; ... takes one out."""
+    arrays, settings = weights.read(path)
+    settings = {key: value for key, value in (settings | changes).items() if value is not ...}
+    weights.write(path, arrays, settings)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        fusedlstm.load(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError):
+        LSTM(2, 3).save(tmp_path / "no folder" / "m.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, -4, -1])
+def test_a_file_that_is_cut_off(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"m.safetensors is damaged, or not a safetensors file"):
+        fusedlstm.load(path)
+
+
+@pytest.mark.parametrize("place", [0, 3, 9, 40])
+def test_a_file_with_a_wrong_byte_in_its_header(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        fusedlstm.load(path)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_text("not a model")
+    with pytest.raises(ValueError, match="is damaged, or not a safetensors file"):
+        fusedlstm.load(path)
+    safetensors.numpy.save_file({"a": np.zeros(3)}, path)
+    with pytest.raises(ValueError, match="holds no fusedlstm settings; build a layer and call load_state"):
+        fusedlstm.load(path)
+    safetensors.numpy.save_file({"a": np.zeros(3)}, path, {"fusedlstm": "{"})
+    with pytest.raises(ValueError, match="is damaged: its settings are no JSON"):
+        fusedlstm.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cell": ...}, "is damaged: its settings lack 'cell'"),
+        ({"cell": "no_such_cell"}, "saved with the cell 'no_such_cell', which this version does not have"),
+        ({"hidden_size": 4}, "weight_ih_l0 must have the shape"),
+        ({"hidden_size": ...}, "cannot be loaded: .*hidden_size"),
+        ({"hidden_size": "three"}, "cannot be loaded: hidden_size must be an integer"),
+        ({"hidden_size": -3}, "cannot be loaded: hidden_size must be at least 1"),
+        ({"bidirectional": True}, "cannot be loaded: .*weight_ih_l0_reverse is missing"),
+        ({"bias": False}, "bias_ih_l0 is unexpected"),
+        ({"something": 1}, "cannot be loaded: .*something"),
+    ],
+)
+def test_a_file_with_settings_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    _rewrite(path, **changes)
+    with pytest.raises(ValueError, match=message):
+        fusedlstm.load(path)
+
+
+def test_an_array_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    arrays, settings = weights.read(path)
+    del arrays["bias_hh_l0"]
+    weights.write(path, arrays, settings)
+    with pytest.raises(ValueError, match="bias_hh_l0 is missing"):
+        fusedlstm.load(path)

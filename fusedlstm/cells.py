@@ -58,7 +58,7 @@ class Cell:
     ) -> None:
         self.function = function
         self.name = function.__name__
-        self.__doc__ = function.__doc__
+        self.__doc__, self.__module__ = function.__doc__, function.__module__
         self.gates, self.states = _names("gates", gates), _names("states", states)
         self.split, self.weights = _names("split", split, empty=True), _names("weights", weights, empty=True)
         for name in self.split:
@@ -70,6 +70,10 @@ class Cell:
 
     def __repr__(self) -> str:
         return f"<fusedlstm cell {self.name}: gates {self.gates}, states {self.states}>"
+
+    def __reduce__(self) -> str:
+        """Pickled by its name, as functions are."""
+        return self.function.__qualname__
 
     @property
     def plain(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -200,6 +200,10 @@ class Recurrent:
 
     # Weights
 
+    if TYPE_CHECKING:  # the weights, which have names that depend on the settings
+
+        def __getattr__(self, name: str) -> np.ndarray: ...
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._shapes:
             raise AttributeError(
@@ -260,17 +264,24 @@ class Recurrent:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and settings to a safetensors file, which :func:`fusedlstm.load` reads."""
-        settings: dict[str, Any] = {
+        identity = {
             "layer": type(self).__name__,
             "cell": self.cell.name,
             # a cell of this package is known by its name, another by its mathematics
             "key": None if _BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
-            "input_size": self.input_size,
-            "hidden_size": self.hidden_size,
         }
-        settings |= {name: getattr(self, name) for name in _DEFAULTS if name != "backend"}
-        settings["dtype"] = self.dtype.name
-        storage.write(path, self.state_dict(), settings)
+        settings = self._settings()
+        del settings["backend"]  # a matter of the machine
+        storage.write(path, self.state_dict(), identity | settings)
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that build this layer, but for the cell, as JSON can hold them."""
+        names = ("input_size", "hidden_size", *_DEFAULTS)
+        return {name: getattr(self, name) for name in names} | {"dtype": self.dtype.name}
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy; what engines made of the weights is made anew."""
+        return _rebuilt, (type(self), self.cell, self._settings(), self.state_dict(), self._key)
 
     # Running
 
@@ -685,12 +696,26 @@ def load(
     except KeyError as error:
         raise ValueError(f"{path} is damaged: its settings lack {error}") from error
     chosen = _saved_cell(path, name, key, cell)
-    layer: Recurrent = object.__new__({"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent))
+    layer_class = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent)
     try:
-        Recurrent.__init__(layer, chosen, **settings, backend=backend, seed=seed)
-        layer.load_state_dict(arrays)
+        return _rebuilt(layer_class, chosen, settings | {"backend": backend, "seed": seed}, arrays)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
+
+
+def _rebuilt(
+    layer_class: type[Recurrent],
+    cell: Cell,
+    settings: dict[str, Any],
+    arrays: Mapping[str, Any],
+    key: tuple[Any, Any] | None = None,
+) -> Recurrent:
+    """A layer with these settings, weights and, if given, this key of dropout."""
+    layer = object.__new__(layer_class)
+    Recurrent.__init__(layer, cell, **settings)
+    layer.load_state_dict(arrays)
+    if key is not None:
+        vars(layer)["_key"] = key
     return layer
 
 

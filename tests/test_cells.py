@@ -132,7 +132,7 @@ def test_arithmetic_that_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda a: sin(a), rf"name 'sin' is not defined.*functions of fusedlstm.math: {FUNCTIONS}"),  # type: ignore[name-defined]  # noqa: F821
+        (lambda a: sin(a), rf"name 'sin' is not defined.*functions of fusedlstm.math: {FUNCTIONS}"),  # noqa: F821
         (lambda a: np.tanh(a), rf"does not support ufuncs.*functions of fusedlstm.math: {FUNCTIONS}"),
         (lambda a: python_math.tanh(a), rf"plain numbers.*functions of fusedlstm.math: {FUNCTIONS}"),
         (lambda a: float(a), "plain numbers"),

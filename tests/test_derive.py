@@ -15,13 +15,13 @@ from fusedlstm.derive import CellError, Graph, compile_source, differentiate
 from fusedlstm.math import exp, log, relu, sqrt, tanh, where
 
 
-class Greater(sympy.Function):  # type: ignore[misc]
+class Greater(sympy.Function):
     """x > y, without SymPy's search for an answer."""
 
     nargs = 2
 
 
-class Select(sympy.Function):  # type: ignore[misc]
+class Select(sympy.Function):
     """x where the condition holds, else y: SymPy's Piecewise without its search for simplifications."""
 
     nargs = 3

@@ -362,7 +362,7 @@ def test_nan_and_infinity_stay_in_their_row(backend: str, cell: Cell, bad: float
 def test_nan_and_infinity_come_out_as_in_pytorch(
     backend: str, ours: type[Recurrent], theirs: type[torch.nn.RNNBase], bad: float
 ) -> None:
-    module, layer = theirs(2, 5), ours(2, 5, backend=backend)  # type: ignore[call-arg, arg-type]
+    module, layer = theirs(2, 5), ours(2, 5, backend=backend)
     layer.load_state_dict(module.state_dict())
     x = np.ones((4, 1, 2), np.float32)
     x[1, 0, 0] = bad
@@ -624,7 +624,7 @@ def test_bad_settings(options: dict[str, Any], error: type[Exception], message: 
 
 def test_bad_cells() -> None:
     with pytest.raises(TypeError, match=r"cell must be made with @fusedlstm\.cell, got <function"):
-        Recurrent(lambda a: a, 3, 5)  # type: ignore[arg-type, return-value]
+        Recurrent(lambda a: a, 3, 5)
     with pytest.raises(ValueError, match="proj_size needs a cell that does not read its own output; gru"):
         Recurrent(cells.gru, 3, 5, proj_size=2)
     with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'sine'"):
@@ -656,7 +656,7 @@ def test_weights_cannot_be_written_in_place() -> None:
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     with pytest.raises(ValueError, match="read-only"):
-        layer.w_l0 *= 2  # type: ignore[attr-defined]
+        layer.w_l0 *= 2
 
 
 @pytest.mark.parametrize(
@@ -681,7 +681,7 @@ def test_assignments_that_are_refused(key: str, value: Any, error: type[Exceptio
 
 def test_same_seed_same_weights_in_either_precision() -> None:
     layers = [LSTM(3, 5, seed=seed, dtype=dtype) for seed in (1, 1, 2) for dtype in DTYPES]
-    first, double, again, _, other, _ = (layer.weight_ih_l0 for layer in layers)  # type: ignore[attr-defined]
+    first, double, again, _, other, _ = (layer.weight_ih_l0 for layer in layers)
     assert np.array_equal(first, again)
     assert np.array_equal(first, double.astype(np.float32))
     assert not np.array_equal(first, other)

@@ -91,9 +91,9 @@ def test_both_directions_are_pytorch(
         back = reference.backward(tape, dy[..., here].numpy(), tuple(part[d].numpy() for part in dfinal))
         dx += back[0]
         for gradient, part in zip(back[1], initial):
-            assert_equal(gradient, part.grad[d].numpy(), "dinitial")  # type: ignore[index]
+            assert_equal(gradient, part.grad[d].numpy(), "dinitial")
         assert_equal_weights(back[2], gradients_of(module, cell, d == 1))
-    assert_equal(dx, x.grad.numpy(), "dx")  # type: ignore[union-attr]
+    assert_equal(dx, x.grad.numpy(), "dx")
 
 
 def problem(cell: Cell, proj: int) -> dict[str, Any]:

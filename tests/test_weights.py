@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,20 @@ def test_another_cell_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cell of your own, lstm"):
         fusedlstm.load(ours)
     assert fusedlstm.load(ours, cell=lstm).cell is lstm
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_layers_can_be_copied_and_pickled(copied: Any) -> None:
+    x = np.ones((4, 2, 3), np.float32)
+    for own in (cells.gru, three_states):
+        layer = Recurrent(own, 3, 5, 2, dropout=0.5, bidirectional=True, backend="reference", seed=1)
+        y = layer.forward(x, training=True, draw=2)[0]
+        other = copied(layer)
+        assert other.cell is own
+        assert repr(other) == repr(layer)
+        assert np.array_equal(other.forward(x, training=True, draw=2)[0], y)
+        other.weight_hh_l0 = np.zeros_like(layer.weight_hh_l0)
+        assert np.array_equal(layer.forward(x, training=True, draw=2)[0], y)
 
 
 def test_others_can_read_the_file(tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ class Recurrent:
         if training:
             tape = Tape(self, places, kind, (steps, batch), batched)
             if self._drops:
-                tape.draw = next(self._draws) if draw is None else operator.index(draw)
+                tape.draw = next(self._draws) if draw is None else _size("draw", draw, minimum=0)
         y = x
         for n, place in enumerate(places):
             reverse = n % directions == 1
@@ -844,10 +844,10 @@ def _entries(parts: Sequence[Any], n: int) -> tuple[Any, ...]:
 
 def _array_module(name: str, value: Any) -> Any:
     """numpy or cupy, whichever the array belongs to; cupy is there if an array of it is."""
-    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-        return np
     if type(value).__module__.partition(".")[0] == "cupy":
         return sys.modules["cupy"]
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        return np
     raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(value).__name__}")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import sys
+import types
+from typing import Any, ClassVar
 
 import numpy as np
 import oracle
@@ -14,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusedlstm
-from fusedlstm import GRU, LSTM, RNN, Recurrent, cells
+from fusedlstm import GRU, LSTM, RNN, Recurrent, cells, dispatch
 from fusedlstm.cells import Cell
 from fusedlstm.kernels.random import dropout_mask
 
 DTYPES = ["float32", "float64"]
+X, H = np.zeros((4, 2, 3), np.float32), np.zeros((1, 2, 5), np.float32)
 BACKWARD = 10  # rounding errors of a gradient, in units of those of the outputs
 
 
@@ -319,6 +322,12 @@ def test_dropout_draws_anew_and_can_be_repeated(backend: str) -> None:
     assert not np.array_equal(other.forward(x, training=True, draw=0)[0], passes[0][0])
 
 
+@pytest.mark.parametrize(("draw", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_bad_draw(backend: str, draw: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="draw must be"):
+        GRU(3, 8, 2, dropout=0.5, backend=backend).forward(X, training=True, draw=draw)
+
+
 def test_dropout_of_everything(backend: str) -> None:
     layer = RNN(3, 4, 2, bias=False, dropout=1.0, backend=backend, seed=1)
     y, _, tape = layer.forward(np.ones((2, 2, 3), np.float32), training=True)
@@ -446,9 +455,85 @@ def test_state_may_be_a_list_and_lengths_and_reset_anything_like_an_array(backen
     assert np.array_equal(layer(x, [h, h], torch.tensor([4, 2]), reset)[0], expected)
 
 
-# --- Bad input --------------------------------------------------------------------------------------------
+# --- Arrays on a GPU, as far as that can be told without one ------------------------------------------------
 
-X, H = np.zeros((4, 2, 3), np.float32), np.zeros((1, 2, 5), np.float32)
+
+class DeviceArray(np.ndarray):
+    """A NumPy array that says that it is CuPy's."""
+
+    __cuda_array_interface__: ClassVar[dict[str, Any]] = {}
+
+    def get(self) -> np.ndarray:
+        return np.asarray(self)
+
+
+DeviceArray.__module__ = "cupy._core.core"
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module like CuPy, and an engine for its arrays."""
+
+    def on_device(function: Any) -> Any:
+        return lambda *args, **options: function(*args, **options).view(DeviceArray)
+
+    module: Any = types.ModuleType("cupy")
+    module.ndarray = DeviceArray
+    for function in ("asarray", "ascontiguousarray", "empty", "zeros", "arange", "stack"):
+        setattr(module, function, on_device(getattr(np, function)))
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setitem(dispatch._loaded, "cuda", dispatch.engine("reference", X))
+    return module
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_cupy_in_cupy_out(cupy: Any, backend: str) -> None:
+    layer, truth = (
+        LSTM(3, 5, 2, dropout=0.5, bidirectional=True, batch_first=True, backend=b, seed=1)
+        for b in (backend, "reference")
+    )
+    generator = np.random.default_rng(1)
+    x, h, c, dy = (
+        generator.normal(size=shape).astype(np.float32)
+        for shape in [(2, 4, 3), (4, 2, 5), (4, 2, 5), (2, 4, 10)]
+    )
+    reset = generator.random((2, 4)) < 0.3
+
+    def run(layer: LSTM, xp: Any) -> list[Any]:
+        state = xp.asarray(h), xp.asarray(c)
+        lengths, marks = xp.asarray([4, 2]), xp.asarray(reset)
+        y, final, tape = layer.forward(xp.asarray(x), state, lengths, marks, training=True)
+        assert tape is not None
+        dx, dinitial, grads = tape.backward(xp.asarray(dy), final)
+        return [y, *final, dx, *dinitial, *tape.backward(None)[:1], *grads.values()]
+
+    for ours, expected in zip(run(layer, cupy), run(truth, np)):
+        assert np.array_equal(ours, expected)
+    assert all(type(array) is DeviceArray for array in run(layer, cupy)[:7])
+    assert "since x is a CuPy array" in str(fusedlstm.explain(LSTM(3, 5), cupy.asarray(X)))
+
+
+def test_weights_may_come_from_a_gpu(cupy: Any) -> None:
+    layer = GRU(3, 5)
+    layer.load_state_dict({key: cupy.asarray(array) for key, array in GRU(3, 5).state_dict().items()})
+    assert all(type(array) is np.ndarray for array in layer.state_dict().values())
+
+
+def test_arrays_of_two_kinds_are_refused(cupy: Any) -> None:
+    layer, x, h = LSTM(3, 5), cupy.asarray(X), cupy.asarray(H)
+    with pytest.raises(TypeError, match="h in state must be a CuPy array, as x is, got ndarray"):
+        layer(x, (H, H))
+    with pytest.raises(TypeError, match="c in state must be a NumPy array, as x is, got DeviceArray"):
+        LSTM(3, 5, backend="reference")(X, (H, h))
+    tape = layer.forward(x, training=True)[2]
+    assert tape is not None
+    with pytest.raises(TypeError, match="dy must be a CuPy array, as x is, got ndarray"):
+        tape.backward(np.zeros((4, 2, 5), np.float32))
+    with pytest.raises(TypeError, match="backend 'cpu' takes NumPy arrays, got a CuPy array"):
+        LSTM(3, 5, backend="cpu")(x)
+
+
+# --- Bad input --------------------------------------------------------------------------------------------
 
 
 class FakeTensor:

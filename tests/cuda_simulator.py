@@ -6,20 +6,22 @@ each CUDA thread is a greenlet that runs until it reaches a barrier.  That gives
 
 * barriers of the block and the warp, memory that is polled, hence persistent kernels over many
   blocks, shuffles, and stand-ins for collectives such as mma.sync;
-* divergence found: if live threads wait at different barriers, or all of them poll in vain, the run
+* divergence found: if live threads wait at different barriers, or poll what nobody writes, the run
   stops and says who waits where;
-* races found: between barriers the threads run in an order drawn from a seed.  Code that lacks a
-  barrier gives different results for different seeds.
+* races found: a seed decides which threads are ahead of others, as far as barriers let them.  Code
+  that lacks a barrier gives different results for different seeds.
 
 Use it in a process that was started with NUMBA_ENABLE_CUDASIM=1.
 """
 
 from __future__ import annotations
 
+import heapq
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import numpy as np
@@ -28,17 +30,23 @@ from numba import cuda
 from numba.cuda.simulator import kernel as simulated
 from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule, FakeCUDAShared
 
-PATIENCE = 1000  # rounds in which every thread only polls, before the run counts as stuck
+POLL = ("poll", 0)  # where a thread waits that has read memory in vain
+PATIENCE = 100  # rounds in which all threads that can run only poll, before the launch counts as stuck
+
+
+class Stuck(RuntimeError):
+    """The threads of a launch cannot go on."""
 
 
 class Lane(greenlet):
     """One CUDA thread.  `waits_at` names the barrier it has reached, None while it can run."""
 
     def __init__(
-        self, run: Callable[[], None], block: int, block_index: Any, thread_index: Any, rank: int
+        self, run: Callable[[], None], place: int, block: int, block_index: Any, thread_index: Any, rank: int
     ) -> None:
         super().__init__(run)
-        self.block, self.rank, self.warp = block, rank, (block, rank // 32)
+        self.gr_context = copy_context()  # NumPy's error state
+        self.place, self.block, self.rank, self.warp = place, block, rank, (block, rank // 32)
         self.blockIdx, self.threadIdx = Dim3(*block_index), Dim3(*thread_index)
         self.waits_at: tuple[str, Any] | None = None
         self.value: Any = None
@@ -49,60 +57,78 @@ class Lane(greenlet):
 
 
 class Grid:
-    """The threads of one launch."""
+    """The threads of one launch.
+
+    The thread with the highest priority runs until it reaches a barrier that others have not; now
+    and then priorities are drawn anew.  So some blocks, and some threads of a block, are far ahead
+    of others, as far as barriers let them.
+    """
 
     def __init__(self, grid_dim: Any, block_dim: Any, dynamic_shared: int, seed: int) -> None:
-        self.order = random.Random(seed)
+        self.random = random.Random(seed)
         self.grid_dim, self.block_dim = grid_dim, block_dim
         self.shared = [FakeCUDAShared(dynamic_shared) for _ in np.ndindex(*grid_dim)]
         for memory in self.shared:
-            memory._dynshared[:] = 0xFF - 256  # NaN
+            memory._dynshared[:] = -1  # NaN
         self.lanes: list[Lane] = []
         self.members: dict[tuple[str, Any], list[Lane]] = {}
         self.results: dict[Any, Any] = {}
+        self.ready: list[tuple[float, int]] = []  # a heap: priority, and place among the lanes
+        self.polling: list[int] = []  # lanes that may run once another has
 
     def run(self, function: Callable[..., None], args: Any) -> None:
         for block, block_index in enumerate(np.ndindex(*self.grid_dim)):
             # x runs fastest, as on the device
             for rank, reversed_index in enumerate(np.ndindex(*self.block_dim[::-1])):
-                lane = Lane(lambda: function(*args), block, block_index, reversed_index[::-1], rank)
+                place, thread_index = len(self.lanes), reversed_index[::-1]
+                lane = Lane(lambda: function(*args), place, block, block_index, thread_index, rank)
                 self.lanes.append(lane)
                 for barrier in (("block", block), ("warp", lane.warp)):
                     self.members.setdefault(barrier, []).append(lane)
-        idle = 0
-        while live := [lane for lane in self.lanes if not lane.dead]:
-            ready = [lane for lane in live if lane.waits_at is None]
-            if ready:
-                self.order.shuffle(ready)
-                for lane in ready:
-                    lane.switch()
-            else:
-                idle = 0 if self.release(live) else idle + 1
-                if idle > PATIENCE:
-                    self.stop(live, "threads poll what nobody writes")
+        self.draw_priorities()
+        self.wake(range(len(self.lanes)))
+        patience = PATIENCE
+        while self.ready or (self.polling and patience):
+            if not self.ready:
+                patience -= 1
+                self.wake_pollers()
+            lane = self.lanes[heapq.heappop(self.ready)[1]]
+            lane.waits_at = None
+            lane.switch()
+            if lane.waits_at == POLL:
+                self.polling.append(lane.place)
+                continue
+            patience = PATIENCE
+            self.wake_pollers()
+            for barrier in [lane.waits_at] if lane.waits_at else [("block", lane.block), ("warp", lane.warp)]:
+                self.open_if_complete(barrier)
+            if self.random.random() < 0.02:
+                self.draw_priorities()
+        if live := [lane for lane in self.lanes if not lane.dead]:
+            where = sorted({f"at {lane.waits_at} in block {lane.block}" for lane in live})
+            raise Stuck("threads wait for what does not come: " + "; ".join(where[:6]))
 
-    def release(self, live: list[Lane]) -> bool:
-        """Open every barrier that all of its live members have reached; wake pollers only if none is."""
-        opened = False
-        for barrier in {lane.waits_at for lane in live}:
-            assert barrier is not None
-            if barrier[0] != "poll":
-                members = [lane for lane in self.members[barrier] if not lane.dead]
-                if all(lane.waits_at == barrier for lane in members):
-                    opened = True
-                    for lane in members:
-                        lane.waits_at = None
-        if not opened:
-            pollers = [lane for lane in live if lane.waits_at == ("poll", 0)]
-            if not pollers:
-                self.stop(live, "threads wait at different barriers")
-            for lane in pollers:
+    def draw_priorities(self) -> None:
+        speed = [self.random.random() for _ in self.shared]
+        self.priority = [speed[lane.block] + 0.3 * self.random.random() for lane in self.lanes]
+        self.ready = [(self.priority[place], place) for _, place in self.ready]
+        heapq.heapify(self.ready)
+
+    def wake(self, places: Iterable[int]) -> None:
+        for place in places:
+            heapq.heappush(self.ready, (self.priority[place], place))
+
+    def wake_pollers(self) -> None:
+        self.wake(self.polling)
+        self.polling = []
+
+    def open_if_complete(self, barrier: tuple[str, Any]) -> None:
+        """Let all members of a barrier go on if all that live have reached it."""
+        waiting = [lane for lane in self.members[barrier] if not lane.dead]
+        if all(lane.waits_at == barrier for lane in waiting):
+            for lane in waiting:
                 lane.waits_at = None
-        return opened
-
-    def stop(self, live: list[Lane], why: str) -> None:
-        where = sorted({f"{lane.waits_at} in block {lane.block}" for lane in live})
-        raise RuntimeError(f"{why}: " + "; ".join(where[:6]))
+            self.wake(lane.place for lane in waiting)
 
 
 class Module(FakeCUDAModule):
@@ -124,7 +150,7 @@ class Module(FakeCUDAModule):
         getcurrent().wait(("warp", getcurrent().warp))
 
     def nanosleep(self, nanoseconds: int) -> None:
-        getcurrent().wait(("poll", 0))
+        getcurrent().wait(POLL)
 
     def collective(self, value: Any, combine: Callable[[list[Any]], Any]) -> Any:
         """Every lane of the warp gives `value`; each gets its entry of combine(values)."""
@@ -156,8 +182,8 @@ def concurrent_blocks(seed: int = 0) -> Iterator[None]:
         kernels = [
             module
             for name, module in list(sys.modules.items())
-            if name.startswith("fusedlstm.kernels.cuda") or module.__dict__ is self.fn.__globals__
-            if getattr(module, "cuda", None) is cuda
+            if (name.startswith("fusedlstm.kernels.cuda") or module.__dict__ is self.fn.__globals__)
+            and getattr(module, "cuda", None) is cuda
         ]
         for module in kernels:
             module.cuda = running[0]  # type: ignore[attr-defined]

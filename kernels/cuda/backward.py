@@ -74,7 +74,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     shared_base = plan.partial // plan.recurrent.operand.itemsize
     shared_base_hr = shared_base + kept
     buffer, buffer_hr = plan.recurrent.depth * batch, second.depth * batch
-    registers = max(1, plan.recurrent.held_weights * 4 // np.dtype(real).itemsize)
+    registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
     all_states, all_vectors = max(1, cells * further), max(1, cells * vectors)

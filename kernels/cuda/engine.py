@@ -195,7 +195,7 @@ class Resident:
             projection = None if self.hr is None else self.hr.T
         packed = plan.recurrent.pack(self.xp, recurrent, plan.blocks)
         second = packed[:0]
-        if plan.projection is not None:
+        if plan.projection is not None and projection is not None:
             second = plan.projection.pack(self.xp, projection[None], plan.blocks)
         self._settle()
         return packed, second
@@ -343,4 +343,3 @@ def _ordered(stacked: Any, cell: Cell, wanted: tuple[str, ...], given: tuple[str
         return stacked
     parts = stacked.reshape(len(given), -1, *stacked.shape[1:])
     return parts[[given.index(gate) for gate in wanted]].reshape(stacked.shape)
-

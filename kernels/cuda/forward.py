@@ -67,7 +67,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
 
     recurrent = functions(plan.recurrent)
     hold, multiply, total, publish = recurrent
-    hold_hr, multiply_hr, total_hr, publish_raw = functions(plan.projection) if plan.projection else recurrent
+    _, multiply_hr, total_hr, publish_raw = functions(plan.projection) if plan.projection else recurrent
     second = plan.projection or plan.recurrent
     step_cell = update(cell, real).step
 
@@ -77,7 +77,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     shared_base = plan.partial // plan.recurrent.operand.itemsize
     shared_base_hr = shared_base + kept
     buffer, buffer_raw = plan.recurrent.depth * batch, second.depth * batch
-    registers = max(1, plan.recurrent.held_weights * 4 // np.dtype(real).itemsize)
+    registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
     all_states, all_gates = max(1, cells * further), cells * gates

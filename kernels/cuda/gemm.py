@@ -24,7 +24,7 @@ def matmul(a: Any, b: Any, precision: Precision, xp: Any) -> Any:
     return _gemm(a, b, precision, xp)
 
 
-def rounded(values: np.ndarray, precision: Precision) -> np.ndarray:
+def rounded(values: Any, precision: Precision) -> Any:
     """float32 after a conversion to the precision of a tensor core's operands and back."""
     if precision == "float16":
         return values.astype(np.float16).astype(np.float32)

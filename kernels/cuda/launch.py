@@ -99,7 +99,8 @@ def kernel(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tup
 
 def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
     """The Python function of a plan."""
-    return (backward if plan.backward else forward).build(cell, plan, resets, training)
+    template = backward.build if plan.backward else forward.build
+    return template(cell, plan, resets, training)
 
 
 class _Simulated:
@@ -126,9 +127,7 @@ def signature(plan: Plan) -> tuple[Any, ...]:
     return tuple(result)
 
 
-def compile_ptx(
-    cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]
-) -> str:
+def compile_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> str:
     """The PTX of a plan's kernel.  Needs no GPU."""
     ptx, _ = cuda.compile(
         build(cell, plan, resets, training),

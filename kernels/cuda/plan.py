@@ -63,6 +63,7 @@ class Product:
     size: int  # columns of the weights
     batch: int  # rows of the batch
     threads: int
+    shuffles: bool = True  # threads of a warp can exchange values
     held: int = 0  # steps of each part whose weights stay in registers
 
     @property
@@ -73,6 +74,11 @@ class Product:
     def real(self) -> Any:
         """The type of sums and states."""
         return np.float64 if self.precision == "float64" else np.float32
+
+    @property
+    def real_size(self) -> int:
+        """Bytes of it."""
+        return 8 if self.precision == "float64" else 4
 
     @property
     def operand(self) -> np.dtype[Any]:
@@ -143,8 +149,10 @@ class Product:
 
     @property
     def lanes(self) -> int:
-        """Neighbouring threads that work on different parts of one tile, in one warp."""
-        return min(32, self.threads) // self.tiles if not self.tensor and self.tiles < 32 else 1
+        """Threads of a warp that work on different parts of one tile, and add their sums."""
+        if self.tensor or self.tiles >= 32 or not self.shuffles:
+            return 1
+        return min(32, self.threads) // self.tiles
 
     @property
     def sums(self) -> int:
@@ -180,7 +188,7 @@ class Product:
     @property
     def held_weights(self) -> int:
         """Registers that `held` steps take."""
-        return self.held * (self.row_tiles * 8 if self.tensor else ROWS) * np.dtype(self.real).itemsize // 4
+        return self.held * (self.row_tiles * 8 if self.tensor else ROWS) * self.real_size // 4
 
     @property
     def fits(self) -> bool:
@@ -268,7 +276,7 @@ class Plan:
     def partial(self) -> int:
         """Bytes of the partial sums, a multiple of a vector load."""
         size = max(p.partial for p in self.products)
-        return 16 * ceil(size * np.dtype(self.recurrent.real).itemsize / 16)
+        return 16 * ceil(size * self.recurrent.real_size / 16)
 
     @property
     def shared(self) -> int:
@@ -360,20 +368,19 @@ def _candidates(
     outputs = proj or hidden
     for columns, units in product(_columns(batch, tensor, device.threads), range(1, min(hidden, 64) + 1)):
         blocks = ceil(hidden / units)
-        elements = ceil(outputs / blocks)
+        elements = ceil(outputs / blocks) if proj else units
         rows, size = (elements, gates * hidden) if backward else (gates * units, outputs)
         groups = 1 if backward else gates
         if tensor and rows % 16 and units < hidden:
             continue  # rows of a tensor-core tile would be empty
-        recurrent = Product(precision, groups, rows // groups, size, columns, device.threads)
+        recurrent = Product(precision, groups, rows // groups, size, columns, device.threads, device.warps)
         projection = None
         if proj:
             one, depth = (units, proj) if backward else (elements, hidden)
-            projection = Product(precision, 1, one, depth, columns, device.threads)
+            projection = Product(precision, 1, one, depth, columns, device.threads, device.warps)
         plan = Plan(form, backward, recurrent, projection, (hidden, outputs), blocks, "")
-        if all(p.fits and (device.warps or p.lanes == 1) for p in plan.products):
-            if plan.partial <= device.shared:
-                yield plan
+        if all(p.fits for p in plan.products) and plan.partial <= device.shared:
+            yield plan
 
 
 def _columns(batch: int, tensor: bool, threads: int) -> list[int]:

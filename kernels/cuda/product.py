@@ -244,7 +244,7 @@ def meet(arrivals: Any, group: Any, expected: Any) -> None:
 
 
 @device
-def starts_anew(reset: Any, t: Any, b: Any, length: Any, reverse: Any) -> bool:
+def starts_anew(reset: Any, t: Any, b: Any, length: Any, reverse: Any) -> Any:
     """Whether step t of a row begins with the initial state although it is not the first step.
 
     reset[t] marks a boundary between t-1 and t.

@@ -212,9 +212,9 @@ def _mma(shape: str, kind: str, unpack: Callable[[Any], Any]) -> Any:
         return cuda.collective(operands, lambda lanes: multiply_fragments(lanes, unpack))
 
     @_instruction(stand_in)
-    def instruction(
-        typingctx: Any, a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any
-    ) -> Any:
+    def instruction(  # type: ignore[no-untyped-def]
+        typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3
+    ) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             kind = ir.FunctionType(ir.LiteralStructType([F32] * 4), [I32] * 6 + [F32] * 4)
             call = ir.InlineAsm(kind, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", side_effect=False)

@@ -1,0 +1,390 @@
+"""CUDA kernels in simulators; test_cuda_simulated.py runs this file in a process of its own.
+
+By hand: NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda_simulated.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from checks import ALL, BUILT_IN, five_gates, name, three_states
+from cuda_cases import Case, actual, arrays, check, expected
+from cuda_simulator import Stuck, concurrent_blocks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import cuda
+
+import fusedlstm
+from fusedlstm import cells
+from fusedlstm.kernels.cuda import backward, engine, forward, launch, product
+from fusedlstm.kernels.cuda.plan import Device, choose
+from fusedlstm.kernels.cuda.ptx import SIMULATED
+
+assert SIMULATED, "set NUMBA_ENABLE_CUDASIM=1"
+
+FORMS = ("persistent", "stepwise")
+TENSOR = ("tf32", "bfloat16", "float16")
+PLAIN_DEVICE = Device("8 threads a block", (9, 0), 6, 1 << 20, threads=8)
+TENSOR_DEVICE = Device("64 threads a block", (9, 0), 6, 1 << 20, threads=64)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lengths-reset": {"lengths": True, "reset": True, "strided": True},
+    "reverse": {"lengths": True, "reset": True, "reverse": True, "accumulate": True},
+    "bare": {"bias": False, "initial": False, "reverse": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Six multiprocessors whose blocks run at once; kernels are built anew."""
+    monkeypatch.setattr(launch, "simulated_device", PLAIN_DEVICE)
+    launch.kernel.cache_clear()
+    with concurrent_blocks():
+        yield
+    launch.kernel.cache_clear()
+
+
+def three_blocks(case: Case) -> None:
+    """Three blocks or more exchange state in both passes."""
+    for direction in (False, True):
+        plan = choose(
+            launch.simulated_device, case.cell, case.precision, case.hidden, case.proj, case.batch,  # type: ignore[arg-type]
+            direction, case.form,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert plan.blocks >= 3
+        assert plan.threads >= 8
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("cell", ALL, ids=name)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_cell(form: str, cell: fusedlstm.Cell, options: str) -> None:
+    case = Case(cell, 3, 5, 2, 7, form=form, **OPTIONS[options])
+    three_blocks(case)
+    check(case)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("cell", [c for c in ALL if not c.reads_output], ids=name)
+@pytest.mark.parametrize("form", FORMS)
+def test_projection(form: str, cell: fusedlstm.Cell, options: str) -> None:
+    case = Case(cell, 3, 3, 2, 7, proj=5, form=form, **OPTIONS[options])
+    three_blocks(case)
+    check(case)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, three_states], ids=name)
+def test_float64(cell: fusedlstm.Cell, form: str) -> None:
+    check(Case(cell, 3, 5, 2, 7, precision="float64", form=form, lengths=True, reset=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", TENSOR)
+@pytest.mark.parametrize(
+    ("cell", "hidden"),
+    [(cells.lstm, 33), (cells.gru, 33), (cells.rnn_tanh, 35), (three_states, 40)],
+    ids=["lstm", "gru", "rnn_tanh", "three_states"],
+)
+def test_tensor_cores(
+    cell: fusedlstm.Cell, hidden: int, precision: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
+    case = Case(cell, 2, 9, 3, hidden, precision=precision, form=form, lengths=True, reset=True)
+    three_blocks(case)
+    check(case)
+
+
+@pytest.mark.parametrize("precision", TENSOR)
+def test_tensor_cores_with_projection(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
+    check(Case(cells.lstm, 2, 5, 3, 19, proj=7, precision=precision, reverse=True, lengths=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", *TENSOR])
+def test_weights_in_registers(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little shared memory: some weights stay in registers, others do not."""
+    device = TENSOR_DEVICE if precision in TENSOR else PLAIN_DEVICE
+    batch, hidden = 3, 33 if precision in TENSOR else 19
+    plans = []
+    for backwards in (False, True):
+        roomy = choose(device, cells.lstm, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
+        few = replace(roomy.recurrent, held=1)
+        tight = replace(device, shared=replace(roomy, recurrent=few).shared)
+        plan = choose(tight, cells.lstm, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
+        assert 0 < plan.recurrent.held < plan.recurrent.steps or plan.recurrent.steps == 1
+        plans.append(plan)
+    monkeypatch.setattr(launch, "simulated_device", device)
+    monkeypatch.setattr(engine, "choose", lambda *args: plans[args[6]])
+    check(Case(cells.lstm, 2, batch, 3, hidden, precision=precision))
+
+
+@settings(max_examples=40)
+@given(
+    cell=st.sampled_from(ALL),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9)),
+    proj=st.integers(0, 4),
+    flags=st.tuples(*[st.booleans()] * 7),
+    form=st.sampled_from(FORMS),
+    seed=st.integers(0, 1000),
+)
+def test_any_size_and_option(
+    cell: fusedlstm.Cell, sizes: Any, proj: int, flags: Any, form: str, seed: int
+) -> None:
+    options = ("bias", "lengths", "reset", "reverse", "initial", "strided", "accumulate")
+    proj = 0 if cell.reads_output else min(proj, sizes[3])
+    check(Case(cell, *sizes, proj, form=form, seed=seed, **dict(zip(options, flags))))
+
+
+@pytest.mark.parametrize("proj", [0, 5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_same_bits_under_any_schedule(
+    precision: str, form: str, proj: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE if precision != "float32" else PLAIN_DEVICE)
+    case = Case(cells.lstm, 3, 5, 2, 11, proj, lengths=True, reset=True, precision=precision, form=form)
+    given_arrays = arrays(case)
+    results = []
+    for seed in range(4):
+        with concurrent_blocks(seed):
+            results.append(actual(case, given_arrays))
+    for result in results[1:]:
+        for what, array in result.items():
+            assert array.tobytes() == results[0][what].tobytes(), what
+
+
+# --- Barriers: each one taken out must show ---------------------------------------------------------------
+
+BARRIER = re.compile(r"^ *(meet\(|cuda\.syncthreads\(\)|while ptx\.load_acquire)", re.MULTILINE)
+
+
+def barriers(module: Any) -> list[Any]:
+    return list(BARRIER.finditer(inspect.getsource(module)))
+
+
+def without_barrier(module: Any, number: int) -> Any:
+    """A copy of a module in which the barrier `number` does nothing."""
+    text, found = inspect.getsource(module), barriers(module)[number]
+    statement = found.group(1)
+    instead = {"meet(": "_nothing(", "cuda.syncthreads()": "pass"}.get(statement, "while False and (1)")
+    if statement.startswith("while"):
+        text = re.sub(r"while ptx\.load_acquire\(.*\) < expected:", "while False:", text)
+    else:
+        text = text[: found.start(1)] + instead + text[found.end(1) :]
+    copy = ModuleType(f"{module.__name__}_without_barrier")
+    copy.__dict__.update({"__package__": module.__package__, "_nothing": lambda *args: None})
+    exec(compile(text, module.__file__, "exec"), copy.__dict__)
+    return copy
+
+
+def is_wrong(case: Case) -> bool:
+    """Whether some schedule gives wrong results or gets stuck."""
+    given_arrays = arrays(case)
+    wanted = expected(case, given_arrays)
+    for seed in range(4):
+        launch.kernel.cache_clear()
+        try:
+            with concurrent_blocks(seed):
+                found = actual(case, given_arrays)
+        except Stuck:
+            return True
+        if any(not np.allclose(found[what], wanted[what], atol=1e-4) for what in wanted):
+            return True
+    return False
+
+
+CASE = Case(cells.lstm, 4, 5, 2, 7, proj=5, form="persistent")
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [(module, n) for module in (forward, backward) for n in range(len(barriers(module)))],
+    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
+)
+def test_each_barrier_of_a_kernel_is_needed(
+    module: Any, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_wrong(CASE)
+    copy = without_barrier(module, number)
+    monkeypatch.setattr(module, "build", copy.build)
+    monkeypatch.setitem(sys.modules, copy.__name__, copy)  # where the simulator finds it
+    wrong = is_wrong(CASE) or is_wrong(replace(CASE, proj=0))
+    assert wrong, f"{module.__name__} is right without {barriers(module)[number].group()}"
+
+
+@pytest.mark.parametrize("number", range(len(barriers(product))))
+def test_each_barrier_of_the_grid_barrier_is_needed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = without_barrier(product, number)
+    monkeypatch.setitem(sys.modules, copy.__name__, copy)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "meet", copy.meet)
+    assert is_wrong(CASE)
+
+
+def test_persistent_kernels_have_all_barriers() -> None:
+    """The tests above take out what this finds; a kernel meets twice, with two products."""
+    for module in (forward, backward):
+        found = [match.group(1) for match in barriers(module)]
+        assert (found.count("meet("), found.count("cuda.syncthreads()")) == (2, 2)
+    assert len(barriers(product)) == 3
+
+
+# --- Values and errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", BUILT_IN, ids=name)
+def test_nan_and_infinity_come_out_as_in_the_reference(cell: fusedlstm.Cell, form: str) -> None:
+    case = Case(cell, 3, 4, 2, 5, form=form)
+    given_arrays = arrays(case)
+    given_arrays.x[1, 0, 0] = np.nan
+    given_arrays.x[1, 1, 0] = np.inf
+    given_arrays.x[1, 2, 0] = -np.inf
+    with np.errstate(all="ignore"):
+        wanted, found = expected(case, given_arrays), actual(case, given_arrays)
+    for what in ("y", "final 0"):
+        np.testing.assert_array_equal(np.isnan(found[what]), np.isnan(wanted[what]))
+        np.testing.assert_allclose(found[what], wanted[what], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_gives_the_bits_of_training(form: str) -> None:
+    case = Case(cells.gru, 3, 5, 2, 7, form=form)
+    given_arrays = arrays(case)
+    direction = engine.CUDA(form=form).prepare(case.cell, given_arrays.weights)  # type: ignore[arg-type]
+    results = []
+    for training in (True, False):
+        y, final = np.full_like(given_arrays.dy, np.nan), (np.full((5, 7), np.nan, np.float32),)
+        args = (given_arrays.x, given_arrays.initial, y, final, None, None, False, training)
+        assert (direction.forward(*args) is None) != training
+        results.append((y, final[0]))
+    for with_tape, without in zip(*results):
+        np.testing.assert_array_equal(with_tape, without)
+
+
+def test_a_tape_may_be_used_again() -> None:
+    case = Case(cells.peephole_lstm, 3, 5, 2, 7, lengths=True, reset=True)
+    given_arrays = arrays(case)
+    direction = engine.CUDA().prepare(case.cell, given_arrays.weights)
+    y = np.empty_like(given_arrays.dy)
+    final = tuple(np.empty_like(d) for d in given_arrays.dfinal)
+    tape = direction.forward(
+        given_arrays.x, given_arrays.initial, y, final, given_arrays.lengths, given_arrays.reset, False, True
+    )
+    results = []
+    for _ in range(2):
+        dx = np.empty_like(given_arrays.x)
+        direction.backward(tape, given_arrays.dy, given_arrays.dfinal, dx, False)
+        results.append(dx)
+    np.testing.assert_array_equal(*results)
+
+
+def test_layers_run_on_it() -> None:
+    """Two layers, two directions, lengths and reset, through the public interface."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    dy = rng.standard_normal((3, 5, 14)).astype(np.float32)
+    options = {"lengths": [3, 1, 2, 3, 2], "reset": rng.random((3, 5)) < 0.3, "training": True}
+    results = []
+    for backend in ("cuda", "reference"):
+        layer = fusedlstm.LSTM(4, 7, 2, bidirectional=True, backend=backend, seed=1)
+        y, state, tape = layer.forward(x, **options)
+        assert tape is not None
+        dx, dstate, grads = tape.backward(dy)
+        results.append([y, *state, dx, *dstate, *grads.values()])
+    for found, wanted in zip(*results):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_explain_says_which_kernel_and_why() -> None:
+    weights = arrays(Case(cells.lstm, 1, 5, 2, 7)).weights
+    said = engine.CUDA().prepare(cells.lstm, weights).explain(3, 5, True)
+    assert said["forward"].startswith("persistent, float32: 3 x 2 blocks keep all weights in shared memory")
+    assert "3 x 2 blocks of 8 threads" in said["backward launch"]
+    said = engine.CUDA(form="stepwise").prepare(cells.lstm, weights).explain(3, 5, False)
+    assert said["forward"] == "stepwise, float32: asked for"
+    assert "backward" not in said
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: engine.CUDA("int8"), "precision must be"),  # type: ignore[arg-type]
+        (lambda: engine.CUDA(form="fast"), "form must be"),  # type: ignore[arg-type]
+        (lambda: actual(case := Case(cells.gru, 1, 1, 1, 3, proj=2), arrays(case)), "reads its own output"),
+    ],
+)
+def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_a_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "simulated_device", replace(PLAIN_DEVICE, cooperative=False))
+    with pytest.raises(ValueError, match="'persistent' cannot run with H=7, B=5: blocks cannot wait"):
+        check(Case(cells.lstm, 1, 5, 1, 7, form="persistent"))
+    monkeypatch.setattr(launch, "simulated_device", replace(PLAIN_DEVICE, shared=64))
+    with pytest.raises(ValueError, match="no tile keeps all weights on the chip"):
+        check(Case(cells.lstm, 1, 5, 1, 7, form="persistent"))
+    monkeypatch.setattr(launch, "simulated_device", replace(PLAIN_DEVICE, capability=(7, 5)))
+    with pytest.raises(ValueError, match=r"'tf32' needs a GPU of compute capability 8\.0"):
+        check(Case(cells.lstm, 1, 5, 1, 7, precision="tf32"))
+
+
+# --- The simulator itself ---------------------------------------------------------------------------------
+
+
+def test_the_simulator_finds_divergence() -> None:
+    @cuda.jit
+    def diverging() -> None:
+        if cuda.threadIdx.x == 0:
+            cuda.syncthreads()
+        else:
+            cuda.syncwarp()
+
+    with pytest.raises(Stuck, match="in block 1"):
+        diverging[2, 8]()
+
+
+def test_the_simulator_finds_polling_in_vain() -> None:
+    @cuda.jit
+    def waiting(flag: Any) -> None:
+        while flag[0] == 0:
+            cuda.nanosleep(1)
+
+    with pytest.raises(Stuck, match="in block 1"):
+        waiting[2, 8](np.zeros(1, np.uint64))
+
+
+def test_the_simulator_runs_blocks_at_once() -> None:
+    @cuda.jit
+    def in_turns(turn: Any, order: Any) -> None:
+        for n in range(3):
+            while turn[0] != 2 * n + cuda.blockIdx.x:
+                cuda.nanosleep(1)
+            order[2 * n + cuda.blockIdx.x] = cuda.blockIdx.x
+            turn[0] += 1
+
+    order = np.full(6, -1)
+    in_turns[2, 1](np.zeros(1, np.int64), order)
+    assert order.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_the_simulator_exchanges_values_of_a_warp() -> None:
+    @cuda.jit
+    def reverse(x: Any, out: Any) -> None:
+        out[cuda.threadIdx.x] = cuda.shfl_xor_sync(0xFFFFFFFF, x[cuda.threadIdx.x], 31)
+
+    x, out = np.arange(64), np.zeros(64, int)
+    reverse[1, 64](x, out)
+    np.testing.assert_array_equal(out, x ^ 31)

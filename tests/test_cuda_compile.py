@@ -1,0 +1,65 @@
+"""Every form, pass and precision compiled for GPUs and assembled, without one: what simulators cannot tell."""
+
+from __future__ import annotations
+
+import pytest
+from checks import five_gates, name, three_states
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'fusedlstm[test]'")
+
+from fusedlstm import cells
+from fusedlstm.cells import Cell
+from fusedlstm.kernels.cuda.plan import PRECISIONS, TENSOR_CORES, Form, Precision, choose
+from fusedlstm.kernels.cuda.resources import DEVICES, REGISTERS, ptx_of, resources
+
+H200 = DEVICES["sm_90"]
+
+
+def check(
+    cell: Cell, precision: Precision, form: Form, backward: bool, hidden: int, batch: int, proj: int = 0
+) -> None:
+    """No spills, no stack, everything inlined, and all registers for one block at least.
+
+    The PTX for the oldest architecture that has the instructions is assembled for all later ones.
+    """
+    tensor = precision in TENSOR_CORES
+    plan = choose(H200, cell, precision, hidden, proj, batch, backward, form)
+    assert plan.form == form
+    assert plan.shared <= H200.shared
+    ptx = ptx_of(cell, plan, (8, 0) if tensor else (7, 5))
+    for architecture, device in DEVICES.items():
+        if tensor and device.capability < (8, 0):
+            continue
+        found = resources(ptx, architecture)
+        assert (found.spills, found.stack, found.calls) == (0, 0, 0), (architecture, found)
+        assert found.registers * plan.threads <= REGISTERS, (architecture, found)
+        assert (found.tensor > 0) == tensor
+    assert ("red.release.gpu" in ptx) == ("ld.acquire.gpu" in ptx) == (form == "persistent")
+    vector = "v4.b32" if tensor else "v2.f64" if precision == "float64" else "v4.f32"
+    alias = vector.replace("b32", "u32")
+    assert f"ld.global.{vector}" in ptx or f"ld.global.{alias}" in ptx
+    if form == "persistent":
+        assert f"ld.shared.{vector}" in ptx or f"ld.shared.{alias}" in ptx
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("form", ["persistent", "stepwise"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_form_and_precision(precision: Precision, form: Form, backward: bool) -> None:
+    check(cells.lstm, precision, form, backward, hidden=512, batch=16)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_weights_in_registers(backward: bool) -> None:
+    plan = choose(H200, cells.lstm, "bfloat16", 2048, 0, 16, backward)
+    assert plan.recurrent.held > 0
+    check(cells.lstm, "bfloat16", "persistent", backward, hidden=2048, batch=16)
+
+
+@pytest.mark.parametrize(
+    ("cell", "precision", "proj"),
+    [(five_gates, "float32", 0), (three_states, "tf32", 64), (cells.gru, "bfloat16", 0)],
+    ids=name,
+)
+def test_other_cells(cell: Cell, precision: Precision, proj: int) -> None:
+    check(cell, precision, "persistent", True, hidden=256, batch=64, proj=proj)

@@ -399,14 +399,13 @@ class Recurrent:
             raise TypeError(f"{what} must be a tuple {self._state_names()}, got {_described(state)}")
         if len(state) != len(sizes):
             raise ValueError(f"{what} must be a tuple {self._state_names()}, got {len(state)} entries")
+        kind = xp.ndarray if xp is np else None  # others are looked at below
         for part, size in zip(state, sizes):
-            expected = (rows, batch, size) if batched else (rows, size)
             if (
-                type(part) is not np.ndarray
+                type(part) is not kind
                 or part.dtype is not dtype
-                or part.shape != expected
+                or part.shape != ((rows, batch, size) if batched else (rows, size))
                 or not part.flags.carray
-                or xp is not np
             ):
                 state = self._laid_out_states(what, state, batch, batched, xp)
                 break

@@ -3,11 +3,18 @@
 from setuptools import setup
 
 setup(
-    packages=["fusedlstm", "fusedlstm.kernels", "fusedlstm.kernels.cpu", "fusedlstm.kernels.cuda"],
+    packages=[
+        "fusedlstm",
+        "fusedlstm.kernels",
+        "fusedlstm.kernels.cpu",
+        "fusedlstm.kernels.cuda",
+        "fusedlstm.benchmarks",
+    ],
     package_dir={
         "fusedlstm": "fusedlstm",
         "fusedlstm.kernels": "kernels",
         "fusedlstm.kernels.cpu": "kernels/cpu",
         "fusedlstm.kernels.cuda": "kernels/cuda",
+        "fusedlstm.benchmarks": "benchmarks",
     },
 )

@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks: each contender in its own process, checked before it is timed."""

@@ -1,0 +1,91 @@
+"""The list of contenders, ours first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from .cases import Case, Data, as_state, name_results, recurrent
+from .contender import Contender, Prepared, stepping
+from .peer_jax import JaxScan
+from .peer_keras import KerasJax, KerasTensorFlow, KerasTorch
+from .peer_onnx import OnnxRuntime, OpenVINO
+from .peer_torch import FusedTorch, Torch, TorchCell, TorchLoop
+
+
+class FusedLSTM(Contender):
+    """The layers of this package on NumPy arrays."""
+
+    name, title = "fusedlstm", "fusedlstm"
+    packages: ClassVar[tuple[str, ...]] = ("fusedlstm", "numba", "llvmlite", "numpy")
+    backend: ClassVar[str] = "cpu"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        from fusedlstm.kernels.cpu.team import set_num_threads
+
+        set_num_threads(threads)
+
+    def prepare(self, case: Case, data: Data) -> Prepared:
+        layer = recurrent(case, dtype=case.dtype, backend=self.backend)
+        layer.load_state_dict(data.weights)
+        x, state, dy, dstate = data.x, as_state(data.state), data.dy, as_state(data.dstate)
+
+        def train() -> Any:
+            y, final, tape = layer.forward(x, state, training=True)
+            assert tape is not None
+            return y, final, tape.backward(dy, dstate)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda: layer(x),
+            "train": train,
+            "step": stepping(lambda state: layer(x, state), state),
+        }
+        return Prepared(calls[case.mode], lambda result: name_results(case, *result))
+
+
+class NumPy(FusedLSTM):
+    """The reference: an explicit time loop in NumPy."""
+
+    name, title = "numpy", "NumPy loop"
+    packages = ("numpy",)
+    backend = "reference"
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    contender.name: contender
+    for contender in (
+        FusedLSTM,
+        FusedTorch,
+        Torch,
+        TorchCell,
+        OnnxRuntime,
+        OpenVINO,
+        KerasTensorFlow,
+        KerasJax,
+        KerasTorch,
+        JaxScan,
+        TorchLoop,
+        NumPy,
+    )
+}
+OURS = ("fusedlstm", "fusedlstm-torch")
+
+
+def choose(names: str | None) -> list[type[Contender]]:
+    """The contenders of a list "name,name,...", or all that are installed.
+
+    Raises:
+        ValueError: for a name that is unknown, or one whose packages are not installed.
+    """
+    if names is None:
+        return [contender for contender in CONTENDERS.values() if contender.installed()]
+    chosen = []
+    for name in (part.strip() for part in names.split(",")):
+        if name not in CONTENDERS:
+            raise ValueError(f"there is no contender {name!r}; there are {', '.join(CONTENDERS)}")
+        contender = CONTENDERS[name]
+        if not contender.installed():
+            raise ValueError(f"contender {name!r} needs {', '.join(contender.modules)}: pip install them")
+        chosen.append(contender)
+    return chosen

@@ -1,0 +1,145 @@
+"""A record as tables: milliseconds, ratios, share of the limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .cases import Case
+from .contenders import OURS
+
+LOW_SHARE = 0.8  # of the limit: below it a row is marked
+
+
+def seconds_of(row: dict[str, Any], name: str) -> float | None:
+    """The median of a contender, None if there is none."""
+    median: float | None = row["results"].get(name, {}).get("median")
+    return median
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:
+    """The fastest of the others and its time."""
+    times = {name: seconds_of(row, name) for name in row["results"] if name not in OURS}
+    done = {name: seconds for name, seconds in times.items() if seconds is not None}
+    return min(done.items(), key=lambda item: item[1]) if done else None
+
+
+def groups(record: dict[str, Any]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+    """The rows by cell, mode and dtype."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        case = row["case"]
+        found.setdefault(f"{case['cell']}, {case['mode']}, {case['dtype']}", []).append(row)
+    return found.items()
+
+
+def text(record: dict[str, Any]) -> str:
+    """The whole record, as Markdown."""
+    parts = [heading(record)]
+    for title, rows in groups(record):
+        parts += [f"## {title}", table(record, rows), *problems(record, rows)]
+    return "\n\n".join(parts)
+
+
+def heading(record: dict[str, Any]) -> str:
+    """The machine, the limits and the versions."""
+    machine, limits, settings = record["machine"], record["limits"], record["settings"]
+    threads = str(limits["threads"])
+    rates = ", ".join(
+        f"{rates[threads] / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rates in limits["multiply_add"].items()
+    )
+    reads = ", ".join(f"{level} {rates[threads] / 1e9:.0f}" for level, rates in limits["read"].items())
+    versions = {
+        name: version for c in record["contenders"].values() for name, version in c["versions"].items()
+    }
+    caches = "cold" if settings["cold"] else "hot"
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {limits['registers']}; {threads} threads, "
+        f"{caches} caches, {record['date']}, commit {record['commit']}\n\n"
+        f"Limits, measured: {rates}; reads in GB/s: {reads}; barrier {limits['barrier'] * 1e9:.0f} ns\n\n"
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+
+
+def table(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of each contender, how many times ours that is, and our share of the limit."""
+    names = [name for name in record["contenders"] if any(seconds_of(row, name) for row in rows)]
+    ours = next((name for name in OURS if name in names), None)
+    header = ["T", "B", "I", "H", *(record["contenders"][name]["title"] for name in names)]
+    header += ["best peer / ours", "limit", "share"] if ours else ["limit"]
+    lines = [cells_of_row(row, names, ours) for row in rows]
+    if ours:
+        lines.append(means(rows, names, ours))
+    return markdown(header, lines)
+
+
+def cells_of_row(row: dict[str, Any], names: list[str], ours: str | None) -> list[str]:
+    """One row of the table."""
+    case, bound = row["case"], row["bound"]
+    mine = seconds_of(row, ours) if ours else None
+    cells = [str(case[size]) for size in ("steps", "batch", "inputs", "hidden")]
+    for name in names:
+        seconds = seconds_of(row, name)
+        cell = outcome(row["results"].get(name, {})) if seconds is None else milliseconds(seconds)
+        if seconds and mine and name != ours:
+            cell += f" ({seconds / mine:.2f})"
+        cells.append(cell)
+    peer = best_peer(row)
+    if ours:
+        cells.append(f"{peer[1] / mine:.2f}" if mine and peer else "")
+    cells.append(f"{milliseconds(bound['seconds'])} {bound['name']}")
+    if ours:
+        share = bound["seconds"] / mine if mine else None
+        cells.append("" if share is None else f"{share:.0%}{' low' if share < LOW_SHARE else ''}")
+    return cells
+
+
+def means(rows: list[dict[str, Any]], names: list[str], ours: str) -> list[str]:
+    """The last row: geometric means of the ratios and of the share."""
+    cells = ["geometric mean", "", "", ""]
+    for name in names:
+        ratios = [b / a for row in rows if (a := seconds_of(row, ours)) and (b := seconds_of(row, name))]
+        cells.append(f"({geometric_mean(ratios):.2f})" if ratios and name != ours else "")
+    pairs = [(seconds_of(row, ours), best_peer(row), row["bound"]["seconds"]) for row in rows]
+    ratios = [peer[1] / mine for mine, peer, _ in pairs if mine and peer]
+    shares = [bound / mine for mine, _, bound in pairs if mine]
+    cells.append(f"{geometric_mean(ratios):.2f}" if ratios else "")
+    return [*cells, "", f"{geometric_mean(shares):.0%}" if shares else ""]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    value = seconds * 1e3
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """What stands in the place of a time."""
+    return "failed" if "failed" in result else "-"
+
+
+def problems(record: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Who failed, where and why."""
+    lines = [
+        f"* {record['contenders'][name]['title']}, {Case(**row['case']).sizes}: {result['failed']}"
+        for row in rows
+        for name, result in row["results"].items()
+        if "failed" in result
+    ]
+    return ["Failed:\n\n" + "\n".join(lines)] if lines else []
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table, its columns aligned as text as well."""
+    widths = [max(2, *map(len, column)) for column in zip(header, *rows)]
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths)) + " |"
+
+    return "\n".join([line(header), line("-" * (width - 1) + ":" for width in widths), *map(line, rows)])

@@ -1,0 +1,257 @@
+"""The comparison: contenders in turn, round after round, and the record of what came out.
+
+A sample is a number of calls that takes long enough to be timed; a round is a sample of each contender; a
+result is the median over the rounds, with the quartiles beside it.  Rows on which we or the best peer
+scatter get more rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import machine, report
+from .cases import DTYPES, MODES, Case, cases_of_set, expected, in_mode, make_data, parse_shapes, shape_sets
+from .contender import Contender, Unsupported
+from .contenders import OURS, choose
+from .worker import Failed, Worker
+
+SCHEMA = 1  # version of the record; see schema.json
+MOST_ROUNDS = 3  # times as many where results scatter
+SCATTER = 0.05  # of the median between the quartiles
+
+
+@dataclass
+class Settings:
+    """How to measure.
+
+    Attributes:
+        threads: for each contender.
+        rounds: samples of each contender and case.
+        seconds: that the calls of a sample take together, at least.
+        cold: whether the caches are flushed before each call.
+        timeout: seconds after which an answer of a contender is not waited for.
+    """
+
+    threads: int
+    rounds: int = 7
+    seconds: float = 0.05
+    cold: bool = False
+    timeout: float = 300.0
+
+
+def compare(
+    cases: Sequence[Case],
+    contenders: Sequence[type[Contender]],
+    settings: Settings,
+    progress: Callable[[Case, str], None] = lambda case, name: None,
+) -> list[dict[str, Any]]:
+    """The results of all contenders for all cases, as in the schema; `progress` hears of every sample."""
+    workers = {c.name: Worker(c, settings.threads, settings.timeout) for c in contenders}
+    rows = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for case in cases:
+                right = Path(folder) / "expected.npz"
+                np.savez(right, **expected(case, make_data(case)))  # type: ignore[arg-type]
+                results = compare_case(case, workers, right, settings, progress)
+                rows.append({"case": case.to_json(), "results": results})
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return rows
+
+
+def compare_case(
+    case: Case,
+    workers: dict[str, Worker],
+    right: Path,
+    settings: Settings,
+    progress: Callable[[Case, str], None],
+) -> dict[str, dict[str, Any]]:
+    """The results of all contenders for one case."""
+    results: dict[str, dict[str, Any]] = {}
+    running = dict(workers)
+
+    def ask(name: str, *request: Any) -> Any:
+        """The answer of a contender; one that fails is out."""
+        try:
+            return workers[name].ask(*request)
+        except (Unsupported, Failed) as error:
+            del running[name]
+            kind = "unsupported" if isinstance(error, Unsupported) else "failed"
+            results[name] = {kind: str(error)}
+
+    for name in workers:
+        progress(case, name)
+        if ready := ask(name, "prepare", case, str(right), settings.seconds, settings.cold):
+            results[name] = {**ready, "samples": []}
+    rounds = 0
+    while rounds < settings.rounds or (rounds < MOST_ROUNDS * settings.rounds and scattered(results)):
+        for name in list(running):
+            progress(case, name)
+            if seconds := ask(name, "sample"):
+                results[name]["samples"].append(seconds)
+        rounds += 1
+    for name in list(running):
+        ask(name, "release")
+    return {name: summarize(result) for name, result in results.items()}
+
+
+def summarize(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the median and the quartiles of its samples."""
+    samples = result.get("samples")
+    if not samples:
+        return result
+    return {"median": statistics.median(samples), "quartiles": quartiles(samples), **result}
+
+
+def quartiles(samples: Sequence[float]) -> list[float]:
+    """The first and the third quartile."""
+    return [float(q) for q in np.quantile(samples, [0.25, 0.75])]
+
+
+def scattered(results: dict[str, dict[str, Any]]) -> bool:
+    """Whether the samples of ours, or of the best peer, lie too far apart to tell who is ahead."""
+    done = {name: result["samples"] for name, result in results.items() if result.get("samples")}
+    peers = sorted((n for n in done if n not in OURS), key=lambda n: statistics.median(done[n]))
+    for name in [*(n for n in done if n in OURS), *peers[:1]]:
+        low, high = quartiles(done[name])
+        if high - low > SCATTER * statistics.median(done[name]):
+            return True
+    return False
+
+
+def record(
+    cases: Sequence[Case],
+    contenders: Sequence[type[Contender]],
+    settings: Settings,
+    progress: Callable[[Case, str], None] = lambda case, name: None,
+) -> dict[str, Any]:
+    """Compare, and all that is needed to understand the results, as in schema.json."""
+    from .limits import bound, measure_apart  # they need the compiler, which other commands do not
+
+    limits = measure_apart(settings.threads)
+    rows = compare(cases, contenders, settings, progress)
+    for case, row in zip(cases, rows):
+        row["bound"] = bound(case, limits)._asdict()
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "machine": machine.describe(),
+        "settings": vars(settings),
+        "limits": limits,
+        "contenders": {c.name: {"title": c.title, "versions": c.versions()} for c in contenders},
+        "rows": rows,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command, for a parser of its own or a subcommand's."""
+    what = parser.add_argument_group("what to compare")
+    what.add_argument(
+        "--set",
+        choices=[*shape_sets(), "all"],
+        help="a set of shapes (default: cpu, or streaming for --mode step)",
+    )
+    what.add_argument("--shapes", metavar="T,B,I,H;...", help="shapes of your own")
+    what.add_argument(
+        "--mode",
+        default="forward",
+        help=f"{', '.join(MODES)}, or several of them separated by commas (default: %(default)s)",
+    )
+    what.add_argument("--cell", help="only this cell; with --shapes the cell (default: lstm)")
+    what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument("--contenders", metavar="NAME,...", help="default: all that are installed")
+    how = parser.add_argument_group("how to measure")
+    how.add_argument("--threads", type=int, default=machine.cores(), help="default: all cores, %(default)s")
+    how.add_argument("--rounds", type=int, default=Settings.rounds, help="default: %(default)s")
+    how.add_argument(
+        "--seconds", type=float, default=Settings.seconds, help="per sample, at least (default: %(default)s)"
+    )
+    how.add_argument("--cold", action="store_true", help="flush the caches before each call")
+    how.add_argument(
+        "--timeout", type=float, default=Settings.timeout, help="seconds for an answer (default: %(default)s)"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--json", type=Path, metavar="FILE", help="write the record")
+    results.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="report a record, run nothing"
+    )
+
+
+def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for.
+
+    Raises:
+        ValueError: if there are none, or an option makes no sense.
+    """
+    cases: list[Case] = []
+    for mode in arguments.mode.split(","):
+        if mode not in MODES:
+            raise ValueError(f"--mode must be {', '.join(MODES)}, got {mode!r}")
+        if arguments.shapes is not None:
+            shapes = parse_shapes(arguments.shapes, arguments.cell or "lstm")
+        else:
+            shapes = cases_of_set(arguments.set or ("streaming" if mode == "step" else "cpu"))
+            shapes = [case for case in shapes if arguments.cell in (None, case.cell)]
+        cases += in_mode(shapes, mode, arguments.dtype)
+    if not cases:
+        raise ValueError("there is no case with these options")
+    return cases
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the options ask for; 1 if a contender failed, else 0."""
+    if arguments.source is not None:
+        results = json.loads(arguments.source.read_text(encoding="utf-8"))
+    else:
+        results = _run_with_progress(arguments)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(report.text(results))
+    return int(any("failed" in result for row in results["rows"] for result in row["results"].values()))
+
+
+def _run_with_progress(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    cases, contenders = chosen_cases(arguments), choose(arguments.contenders)
+    settings = Settings(
+        arguments.threads, arguments.rounds, arguments.seconds, arguments.cold, arguments.timeout
+    )
+    samples = len(contenders) * (settings.rounds + 1)  # of a row, the preparations among them
+    with tqdm(total=len(cases), bar_format=BAR) as bar:
+        asked: dict[Case, int] = {}
+
+        def progress(case: Case, name: str) -> None:
+            asked[case] = asked.get(case, -1) + 1
+            bar.n = len(asked) - 1 + min(1, asked[case] / samples)
+            bar.set_postfix_str(f"row {len(asked)} of {len(cases)}: {case}, {name}", refresh=False)
+            bar.update(0)
+
+        return record(cases, contenders, settings, progress)
+
+
+BAR = "{percentage:3.0f}% {bar:20} {remaining} left{postfix}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command as a program of its own."""
+    parser = argparse.ArgumentParser(prog="fusedlstm bench", description=__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        return run(arguments)
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,476 @@
+"""The benchmarks: what is run, that wrong results get no time, the limits and the record.  No timings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jsonschema import ValidationError, validate
+
+from fusedlstm.benchmarks import limits, machine, report, runner, worker
+from fusedlstm.benchmarks.cases import (
+    Case,
+    WrongResult,
+    cases_of_set,
+    check,
+    expected,
+    in_mode,
+    make_data,
+    parse_shapes,
+    shape_sets,
+)
+from fusedlstm.benchmarks.contender import Contender, Prepared, Unsupported
+from fusedlstm.benchmarks.contenders import CONTENDERS, FusedLSTM, NumPy, choose
+
+SMALL = Case(3, 2, 4, 5)
+QUICK = runner.Settings(threads=1, rounds=1, seconds=1e-4, timeout=120)
+
+
+# --- cases -----------------------------------------------------------------------------------------------
+
+
+def test_every_set_has_cases_and_all_has_each_once() -> None:
+    everything = cases_of_set("all")
+    assert len(everything) == len(set(everything))
+    for name in shape_sets():
+        assert cases_of_set(name)
+        assert set(cases_of_set(name)) <= set(everything)
+
+
+def test_the_set_of_the_cpu() -> None:
+    cases = cases_of_set("cpu")
+    assert cases[0] == Case(500, 1, 64, 64)
+    assert len(cases) == 14
+
+
+def test_layers_of_a_set_are_kept() -> None:
+    assert {case.layers for case in cases_of_set("lm")} == {2}
+
+
+def test_shapes_are_parsed() -> None:
+    assert parse_shapes("3,2,4,5; 1,1,1,1;3,2,4,5", "gru") == [
+        Case(3, 2, 4, 5, "gru"),
+        Case(1, 1, 1, 1, "gru"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["3,2,4", "3,2,4,x", "0,2,4,5", "-1,2,4,5", "3,2,4,5,6"])
+def test_a_wrong_shape_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="four positive numbers"):
+        parse_shapes(text)
+
+
+def test_a_step_has_one_time_step_and_each_shape_once() -> None:
+    cases = in_mode([Case(25, 1, 4, 5), Case(50, 1, 4, 5)], "step", "float64")
+    assert cases == [Case(1, 1, 4, 5, mode="step", dtype="float64")]
+
+
+def test_data_is_the_same_in_every_process() -> None:
+    first, second = make_data(SMALL), make_data(SMALL)
+    assert first.x.dtype == np.float32
+    for name, array in first.weights.items():
+        np.testing.assert_array_equal(array, second.weights[name])
+    np.testing.assert_array_equal(first.x, second.x)
+
+
+# --- no check, no number ---------------------------------------------------------------------------------
+
+
+def right_results(case: Case) -> dict[str, np.ndarray]:
+    return expected(case, make_data(case))
+
+
+def test_right_results_pass_with_their_error() -> None:
+    case = Case(3, 2, 4, 5, mode="train")
+    right = right_results(case)
+    assert {"y", "h", "c", "dx", "dh", "dc", "dweight_ih_l0", "dbias_hh_l0"} <= set(right)
+    assert check(case, right, right) == 0
+    assert check(case, {name: array * (1 + 1e-6) for name, array in right.items()}, right) == pytest.approx(
+        1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["y", "h", "c", "dx", "dh", "dc", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"]
+)
+@pytest.mark.parametrize("spoil", ["value", "nan", "shape", "missing"])
+def test_one_wrong_result_is_enough(name: str, spoil: str) -> None:
+    case = Case(3, 2, 4, 5, mode="train")
+    right = right_results(case)
+    wrong = {key: array.copy() for key, array in right.items()}
+    if spoil == "value":
+        wrong[name].flat[0] += 1
+    elif spoil == "nan":
+        wrong[name].flat[0] = np.nan
+    elif spoil == "shape":
+        wrong[name] = wrong[name][None]
+    else:
+        del wrong[name]
+    with pytest.raises(WrongResult, match=name):
+        check(case, wrong, right)
+
+
+class Broken(Contender):
+    name, title = "broken", "Broken"
+    modes = ("forward",)
+
+    def prepare(self, case: Case, data: Any) -> Prepared:
+        call, read = NumPy(1).prepare(case, data)
+        return Prepared(call, lambda result: {key: array + 1 for key, array in read(result).items()})
+
+
+class TurnsBad(Contender):
+    """Right the first time only."""
+
+    name, title = "turns-bad", "Turns bad"
+
+    def prepare(self, case: Case, data: Any) -> Prepared:
+        call, read = NumPy(1).prepare(case, data)
+        calls = iter(range(10**9))
+        return Prepared(lambda: (next(calls), call()), lambda result: read(_spoiled(*result)))
+
+
+def _spoiled(calls: int, result: Any) -> Any:
+    return (result[0] + 1, *result[1:]) if calls else result
+
+
+@pytest.fixture
+def right(tmp_path: Path) -> str:
+    np.savez(tmp_path / "expected.npz", **right_results(SMALL))  # type: ignore[arg-type]
+    return str(tmp_path / "expected.npz")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from a contender of a test to it on its bench, in this process."""
+
+    def make(contender: type[Contender]) -> worker.Bench:
+        monkeypatch.setitem(CONTENDERS, contender.name, contender)
+        return worker.Bench(contender.name, 1)
+
+    return make
+
+
+def test_a_wrong_contender_is_not_timed(bench: Any, right: str) -> None:
+    with pytest.raises(WrongResult, match="y has the relative error"):
+        bench(Broken).prepare(SMALL, right, 1e-4, False)
+
+
+def test_a_contender_that_turns_bad_is_found(bench: Any, right: str) -> None:
+    station = bench(TurnsBad)
+    station.prepare(SMALL, right, 1e-4, False)
+    station.sample()
+    with pytest.raises(WrongResult, match="y has the relative error"):
+        station.release()
+
+
+def test_what_a_contender_lacks_is_said(bench: Any, right: str) -> None:
+    with pytest.raises(Unsupported, match="no mode train"):
+        bench(Broken).prepare(Case(3, 2, 4, 5, mode="train"), right, 1e-4, False)
+
+
+def test_cold_and_hot_samples(bench: Any, right: str) -> None:
+    station = bench(NumPy)
+    assert station.prepare(SMALL, right, 0.01, False)["calls"] > 1
+    assert station.sample() > 0
+    assert station.prepare(SMALL, right, 0.01, True)["calls"] == worker.COLD_CALLS
+    assert station.sample() > 0
+
+
+# --- contenders in their own processes -------------------------------------------------------------------
+
+EVERYTHING = [
+    *(Case(3, 2, 4, 5, cell, mode=mode) for cell in ("lstm", "gru") for mode in ("forward", "train", "step")),
+    Case(3, 2, 4, 5, "peephole_lstm"),
+    Case(3, 2, 4, 5, "coupled_lstm", mode="train"),
+    Case(3, 2, 4, 5, "rnn_tanh", mode="train"),
+    Case(3, 2, 4, 5, "rnn_relu"),
+    Case(3, 2, 4, 5, layers=2),
+    Case(3, 2, 4, 5, layers=2, mode="train"),
+    Case(3, 2, 4, 5, "gru", layers=2, mode="step"),
+    Case(3, 2, 4, 5, mode="train", dtype="float64"),
+]
+
+
+@pytest.mark.parametrize("name", [contender.name for contender in choose(None)])
+def test_every_installed_contender_gives_right_results(name: str) -> None:
+    done = 0
+    for row in runner.compare(EVERYTHING, [CONTENDERS[name]], QUICK):
+        result = row["results"][name]
+        assert "failed" not in result, (row["case"], result)
+        done += "median" in result
+    assert done
+
+
+def test_a_process_that_dies_has_failed_and_is_started_again(right: str) -> None:
+    process = worker.Worker(NumPy, 1, 60)
+    try:
+        process.ask("prepare", SMALL, right, 1e-4, False)
+        process._process.kill()
+        with pytest.raises(worker.Failed, match="its process ended"):
+            process.ask("sample")
+        assert process.ask("prepare", SMALL, right, 1e-4, False)["error"] < 1e-4
+    finally:
+        process.close()
+
+
+def test_a_contender_that_hangs_has_failed(right: str) -> None:
+    process = worker.Worker(NumPy, 1, timeout=1e-3)
+    with pytest.raises(worker.Failed, match="no answer within"):
+        process.ask("prepare", SMALL, right, 1e-4, False)
+    assert process._process is None
+
+
+def test_a_failed_contender_is_shown_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Fake:
+        def __init__(self, contender: type[Contender], threads: int, timeout: float) -> None:
+            self.name = contender.name
+
+        def ask(self, method: str, *arguments: Any) -> Any:
+            asked.append(f"{self.name} {method}")
+            if self.name == "torch" and method == "sample":
+                raise worker.Failed("it broke")
+            return {"prepare": {"error": 0.0, "calls": 1}, "sample": 1.0, "release": None}[method]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(runner, "Worker", Fake)
+    contenders = [CONTENDERS[name] for name in ("fusedlstm", "torch", "numpy")]
+    rows = runner.compare([SMALL], contenders, runner.Settings(threads=1, rounds=2))
+    results = rows[0]["results"]
+    assert results["torch"] == {"failed": "it broke"}
+    assert results["fusedlstm"]["samples"] == results["numpy"]["samples"] == [1.0, 1.0]
+    samples = [name for name in asked if name.endswith("sample")]
+    assert samples == ["fusedlstm sample", "torch sample", "numpy sample", "fusedlstm sample", "numpy sample"]
+
+
+def test_rows_that_scatter_get_more_rounds() -> None:
+    def results(ours: list[float], best: list[float], other: list[float]) -> dict[str, Any]:
+        return {name: {"samples": s} for name, s in zip(("fusedlstm", "torch", "numpy"), (ours, best, other))}
+
+    steady, loose = [1.0, 1.01, 1.0], [1.0, 1.3, 0.8]
+    slow = [9.0, 5.0, 8.0]
+    assert not runner.scattered(results(steady, steady, slow))
+    assert runner.scattered(results(loose, steady, slow))
+    assert runner.scattered(results(steady, loose, slow))
+    assert not runner.scattered({"fusedlstm": {"failed": "why"}})
+
+
+def test_contenders_are_chosen_by_name() -> None:
+    assert choose("numpy, fusedlstm") == [NumPy, FusedLSTM]
+    with pytest.raises(ValueError, match="there is no contender 'nobody'"):
+        choose("nobody")
+
+
+def test_a_contender_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NumPy, "modules", ("no_such_module",))
+    assert NumPy not in choose(None)
+    with pytest.raises(ValueError, match="needs no_such_module"):
+        choose("numpy")
+
+
+# --- limits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_multiply_adds_are_all_done(dtype: str, threads: int) -> None:
+    out = np.zeros(8 * threads)
+    x, turns = np.dtype(dtype).type(1), 1000
+    limits._run_multiply_adds(limits._team(threads), threads, x, turns, out)
+    # each sum starts from 1 and has 1 * 1 + ... added in each turn
+    assert out[0] == limits.chains() * (1 + turns)
+    assert 1 <= out[1] <= threads
+
+
+def test_every_byte_of_the_stream_is_read() -> None:
+    lanes, turns = limits.machine().bits // 64, 5
+    buffer = np.random.default_rng(0).integers(0, 2**50, (1, turns * limits.STREAM * lanes))
+    out = np.zeros(8)
+    limits._run_reads(0, 1, buffer, turns, 1, out)
+    assert out[0] == np.bitwise_xor.reduce(buffer.reshape(-1, lanes)[:, 0])
+
+
+def test_buffers_lie_in_their_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "cache_sizes", lambda: {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20})
+    assert limits.buffer_sizes(2) == {"L1": 16 << 10, "L2": 512 << 10, "L3": 4 << 20, "memory": 128 << 20}
+
+
+@pytest.mark.parametrize(
+    ("weights", "level"),
+    [(40 << 10, "L1"), (64 << 10, "L2"), (1 << 20, "L2"), (4 << 20, "L3"), (64 << 20, "memory")],
+)
+def test_weights_lie_in_the_level_that_holds_a_threads_share(
+    monkeypatch: pytest.MonkeyPatch, weights: int, level: str
+) -> None:
+    monkeypatch.setattr(limits, "cache_sizes", lambda: {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20})
+    assert limits.level_of(weights, 2) == level
+
+
+SLOW_READS = {
+    "threads": 2,
+    "multiply_add": {"float32": {"1": 1e9, "2": 2e9}},
+    "read": {level: {"1": 1e6, "2": 2e6} for level in ("L1", "L2", "L3", "memory")},
+}
+
+
+def test_the_bound_of_few_rows_is_reading_the_weights() -> None:
+    bound = limits.bound(Case(100, 1, 8, 16), SLOW_READS)
+    recurrent = 100 * 4 * 16 * 16 * 4 / 2e6
+    inputs = max(2 * 100 * 4 * 16 * 8 / 2e9, 4 * 16 * 8 * 4 / 2e6)
+    assert bound.seconds == pytest.approx(recurrent + inputs)
+    assert bound.name == "L1"
+    assert bound.operations == 2 * 100 * 64 * 24
+
+
+def test_the_bound_of_many_rows_is_multiply_adds() -> None:
+    fast_reads = {**SLOW_READS, "read": {level: {"1": 1e12, "2": 1e12} for level in SLOW_READS["read"]}}  # type: ignore[attr-defined]
+    forward = limits.bound(Case(10, 64, 8, 16), fast_reads)
+    assert forward.name == "FMA"
+    assert forward.seconds == pytest.approx(2 * 10 * 64 * 64 * 24 / 2e9)
+    train = limits.bound(Case(10, 64, 8, 16, mode="train"), fast_reads)
+    assert train.seconds == pytest.approx(3 * forward.seconds)
+    assert train.operations == 3 * forward.operations
+
+
+# --- the record ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "record.json"
+    options = ["--shapes", "3,2,4,5;5,1,4,5", "--mode", "forward,train", "--contenders", "fusedlstm,numpy"]
+    assert runner.main([*options, "--rounds", "2", "--seconds", "0.001", "--json", str(path)]) == 0
+    return path
+
+
+def test_a_record_fits_the_schema(record_file: Path) -> None:
+    schema = json.loads(files(runner.__package__).joinpath("schema.json").read_text())
+    record = json.loads(record_file.read_text())
+    validate(record, schema)
+    assert schema["properties"]["schema"]["const"] == record["schema"] == runner.SCHEMA
+    record["rows"][0]["results"]["numpy"] = {"median": 1.0}
+    with pytest.raises(ValidationError):
+        validate(record, schema)
+
+
+def test_a_record_has_every_row_with_results_and_bound(record_file: Path) -> None:
+    record = json.loads(record_file.read_text())
+    assert [Case(**row["case"]) for row in record["rows"]] == [
+        Case(steps, batch, 4, 5, mode=mode)
+        for mode in ("forward", "train")
+        for steps, batch in ((3, 2), (5, 1))
+    ]
+    for row in record["rows"]:
+        assert row["bound"]["seconds"] > 0
+        for result in row["results"].values():
+            assert len(result["samples"]) >= 2
+            low, high = result["quartiles"]
+            assert low <= result["median"] <= high
+
+
+def test_a_record_is_reported_again(record_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["--from", str(record_file)]) == 0
+    printed = capsys.readouterr().out
+    assert "## lstm, forward, float32" in printed
+    assert "## lstm, train, float32" in printed
+    assert "geometric mean" in printed
+
+
+def made_record(*results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "contenders": {
+            name: {"title": name.title(), "versions": {}} for name in ("fusedlstm", "torch", "numpy")
+        },
+        "rows": [
+            {"case": Case(3, 2, 4, 5).to_json(), "bound": {"seconds": 1e-3, "name": "FMA"}, "results": result}
+            for result in results
+        ],
+    }
+
+
+def test_ratios_means_and_shares() -> None:
+    record = made_record(
+        {"fusedlstm": {"median": 2e-3}, "torch": {"median": 4e-3}, "numpy": {"median": 8e-3}},
+        {"fusedlstm": {"median": 1e-3}, "torch": {"median": 8e-3}, "numpy": {"median": 2e-3}},
+    )
+    lines = report.table(record, record["rows"]).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows[0] == [
+        "3",
+        "2",
+        "4",
+        "5",
+        "2.00",
+        "4.00 (2.00)",
+        "8.00 (4.00)",
+        "2.00",
+        "1.00 FMA",
+        "50% low",
+    ]
+    assert rows[1][-3:] == ["2.00", "1.00 FMA", "100%"]
+    assert rows[2] == ["geometric mean", "", "", "", "", "(4.00)", "(2.83)", "2.00", "", "71%"]
+
+
+def test_a_failure_is_shown_with_its_reason() -> None:
+    record = made_record({"fusedlstm": {"median": 2e-3}, "torch": {"failed": "y has the relative error 1"}})
+    text = report.table(record, record["rows"])
+    assert "failed" not in text.splitlines()[0]
+    assert report.problems(record, record["rows"]) == [
+        "Failed:\n\n* Torch, T=3 B=2 I=4 H=5: y has the relative error 1"
+    ]
+
+
+def test_a_failed_contender_gives_exit_status_1(tmp_path: Path, record_file: Path) -> None:
+    record = json.loads(record_file.read_text())
+    record["rows"][0]["results"]["numpy"] = {"failed": "why"}
+    (tmp_path / "failed.json").write_text(json.dumps(record))
+    assert runner.main(["--from", str(tmp_path / "failed.json")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.234e-3, "1.23"), (0.1234, "123"), (12.345e-6, "0.0123"), (2.0, "2000")]
+)
+def test_times_have_three_digits(seconds: float, text: str) -> None:
+    assert report.milliseconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "sideways"], "--mode must be"),
+        (["--shapes", "1,2"], "four positive numbers"),
+        (["--cell", "gru", "--set", "cpu"], "no case"),
+        (["--contenders", "nobody"], "no contender"),
+    ],
+)
+def test_bad_options_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(options)
+    assert message in capsys.readouterr().err
+
+
+def test_modes_and_cells_of_the_options() -> None:
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    options = parser.parse_args(["--set", "all", "--cell", "gru", "--mode", "forward,step"])
+    cases = runner.chosen_cases(options)
+    assert {case.cell for case in cases} == {"gru"}
+    assert {case.mode for case in cases} == {"forward", "step"}
+
+
+def test_the_machine_is_described() -> None:
+    found = machine.describe()
+    assert found["cores"] >= 1
+    assert set(found["caches"]) == {"L1", "L2", "L3"}
+    assert found["processor"]

@@ -73,16 +73,10 @@ def unused_state(g: Any) -> Any:
     return tanh(g), 1.5
 
 
-@cell(gates=("i", "f", "g", "o"), states=("h", "c"), weights=("p_i", "p_f", "p_o"))
-def own_peephole(i: Any, f: Any, g: Any, o: Any, c: Any, p_i: Any, p_f: Any, p_o: Any) -> Any:
-    """The built-in peephole LSTM as a user writes it."""
-    new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * tanh(g)
-    return sigmoid(o + p_o * new) * tanh(new), new
-
-
-OWN = (one_gate, three_states, five_gates, unused_state, own_peephole)
+OWN = (one_gate, three_states, five_gates, unused_state)
 BUILT_IN = tuple(value for name in cells.__all__ if isinstance(value := getattr(cells, name), cells.Cell))
 ALL = (*BUILT_IN, *OWN)
+PROJECTED = (cells.lstm, three_states)  # the cells that are tried with a projection
 
 
 def name(value: Any) -> str:

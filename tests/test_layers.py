@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from checks import ALL, BUILT_IN, assert_close, five_gates, name, three_states
+from checks import ALL, BUILT_IN, PROJECTED, assert_close, five_gates, name, three_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,7 +108,7 @@ def test_parameters_are_named_shaped_and_drawn_as_in_pytorch(
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     cell = draw(st.sampled_from(ALL))
     hidden = draw(st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33]))
-    proj = 0 if cell.reads_output or hidden == 1 else draw(st.sampled_from([0, 0, hidden - 1, 1]))
+    proj = draw(st.sampled_from([0, hidden - 1, hidden // 2])) if cell in PROJECTED else 0
     dropout = draw(st.sampled_from([0.0, 0.0, 0.3]))
     return {
         "options": {

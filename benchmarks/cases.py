@@ -34,6 +34,7 @@ class Case:
             with the gradients of the input, the initial state and all weights; "step": one time step,
             whose state enters the next call.
         dtype: of all arrays.
+        threads: for each contender.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class Case:
     layers: int = 1
     mode: str = "forward"
     dtype: str = "float32"
+    threads: int = 1
 
     @property
     def mathematics(self) -> Cell:
@@ -58,7 +60,7 @@ class Case:
         return text if self.layers == 1 else f"{text} L={self.layers}"
 
     def __str__(self) -> str:
-        return f"{self.cell} {self.mode} {self.dtype} {self.sizes}"
+        return f"{self.cell} {self.mode} {self.dtype} {self.sizes} threads={self.threads}"
 
     def to_json(self) -> dict[str, Any]:
         """The case as plain values."""
@@ -97,10 +99,11 @@ def parse_shapes(text: str, cell: str = "lstm") -> list[Case]:
     return unique(cases)
 
 
-def in_mode(cases: Iterable[Case], mode: str, dtype: str = "float32") -> list[Case]:
-    """The cases in another mode and precision; a step has T = 1."""
+def in_mode(cases: Iterable[Case], mode: str, dtype: str = "float32", threads: int = 1) -> list[Case]:
+    """The cases in another mode, precision and number of threads; a step has T = 1."""
     return unique(
-        replace(case, mode=mode, dtype=dtype, steps=1 if mode == "step" else case.steps) for case in cases
+        replace(case, mode=mode, dtype=dtype, threads=threads, steps=1 if mode == "step" else case.steps)
+        for case in cases
     )
 
 

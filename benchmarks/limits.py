@@ -2,7 +2,7 @@
 """What the processor could do at best, measured on the spot, and the bound that follows for a case.
 
 Measured by kernels that do nothing else: multiply-adds in registers, reads of a buffer that fits in L1, L2,
-L3 or in memory alone, and barriers of the thread team; on one thread, and on all at once.
+L3 or in memory alone, and barriers of the thread team; on one thread, and on several at once.
 
 The bound of a case is a roofline over its matrix products.  A product of `rows` rows with n x k weights
 takes the longer of
@@ -17,7 +17,7 @@ Training has each product three times: forward, for the gradient of what enters,
 the weights, which is one product over all steps.  Nothing else is counted, neither the cell's functions
 nor barriers, so 100% is out of reach; from 4 rows on the multiply-adds usually decide, below the reads.
 
-Run as a program with a number of threads, this module prints the limits as JSON.
+Run as a program, with numbers of threads, this module prints the limits as JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -220,7 +220,9 @@ def read_bandwidth(bytes_per_thread: int, threads: int) -> float:
 
 
 def barrier_latency(threads: int) -> float:
-    """Seconds that a barrier takes."""
+    """Seconds that a barrier takes; a thread alone does not wait."""
+    if threads == 1:
+        return 0.0
     return 1 / _best_rate(threads, lambda n, out: _run_barriers(_team(threads), threads, n, out))
 
 
@@ -235,25 +237,23 @@ def buffer_sizes(threads: int) -> dict[str, int]:
     }
 
 
-def measure(threads: int) -> dict[str, Any]:
-    """The limits, for one thread and for all `threads`, as in the schema of results."""
-    set_num_threads(threads)
-    counts = sorted({1, threads})
+def measure(counts: Sequence[int]) -> dict[str, Any]:
+    """The limits for each of some numbers of threads, as in the schema of results."""
+    set_num_threads(max(counts))
     return {
-        "threads": threads,
         "registers": f"{machine().name}, {machine().registers} of {machine().bits} bits",
         "multiply_add": {dtype: {str(n): multiply_add_rate(dtype, n) for n in counts} for dtype in DTYPES},
         "read": {
             level: {str(n): read_bandwidth(buffer_sizes(n)[level], n) for n in counts}
-            for level in buffer_sizes(threads)
+            for level in buffer_sizes(1)
         },
-        "barrier": barrier_latency(threads),
+        "barrier": {str(n): barrier_latency(n) for n in counts},
     }
 
 
-def measure_apart(threads: int) -> dict[str, Any]:
+def measure_apart(counts: Sequence[int]) -> dict[str, Any]:
     """:func:`measure` in a process of its own."""
-    command = [sys.executable, "-m", __name__, str(threads)]
+    command = [sys.executable, "-m", __name__, *map(str, counts)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     limits: dict[str, Any] = json.loads(done.stdout)
     return limits
@@ -270,7 +270,7 @@ class Bound(NamedTuple):
 
 def bound(case: Case, limits: dict[str, Any]) -> Bound:
     """The bound of a case by the model of this module."""
-    threads = str(limits["threads"])
+    threads = str(case.threads)
     rate = limits["multiply_add"][case.dtype][threads]
     size = np.dtype(case.dtype).itemsize
     rows = len(case.mathematics.gates) * case.hidden
@@ -281,7 +281,7 @@ def bound(case: Case, limits: dict[str, Any]) -> Bound:
         resident = rows * case.hidden * size
         if case.steps == 1:
             resident = case.layers * rows * (inputs + case.hidden) * size
-        level = level_of(resident, limits["threads"])
+        level = level_of(resident, case.threads)
         once = (1, case.steps * case.batch)
         products = [(*once, inputs), (case.steps, case.batch, case.hidden)]  # times, rows, columns
         if case.mode == "train":
@@ -305,4 +305,5 @@ def level_of(weights: int, threads: int) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]) if len(sys.argv) > 1 else cores()), indent=1))
+    given = [int(count) for count in sys.argv[1:]]
+    print(json.dumps(measure(given or sorted({1, cores()})), indent=1))

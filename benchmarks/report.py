@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .cases import Case
 from .contenders import OURS
 
 LOW_SHARE = 0.8  # of the limit: below it a row is marked
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PICTURE_WIDTH = 900
 
 
 def seconds_of(row: dict[str, Any], name: str) -> float | None:
@@ -31,12 +41,18 @@ def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def groups(record: dict[str, Any]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    """The rows by cell, mode and dtype."""
+    """The rows by cell, mode, dtype and threads."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         case = row["case"]
-        found.setdefault(f"{case['cell']}, {case['mode']}, {case['dtype']}", []).append(row)
+        found.setdefault(
+            f"{case['cell']}, {case['mode']}, {case['dtype']}, {_threads(case['threads'])}", []
+        ).append(row)
     return found.items()
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def text(record: dict[str, Any]) -> str:
@@ -50,7 +66,7 @@ def text(record: dict[str, Any]) -> str:
 def heading(record: dict[str, Any]) -> str:
     """The machine, the limits and the versions."""
     machine, limits, settings = record["machine"], record["limits"], record["settings"]
-    threads = str(limits["threads"])
+    threads = max(limits["barrier"], key=int)
     rates = ", ".join(
         f"{rates[threads] / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rates in limits["multiply_add"].items()
     )
@@ -60,9 +76,10 @@ def heading(record: dict[str, Any]) -> str:
     }
     caches = "cold" if settings["cold"] else "hot"
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {limits['registers']}; {threads} threads, "
+        f"{machine['processor']}, {machine['cores']} cores, {limits['registers']}; "
         f"{caches} caches, {record['date']}, commit {record['commit']}\n\n"
-        f"Limits, measured: {rates}; reads in GB/s: {reads}; barrier {limits['barrier'] * 1e9:.0f} ns\n\n"
+        f"Limits of {_threads(int(threads))}, measured: {rates}; reads in GB/s: {reads}; "
+        f"barrier {limits['barrier'][threads] * 1e9:.0f} ns\n\n"
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
 
@@ -133,6 +150,50 @@ def problems(record: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         if "failed" in result
     ]
     return ["Failed:\n\n" + "\n".join(lines)] if lines else []
+
+
+def page(record: dict[str, Any]) -> str:
+    """A self-contained HTML page with pictures."""
+    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return template.replace("/*RECORD*/", json.dumps(record).replace("</", "<\\/"))
+
+
+def pictures(record: dict[str, Any], folder: Path) -> None:
+    """Write the pictures of the page as PNG files, one for each picture and mode.
+
+    Raises:
+        FileNotFoundError: if there is no Chromium or Chrome to draw them.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise FileNotFoundError(f"pictures need a browser, one of {', '.join(BROWSERS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "page.html"
+        source.write_text(page(record), encoding="utf-8")
+        for group in dict.fromkeys(page_group(row["case"]) for row in record["rows"]):
+            for section in ("ratios", "roofline", "curves"):
+                name = f"{section}-{'-'.join(group.split(', '))}.png"
+                take_picture(browser, f"{source.as_uri()}#{section}/{quote(group)}", folder / name)
+
+
+def page_group(case: dict[str, Any]) -> str:
+    """The name of a group of rows on the page."""
+    return f"{case['cell']}, {case['mode']}, {case['dtype']}"
+
+
+def take_picture(browser: str, address: str, path: Path) -> None:
+    """A section of the page as a PNG file; none if the section is empty."""
+    options = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options += ["--virtual-time-budget=2000", "--force-device-scale-factor=2"]
+
+    def draw(height: str, *more: str) -> str:
+        command = [*options, f"--window-size={PICTURE_WIDTH},{height}", *more, address]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    height = re.search(r'data-height="(\d+)"', draw("800", "--dump-dom"))
+    if height is not None:
+        draw(height[1], f"--screenshot={path.absolute()}")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

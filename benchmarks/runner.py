@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,14 +36,12 @@ class Settings:
     """How to measure.
 
     Attributes:
-        threads: for each contender.
         rounds: samples of each contender and case.
         seconds: that the calls of a sample take together, at least.
         cold: whether the caches are flushed before each call.
         timeout: seconds after which an answer of a contender is not waited for.
     """
 
-    threads: int
     rounds: int = 7
     seconds: float = 0.05
     cold: bool = False
@@ -56,18 +55,21 @@ def compare(
     progress: Callable[[Case, str], None] = lambda case, name: None,
 ) -> list[dict[str, Any]]:
     """The results of all contenders for all cases, as in the schema; `progress` hears of every sample."""
-    workers = {c.name: Worker(c, settings.threads, settings.timeout) for c in contenders}
     rows = []
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for case in cases:
-                right = Path(folder) / "expected.npz"
-                np.savez(right, **expected(case, make_data(case)))  # type: ignore[arg-type]
-                results = compare_case(case, workers, right, settings, progress)
-                rows.append({"case": case.to_json(), "results": results})
-    finally:
-        for worker in workers.values():
-            worker.close()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_workers:
+        workers: dict[str, Worker] = {}
+        threads = None
+        right = Path(folder) / "expected.npz"
+        for case in cases:
+            if case.threads != threads:
+                open_workers.close()
+                threads = case.threads
+                workers = {c.name: Worker(c, threads, settings.timeout) for c in contenders}
+                for worker in workers.values():
+                    open_workers.callback(worker.close)
+            np.savez(right, **expected(case, make_data(case)))  # type: ignore[arg-type]
+            results = compare_case(case, workers, right, settings, progress)
+            rows.append({"case": case.to_json(), "results": results})
     return rows
 
 
@@ -140,7 +142,7 @@ def record(
     """Compare, and all that is needed to understand the results, as in schema.json."""
     from .limits import bound, measure_apart  # they need the compiler, which other commands do not
 
-    limits = measure_apart(settings.threads)
+    limits = measure_apart(sorted({case.threads for case in cases}))
     rows = compare(cases, contenders, settings, progress)
     for case, row in zip(cases, rows):
         row["bound"] = bound(case, limits)._asdict()
@@ -174,7 +176,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=DTYPES, default="float32")
     what.add_argument("--contenders", metavar="NAME,...", help="default: all that are installed")
     how = parser.add_argument_group("how to measure")
-    how.add_argument("--threads", type=int, default=machine.cores(), help="default: all cores, %(default)s")
+    how.add_argument(
+        "--threads",
+        default=str(machine.cores()),
+        metavar="N,...",
+        help="for each contender (default: all cores, %(default)s)",
+    )
     how.add_argument("--rounds", type=int, default=Settings.rounds, help="default: %(default)s")
     how.add_argument(
         "--seconds", type=float, default=Settings.seconds, help="per sample, at least (default: %(default)s)"
@@ -186,6 +193,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--json", type=Path, metavar="FILE", help="write the record")
     results.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with pictures, all in one file"
+    )
+    results.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    results.add_argument("--png", type=Path, metavar="FOLDER", help="write the pictures; needs Chromium")
+    results.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="report a record, run nothing"
     )
 
@@ -196,6 +208,9 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: if there are none, or an option makes no sense.
     """
+    threads = arguments.threads.split(",")
+    if not all(count.isdecimal() and 1 <= int(count) <= machine.cores() for count in threads):
+        raise ValueError(f"--threads must be from 1 to {machine.cores()}, got {arguments.threads!r}")
     cases: list[Case] = []
     for mode in arguments.mode.split(","):
         if mode not in MODES:
@@ -205,10 +220,10 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         else:
             shapes = cases_of_set(arguments.set or ("streaming" if mode == "step" else "cpu"))
             shapes = [case for case in shapes if arguments.cell in (None, case.cell)]
-        cases += in_mode(shapes, mode, arguments.dtype)
+        cases += [case for count in threads for case in in_mode(shapes, mode, arguments.dtype, int(count))]
     if not cases:
         raise ValueError("there is no case with these options")
-    return cases
+    return sorted(cases, key=lambda case: case.threads)  # each change of it starts all processes anew
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -217,8 +232,16 @@ def run(arguments: argparse.Namespace) -> int:
         results = json.loads(arguments.source.read_text(encoding="utf-8"))
     else:
         results = _run_with_progress(arguments)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    outputs: tuple[tuple[Path | None, Callable[[dict[str, Any]], str]], ...] = (
+        (arguments.json, lambda record: json.dumps(record, indent=1)),
+        (arguments.html, report.page),
+        (arguments.markdown, report.text),
+    )
+    for path, content in outputs:
+        if path is not None:
+            path.write_text(content(results) + "\n", encoding="utf-8")
+    if arguments.png is not None:
+        report.pictures(results, arguments.png)
     print(report.text(results))
     return int(any("failed" in result for row in results["rows"] for result in row["results"].values()))
 
@@ -227,9 +250,7 @@ def _run_with_progress(arguments: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     cases, contenders = chosen_cases(arguments), choose(arguments.contenders)
-    settings = Settings(
-        arguments.threads, arguments.rounds, arguments.seconds, arguments.cold, arguments.timeout
-    )
+    settings = Settings(arguments.rounds, arguments.seconds, arguments.cold, arguments.timeout)
     samples = len(contenders) * (settings.rounds + 1)  # of a row, the preparations among them
     with tqdm(total=len(cases), bar_format=BAR) as bar:
         asked: dict[Case, int] = {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
+import subprocess
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from fusedlstm.benchmarks.contender import Contender, Prepared, Unsupported
 from fusedlstm.benchmarks.contenders import CONTENDERS, FusedLSTM, NumPy, choose
 
 SMALL = Case(3, 2, 4, 5)
-QUICK = runner.Settings(threads=1, rounds=1, seconds=1e-4, timeout=120)
+QUICK = runner.Settings(rounds=1, seconds=1e-4, timeout=120)
 
 
 # --- cases -----------------------------------------------------------------------------------------------
@@ -66,8 +69,8 @@ def test_a_wrong_shape_is_refused(text: str) -> None:
 
 
 def test_a_step_has_one_time_step_and_each_shape_once() -> None:
-    cases = in_mode([Case(25, 1, 4, 5), Case(50, 1, 4, 5)], "step", "float64")
-    assert cases == [Case(1, 1, 4, 5, mode="step", dtype="float64")]
+    cases = in_mode([Case(25, 1, 4, 5), Case(50, 1, 4, 5)], "step", "float64", 2)
+    assert cases == [Case(1, 1, 4, 5, mode="step", dtype="float64", threads=2)]
 
 
 def test_data_is_the_same_in_every_process() -> None:
@@ -244,7 +247,7 @@ def test_a_failed_contender_is_shown_and_the_others_go_on(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(runner, "Worker", Fake)
     contenders = [CONTENDERS[name] for name in ("fusedlstm", "torch", "numpy")]
-    rows = runner.compare([SMALL], contenders, runner.Settings(threads=1, rounds=2))
+    rows = runner.compare([SMALL], contenders, runner.Settings(rounds=2))
     results = rows[0]["results"]
     assert results["torch"] == {"failed": "it broke"}
     assert results["fusedlstm"]["samples"] == results["numpy"]["samples"] == [1.0, 1.0]
@@ -316,14 +319,13 @@ def test_weights_lie_in_the_level_that_holds_a_threads_share(
 
 
 SLOW_READS = {
-    "threads": 2,
     "multiply_add": {"float32": {"1": 1e9, "2": 2e9}},
     "read": {level: {"1": 1e6, "2": 2e6} for level in ("L1", "L2", "L3", "memory")},
 }
 
 
 def test_the_bound_of_few_rows_is_reading_the_weights() -> None:
-    bound = limits.bound(Case(100, 1, 8, 16), SLOW_READS)
+    bound = limits.bound(Case(100, 1, 8, 16, threads=2), SLOW_READS)
     recurrent = 100 * 4 * 16 * 16 * 4 / 2e6
     inputs = max(2 * 100 * 4 * 16 * 8 / 2e9, 4 * 16 * 8 * 4 / 2e6)
     assert bound.seconds == pytest.approx(recurrent + inputs)
@@ -333,12 +335,137 @@ def test_the_bound_of_few_rows_is_reading_the_weights() -> None:
 
 def test_the_bound_of_many_rows_is_multiply_adds() -> None:
     fast_reads = {**SLOW_READS, "read": {level: {"1": 1e12, "2": 1e12} for level in SLOW_READS["read"]}}  # type: ignore[attr-defined]
-    forward = limits.bound(Case(10, 64, 8, 16), fast_reads)
+    forward = limits.bound(Case(10, 64, 8, 16, threads=2), fast_reads)
     assert forward.name == "FMA"
     assert forward.seconds == pytest.approx(2 * 10 * 64 * 64 * 24 / 2e9)
-    train = limits.bound(Case(10, 64, 8, 16, mode="train"), fast_reads)
+    train = limits.bound(Case(10, 64, 8, 16, mode="train", threads=2), fast_reads)
     assert train.seconds == pytest.approx(3 * forward.seconds)
     assert train.operations == 3 * forward.operations
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+def sample_record() -> dict[str, Any]:
+    """A record of made-up times, with a sweep over T and a failure."""
+    results = [
+        {
+            "fusedlstm": {"median": 1e-3 * steps},
+            "torch": {"median": 3e-3 * steps},
+            "numpy": {"median": 9e-3 * steps},
+        }
+        for steps in (1, 10, 100, 1000)
+    ]
+    results[1]["numpy"] = {"failed": "why <b>not</b> </script>"}  # type: ignore[dict-item]
+    record = made_record(*results)
+    for steps, row in zip((1, 10, 100, 1000), record["rows"]):
+        row["case"]["steps"] = steps
+    for row in record["rows"]:
+        for result in row["results"].values():
+            if "median" in result:
+                result |= {"quartiles": [result["median"]] * 2, "error": 1e-7}
+    rates = {"1": 1e11}
+    return {
+        **record,
+        "date": "2030-01-02",
+        "commit": "abc",
+        "machine": {"processor": "A processor", "cores": 1},
+        "settings": {"cold": False},
+        "limits": {
+            "registers": "some",
+            "multiply_add": {"float32": rates},
+            "read": {"L1": rates, "memory": {"1": 1e10}},
+            "barrier": {"1": 0.0},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, report.BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser, one of {', '.join(report.BROWSERS)}")
+    return found
+
+
+def dump(browser: str, html: str, path: Path, *options: str) -> tuple[str, str]:
+    """What a browser makes of a page, and what the page says on the console."""
+    path.write_text(html)
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
+    done = subprocess.run([*command, *options, path.as_uri()], capture_output=True, text=True, check=True)
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    # scripts are the page's source, not what it made
+    return re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL), console
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    html = report.page(sample_record())
+    assert not re.search(r"(src|href|url|import)\s*[=(]", html.replace("http://www.w3.org/2000/svg", ""))
+    assert html.count("</script>") == 2  # a text in the record does not end the script
+
+
+def test_the_page_draws_its_pictures(browser: str, tmp_path: Path) -> None:
+    page, console = dump(browser, report.page(sample_record()), tmp_path / "page.html")
+    assert console == ""
+    assert page.count('class="bar"') == 4
+    assert page.count("<circle") >= 3 + 8 + 11  # other peers, both of each row in the roofline, curves
+    assert page.count('class="curve"') == 3
+    for text in (
+        "3.00 \N{MULTIPLICATION SIGN}",
+        "4 of 4",
+        "A processor",
+        "multiply-adds 100 GFLOP/s",
+        "memory 10 GB/s",
+    ):
+        assert text in page
+    assert "NaN" not in page
+    assert "undefined" not in page
+    assert 'title="why &lt;b&gt;not&lt;/b&gt; &lt;/script&gt;"' in page
+
+
+def test_the_table_sorts(browser: str, tmp_path: Path) -> None:
+    click = "<script>document.querySelectorAll('th button')[{}].click();</script>"
+    html = report.page(sample_record())
+
+    def column(page: str, place: int) -> list[str]:
+        rows = re.findall(r"<tr>(<td.*?)</tr>", page)
+        return [re.findall(r"<td[^>]*>(.*?)</td>", row)[place] for row in rows]
+
+    page, _ = dump(browser, html, tmp_path / "page.html")
+    assert column(page, 1) == ["1", "10", "100", "1000"]
+    page, console = dump(browser, html + click.format(1) * 2, tmp_path / "page.html")
+    assert console == ""
+    assert column(page, 1) == ["1000", "100", "10", "1"]
+    assert 'aria-sort="descending"' in page
+    page, _ = dump(browser, html + click.format(7), tmp_path / "page.html")
+    assert column(page, 7) == ["9.00", "900", "9000", "failed"]
+
+
+@pytest.mark.parametrize("options", [["--window-size=360,800"], ["--window-size=1400,900"]])
+def test_the_page_fits_the_screen(browser: str, tmp_path: Path, options: list[str]) -> None:
+    fits = "document.documentElement.scrollWidth <= innerWidth"
+    measure = f"<script>document.title = {fits} ? 'fits' : 'too wide'</script>"
+    page, _ = dump(browser, report.page(sample_record()) + measure, tmp_path / "page.html", *options)
+    assert "<title>fits</title>" in page
+
+
+def test_pictures_are_written(browser: str, tmp_path: Path) -> None:
+    report.pictures(sample_record(), tmp_path / "pictures")
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {f"{name}-lstm-forward-float32.png" for name in ("ratios", "roofline", "curves")}
+
+
+def test_pictures_without_a_browser_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "BROWSERS", ("no-such-browser",))
+    with pytest.raises(FileNotFoundError, match="need a browser"):
+        report.pictures(sample_record(), tmp_path)
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -348,7 +475,10 @@ def test_the_bound_of_many_rows_is_multiply_adds() -> None:
 def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "record.json"
     options = ["--shapes", "3,2,4,5;5,1,4,5", "--mode", "forward,train", "--contenders", "fusedlstm,numpy"]
-    assert runner.main([*options, "--rounds", "2", "--seconds", "0.001", "--json", str(path)]) == 0
+    assert (
+        runner.main([*options, "--threads", "1", "--rounds", "2", "--seconds", "0.001", "--json", str(path)])
+        == 0
+    )
     return path
 
 
@@ -380,9 +510,12 @@ def test_a_record_has_every_row_with_results_and_bound(record_file: Path) -> Non
 def test_a_record_is_reported_again(record_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--from", str(record_file)]) == 0
     printed = capsys.readouterr().out
-    assert "## lstm, forward, float32" in printed
-    assert "## lstm, train, float32" in printed
+    assert "## lstm, forward, float32, 1 thread" in printed
+    assert "## lstm, train, float32, 1 thread" in printed
     assert "geometric mean" in printed
+
+
+BOUND = {"seconds": 1e-3, "name": "FMA", "operations": 10**8, "bytes": 10**7}
 
 
 def made_record(*results: dict[str, Any]) -> dict[str, Any]:
@@ -391,8 +524,7 @@ def made_record(*results: dict[str, Any]) -> dict[str, Any]:
             name: {"title": name.title(), "versions": {}} for name in ("fusedlstm", "torch", "numpy")
         },
         "rows": [
-            {"case": Case(3, 2, 4, 5).to_json(), "bound": {"seconds": 1e-3, "name": "FMA"}, "results": result}
-            for result in results
+            {"case": Case(3, 2, 4, 5).to_json(), "bound": BOUND, "results": result} for result in results
         ],
     }
 
@@ -448,6 +580,7 @@ def test_times_have_three_digits(seconds: float, text: str) -> None:
     [
         (["--mode", "sideways"], "--mode must be"),
         (["--shapes", "1,2"], "four positive numbers"),
+        (["--threads", "0"], "--threads must be from 1"),
         (["--cell", "gru", "--set", "cpu"], "no case"),
         (["--contenders", "nobody"], "no contender"),
     ],

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import njit
 from numba.extending import register_jitable
 
 from .cell import update_adjoint
@@ -35,8 +34,10 @@ from .memory import (
     zero_padding,
 )
 from .simd import address, load, load_row, read, read_int, splat, store, store_row, write_int
-from .team import barrier, fork
+from .spec import kernel
+from .team import barrier
 from .tile import PLANES, outer_product, plane_rows, rows_times_planes, share, thin_outer_product
+from .work import captured, run
 
 
 class Transposed(NamedTuple):
@@ -223,8 +224,12 @@ def adjoint_panel(spec, p, active, batch, hidden, weights, gates, parts, work, d
             carried = work.carried + row * parts.output_width
         for unit in range(spec.units):
             valid = hidden - p * spec.panel - unit * spec.lanes
-            if valid > 0:
-                column = p * spec.gates * gate_stride + row * work.gates_width + unit * vector
+            column = p * spec.gates * gate_stride + row * work.gates_width + unit * vector
+            if valid <= 0:  # padding, which the products read with weights of zero
+                for gate in range(spec.gates):
+                    store(splat(spec, 0.0), d_input + column + gate * gate_stride)
+                    store(splat(spec, 0.0), d_output + column + gate * gate_stride)
+            else:
                 update_adjoint(
                     spec,
                     gates + row * spec.inputs * gate_stride + unit * vector,
@@ -257,12 +262,11 @@ def add_dy(spec, active, outputs, low, high, work, parts, target, table):
             store(dy + load(spec, work.carried + place), target + place)
 
 
-@njit(error_model="numpy")
-def backward_work(
-    thread, threads, sync, spec, x, y, dy, dx, accumulate, weights, orders, grads, sequences, memory, parts,
-    work, hidden, chunk
-):  # fmt: skip
+def backward_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`backward`."""
+    (
+        spec, x, y, dy, dx, accumulate, weights, orders, grads, sequences, memory, parts, work, hidden, chunk
+    ) = captured(arguments)  # fmt: skip
     steps, batch, inputs = x.shape
     outputs = y.shape[2]
     chunk_rows = batch * chunk
@@ -362,11 +366,12 @@ def backward_work(
         barrier(sync, threads)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def backward(
     team,  # address of a team of threads
     threads,  # how many to use at most
     patience,  # microseconds for which to wait for them
+    work,  # backward_work, compiled
     spec,
     x,  # (T, B, I)
     y,  # (T, B, P)
@@ -395,24 +400,24 @@ def backward(
     steps, batch = x.shape[0], x.shape[1]
     parts = layout(spec, hidden, y.shape[2], batch, first[steps], first[steps])
     start = aligned(scratch)
-    work = workspace(spec, start, parts, batch, batch * chunk)
-    fill_zero(spec, start, work.from_input)
+    room = workspace(spec, start, parts, batch, batch * chunk)
+    fill_zero(spec, start, room.from_input)
     if given:
-        set_rows(spec, dfinal[0], sequences, work.carried, parts.output_width)
+        set_rows(spec, dfinal[0], sequences, room.carried, parts.output_width)
         for n in range(spec.states):
-            set_rows(spec, dfinal[n + 1], sequences, work.states + n * batch * parts.width, parts.width)
+            set_rows(spec, dfinal[n + 1], sequences, room.states + n * batch * parts.width, parts.width)
     if not accumulate:
         zero_padding(dx, sequences)
     weights = Transposed(packed[0], packed[1], packed[2], packed[3])
     args = (
         spec, x, y, dy, dx, accumulate, weights, orders,
-        Gradients(grads[0], grads[1], grads[2], grads[3], grads[4]), sequences, aligned(memory), parts, work,
+        Gradients(grads[0], grads[1], grads[2], grads[3], grads[4]), sequences, aligned(memory), parts, room,
         hidden, chunk,
     )  # fmt: skip
-    fork(team, threads, backward_work, args, patience)
-    get_rows(spec, work.initial, sequences, dinitial[0], parts.output_width)
+    run(team, threads, patience, work, args)
+    get_rows(spec, room.initial, sequences, dinitial[0], parts.output_width)
     for n in range(spec.states):
-        get_rows(spec, work.initial_states + n * batch * parts.width, sequences, dinitial[n + 1], parts.width)
+        get_rows(spec, room.initial_states + n * batch * parts.width, sequences, dinitial[n + 1], parts.width)
     for n in range(spec.vectors):
         for k in range(hidden):
-            dvectors[n, k] = read(spec, work.vectors + n * parts.width + k * spec.size)
+            dvectors[n, k] = read(spec, room.vectors + n * parts.width + k * spec.size)

@@ -92,7 +92,9 @@ def _compiled(cell: Cell, projected: bool) -> Any:
     filename = f"<fusedlstm kernel {cell.key}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     names = [*DERIVATIVES, "full_like", "load", "load_row", "store", "store_row", "keep"]
-    module = compile_source(text, {name: getattr(simd, name) for name in names}, filename)
+    # Numba's cache on disk imports the module in which a function says that it stands
+    namespace = {name: getattr(simd, name) for name in names} | {"__name__": __name__}
+    module = compile_source(text, namespace, filename)
     module.step = register_jitable(module.step)  # type: ignore[attr-defined]
     module.adjoint = register_jitable(module.adjoint)  # type: ignore[attr-defined]
     return module
@@ -110,7 +112,7 @@ def update_adjoint(*args: Any) -> None:
 
 def _overload(function: Any, arguments: list[str]) -> None:
     name = function.__name__
-    scope = {"implementation": lambda spec: getattr(_compiled(spec.cell, spec.projected), name)}
+    scope = {"__name__": __name__, "implementation": lambda spec: getattr(_compiled(spec.cell, spec.projected), name)}
     exec(f"def chosen({', '.join(arguments)}):\n    return implementation(spec)", scope)
     overload(function)(scope["chosen"])
 

@@ -13,37 +13,44 @@ from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States
 from fusedlstm.weights import Weights
 
-from . import team
-from .backward import backward, space, workspace
-from .forward import forward
+from . import memory, team
+from .backward import Gradients, Transposed, Workspace, backward, backward_work, space, workspace
+from .forward import Packed, forward, forward_work
 from .memory import LINE, layout
 from .pack import pack_panels, pack_planes
-from .spec import Spec
+from .spec import Registers, Spec, machine
+from .tile import panel_rows, tile_table
+from .work import Work, compiled
 
 # Buffers that nothing initialises are filled with NaN, to find out who reads them.
 POISON = bool(os.environ.get("FUSEDLSTM_POISON"))
 
-CHUNK_ROWS = 64  # rows of input that are projected at once: enough for full tiles, and still in cache
+FORWARD_ROWS = 64  # rows of input that are projected at once: enough for full tiles, and still in cache
 BACKWARD_ROWS = 128  # rows after which the gradients of the weights are added to
+
+# What a thread does in a microsecond, and what the meeting of threads costs, roughly: all that is asked
+# of these figures is to tell sequences that several threads make faster from those that they slow down.
+FLOPS, BYTES = 100e3, 80e3
+BARRIER, START = 0.4, 5.0
 
 
 def empty_bytes(count: int) -> np.ndarray:
     """Memory in which `count` bytes from the first cache line on may be used; under test, NaN."""
-    memory = np.empty(count + LINE, np.uint8)
+    raw = np.empty(count + LINE, np.uint8)
     if POISON:
-        memory.fill(0xFF)
-    return memory
+        raw.fill(0xFF)
+    return raw
 
 
 def empty(count: int, dtype: np.dtype[Any]) -> np.ndarray:
     """An array (count,) that begins with a cache line."""
-    memory = empty_bytes(count * dtype.itemsize)
-    start = -memory.ctypes.data % LINE
-    return memory[start : start + count * dtype.itemsize].view(dtype)
+    raw = empty_bytes(count * dtype.itemsize)
+    start = -raw.ctypes.data % LINE
+    return raw[start : start + count * dtype.itemsize].view(dtype)
 
 
 class Sequences(NamedTuple):
-    """See memory.py."""
+    """See memory.Sequences."""
 
     order: np.ndarray  # (B,) int64
     lengths: np.ndarray  # (B,) int64
@@ -58,49 +65,89 @@ def _equal_lengths(steps: int, batch: int) -> Sequences:
 
 
 def sequences(steps: int, batch: int, lengths: np.ndarray | None) -> Sequences:
-    """The order of rows and the number of rows before each step."""
+    """The order of rows, and the number of rows before each step."""
     if lengths is None:
         return _equal_lengths(steps, batch)
     order = np.argsort(-lengths, kind="stable")
-    running = np.searchsorted(np.sort(-lengths), -np.arange(1, steps + 1), side="right")
+    running = np.searchsorted(-lengths[order], -np.arange(1, steps + 1), side="right")
     return Sequences(order, lengths[order], np.concatenate([[0], np.cumsum(running)]).astype(np.int64))
 
 
-NO_RESET = np.zeros((0, 0), bool)
-INT, FLAG, INTS, BYTES = types.int64, types.boolean, types.int64[::1], types.uint8[::1]
-ONLY = np.zeros(1, np.int64)
+# --- Compiled kernels -----------------------------------------------------------------------
 
 
-class Kernels(NamedTuple):
-    """The compiled kernels of a spec, called without Numba's look at the types of their arguments."""
+class Kernel(NamedTuple):
+    """A compiled kernel."""
 
-    forward: Any
-    backward: Any
-    pack_panels: Any
-    pack_planes: Any
+    entry: Any  # called without Numba's look at the types of its arguments
+    work: Any  # its parallel part
+    address: int  # of the parallel part
 
 
-@cache
-def kernels(spec: Spec) -> Kernels:
-    """Compile, or load from Numba's cache."""
-    vector, matrix, cube = spec.scalar[::1], types.Array(spec.scalar, 2, "A"), types.Array(spec.scalar, 3, "A")
-    states = types.UniTuple(matrix, spec.states + 1)
-    sequences = (INTS, INTS, INTS, types.Array(FLAG, 2, "A"), FLAG)
-    grads = types.Tuple((matrix, matrix, vector, vector, matrix))
-    return Kernels(
-        _entry(forward, INT, INT, INT, spec, cube, cube, states, FLAG, states, types.UniTuple(INT, 5),
-               *sequences, BYTES, INT, INT, FLAG),
-        _entry(backward, INT, INT, INT, spec, cube, cube, cube, cube, FLAG, states, FLAG, states,
-               types.UniTuple(INT, 4), types.UniTuple(INTS, 3), grads, matrix, *sequences, BYTES, BYTES,
-               INT, INT),
-        _entry(pack_panels, INT, INT, spec, matrix, INTS, INT),
-        _entry(pack_planes, INT, INT, spec, matrix, INTS, INT, INT),
-    )  # fmt: skip
+INT, FLAG, INTS = types.int64, types.boolean, types.int64[::1]
+MEMORY = types.uint8[::1]
+SEQUENCES = (INTS, INTS, INTS, types.Array(FLAG, 2, "A"), FLAG)
 
 
 def _entry(function: Any, *signature: Any) -> Any:
     function.compile(signature)
     return function.overloads[signature].entry_point
+
+
+def _kernel(entry: Any, work: Any, captured: types.Tuple, *signature: Any) -> Kernel:
+    part = compiled(work, captured)
+    return Kernel(_entry(entry, INT, INT, INT, Work(captured), *signature), part, part.address)
+
+
+def _arrays(spec: Spec) -> tuple[Any, Any, Any, Any]:
+    """The types of a vector, a matrix, an array (T, B, ...) and the states."""
+    matrix = types.Array(spec.scalar, 2, "A")
+    return spec.scalar[::1], matrix, types.Array(spec.scalar, 3, "A"), types.UniTuple(matrix, spec.states + 1)
+
+
+def _ints(names: Any) -> types.Type:
+    return types.NamedUniTuple(INT, len(names._fields), names)
+
+
+@cache
+def forward_kernel(spec: Spec) -> Kernel:
+    """Compile, or load from Numba's cache."""
+    _, _, cube, states = _arrays(spec)
+    rows = types.NamedTuple(SEQUENCES, memory.Sequences)
+    captured = types.Tuple(
+        (spec, cube, cube, _ints(Packed), rows, INT, _ints(memory.Layout), INT, INT, FLAG, INT)
+    )
+    return _kernel(
+        forward, forward_work, captured, spec, cube, cube, states, FLAG, states, types.UniTuple(INT, 5),
+        *SEQUENCES, MEMORY, INT, INT, FLAG,
+    )  # fmt: skip
+
+
+@cache
+def backward_kernel(spec: Spec) -> Kernel:
+    """Compile, or load from Numba's cache."""
+    vector, matrix, cube, states = _arrays(spec)
+    rows = types.NamedTuple(SEQUENCES, memory.Sequences)
+    grads = (matrix, matrix, vector, vector, matrix)
+    orders = types.UniTuple(INTS, 3)
+    captured = types.Tuple(
+        (spec, cube, cube, cube, cube, FLAG, _ints(Transposed), orders, types.NamedTuple(grads, Gradients),
+         rows, INT, _ints(memory.Layout), _ints(Workspace), INT, INT)
+    )  # fmt: skip
+    return _kernel(
+        backward, backward_work, captured, spec, cube, cube, cube, cube, FLAG, states, FLAG, states,
+        types.UniTuple(INT, 4), orders, types.Tuple(grads), matrix, *SEQUENCES, MEMORY, MEMORY, INT, INT,
+    )  # fmt: skip
+
+
+@cache
+def packers(scalar: types.Float) -> tuple[Any, Any]:
+    """The compiled `pack_panels` and `pack_planes`."""
+    signature = (INT, INT, Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT)
+    return _entry(pack_panels, *signature), _entry(pack_planes, *signature)
+
+
+# --- The engine -----------------------------------------------------------------------------
 
 
 class Tape(NamedTuple):
@@ -114,6 +161,11 @@ class Tape(NamedTuple):
     memory: np.ndarray  # see memory.Layout
 
 
+NO_RESET = np.zeros((0, 0), bool)
+ONLY = np.zeros(1, np.int64)  # the order of the gates of what has no gates
+NOTHING = np.zeros((0, 0))
+
+
 class CPUDirection:
     """One direction of one layer on the CPU; see dispatch.Direction."""
 
@@ -121,45 +173,49 @@ class CPUDirection:
         self.cell, self.weights = cell, weights
         self.dtype = weights.ih.dtype
         self.hidden = weights.ih.shape[0] // len(cell.gates)
-        self.outputs = weights.hh.shape[1]
+        self.outputs, self.inputs = weights.hh.shape[1], weights.ih.shape[1]
         scalar = types.float32 if self.dtype == np.float32 else types.float64
         self.spec = Spec(cell, scalar, weights.hr is not None)
-        self._kernels = kernels(self.spec)
+        self._forward = forward_kernel(self.spec)
+        self._tiles = tile_table(self.spec).ctypes.data
         self._input_gates = np.array([cell.gates.index(gate) for gate in cell.input_gates])
         self._recurrent_gates = np.array([cell.gates.index(gate) for gate in cell.recurrent_gates])
         self._padded = -(-self.hidden // self.spec.panel) * self.spec.panel
         self._bias, self._vectors = self._pack_bias(), self._pack_vectors()
-        self._packed = (
-            self._panels(weights.ih, self._input_gates),
-            self._panels(weights.hh, self._recurrent_gates),
+        self._panels = (
+            self._pack_panels(weights.ih, self._input_gates),
+            self._pack_panels(weights.hh, self._recurrent_gates),
             self._bias,
             self._vectors,
-            self._planes(weights.hr.T, ONLY, 1) if weights.hr is not None else np.empty(0),
+            NOTHING if weights.hr is None else self._pack_planes(weights.hr.T, ONLY, 1),
         )
-        self._addresses = tuple(array.ctypes.data for array in self._packed)
+        self._panel_addresses = tuple(array.ctypes.data for array in self._panels)
+        self._plans: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     @cached_property
-    def _transposed(self) -> tuple[np.ndarray, ...]:
+    def _planes(self) -> tuple[np.ndarray, ...]:
         weights, panel = self.weights, self.spec.panel
         return (
-            self._planes(weights.ih, self._input_gates, panel),
-            self._planes(weights.hh, self._recurrent_gates, panel),
+            self._pack_planes(weights.ih, self._input_gates, panel),
+            self._pack_planes(weights.hh, self._recurrent_gates, panel),
             self._vectors,
-            self._planes(weights.hr, ONLY, 1) if weights.hr is not None else np.empty(0),
+            NOTHING if weights.hr is None else self._pack_planes(weights.hr, ONLY, 1),
         )
 
-    def _panels(self, weight: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    def _pack_panels(self, weight: np.ndarray, gates: np.ndarray) -> np.ndarray:
         packed = empty(self._padded * self.spec.gates * weight.shape[1], self.dtype)
-        threads, address = self._team(1.0)
-        self._kernels.pack_panels(address, threads, self.spec, weight, gates, packed.ctypes.data)
+        pack, _ = packers(self.spec.scalar)
+        threads, address = _team(weight.nbytes / 4e3)
+        pack(address, threads, None, weight, gates, self.spec.units, packed.ctypes.data)
         return packed
 
-    def _planes(self, weight: np.ndarray, gates: np.ndarray, panel: int) -> np.ndarray:
+    def _pack_planes(self, weight: np.ndarray, gates: np.ndarray, panel: int) -> np.ndarray:
         weight = np.ascontiguousarray(weight)
         depth = -(-weight.shape[0] // gates.size // panel) * panel * gates.size
         packed = empty(depth * -(-weight.shape[1] // self.spec.lanes) * self.spec.lanes, self.dtype)
-        threads, address = self._team(1.0)
-        self._kernels.pack_planes(address, threads, self.spec, weight, gates, panel, packed.ctypes.data)
+        _, pack = packers(self.spec.scalar)
+        threads, address = _team(weight.nbytes / 8e3)
+        pack(address, threads, None, weight, gates, panel, packed.ctypes.data)
         return packed
 
     def _pack_bias(self) -> np.ndarray:
@@ -168,12 +224,12 @@ class CPUDirection:
         packed.fill(0)
         if weights.bias_ih is None:
             return packed
-        by_panel = packed.reshape(-1, spec.inputs, spec.panel)
         from_input = dict(zip(cell.gates, weights.bias_ih.reshape(-1, self.hidden)))
         from_output = dict(zip(cell.gates, weights.bias_hh.reshape(-1, self.hidden)))
         values = {gate: from_input[gate] + from_output[gate] for gate in cell.plain}
         values |= {f"{gate}_x": from_input[gate] for gate in cell.split}
         values |= {f"{gate}_h": from_output[gate] for gate in cell.split}
+        by_panel = packed.reshape(-1, spec.inputs, spec.panel)
         for n, name in enumerate(cell.preactivations):
             row = np.zeros(self._padded, self.dtype)
             row[: self.hidden] = values[name]
@@ -187,64 +243,125 @@ class CPUDirection:
             row[: self.hidden] = vector
         return packed
 
+    def step_time(self, batch: int) -> float:
+        """Roughly the microseconds that one thread takes for a step of the recurrence."""
+        weights = self.spec.gates * self.hidden * self.outputs + self.hidden * self.outputs * self.spec.projected
+        return max(2 * weights * batch / FLOPS, weights * self.dtype.itemsize / BYTES)
+
+    def _plan(self, steps: int, batch: int) -> tuple[int, int, int]:
+        """Threads, the microseconds for which to wait for them, and the steps of a chunk."""
+        plan = self._plans.get((steps, batch))
+        if plan is None:
+            step = self.step_time(batch)
+            project = 2 * self.spec.gates * self.hidden * self.inputs * batch / FLOPS
+            alone = steps * (step + project)
+            panels = self._padded // self.spec.panel
+            times = {1: alone} | {
+                n: START + alone / n + steps * BARRIER * (1 + self.spec.projected)
+                for n in range(2, min(team.get_num_threads(), panels) + 1)
+            }
+            threads = min(times, key=times.__getitem__)
+            patience = int(alone / 2) if threads > 1 else 0
+            plan = threads, min(patience, 1000), max(1, min(steps, FORWARD_ROWS // batch))
+            if len(self._plans) > 256:
+                self._plans.clear()
+            self._plans[steps, batch] = plan
+        return plan
+
     def forward(
         self,
-        x: np.ndarray,
+        x: np.ndarray,  # (T, B, I)
         initial: States | None,
-        y: np.ndarray,
+        y: np.ndarray,  # (T, B, P)
         final: States,
-        lengths: np.ndarray | None,
-        reset: np.ndarray | None,
+        lengths: np.ndarray | None,  # (B,)
+        reset: np.ndarray | None,  # (T, B)
         reverse: bool,
         training: bool,
     ) -> Tape | None:
+        """See dispatch.Direction."""
         steps, batch, _ = x.shape
         order = sequences(steps, batch, lengths)
-        chunk = max(1, min(steps, CHUNK_ROWS // batch))
+        threads, patience, chunk = self._plan(steps, batch)
         rows = int(order.first[-1]) if training else batch
         gate_rows = rows if training else chunk * batch
-        size = layout(self.spec, self.hidden, self.outputs, batch, rows, gate_rows).end
-        memory = empty_bytes(size)
-        threads, address = self._team(1.0)
+        kept = empty_bytes(layout(self.spec, self.hidden, self.outputs, batch, rows, gate_rows).end)
         reset = NO_RESET if reset is None else reset
-        self._kernels.forward(
-            address, threads, 100, self.spec, x, y, final if initial is None else initial,
-            initial is not None, final, self._addresses, *order, reset, reverse, memory, self.hidden, chunk,
-            training,
+        self._forward.entry(
+            team.current().address if threads > 1 else 0, threads, patience, self._forward.address,
+            self._tiles, x, y, final if initial is None else initial, initial is not None, final,
+            self._panel_addresses, *order, reset, reverse, kept, self.hidden, chunk, training,
         )  # fmt: skip
-        return Tape(x, y, order, reset, reverse, memory) if training else None
+        return Tape(x, y, order, reset, reverse, kept) if training else None
 
     def backward(
-        self, tape: Tape, dy: np.ndarray, dfinal: States | None, dx: np.ndarray, accumulate: bool
+        self,
+        tape: Tape,
+        dy: np.ndarray,  # (T, B, P)
+        dfinal: States | None,
+        dx: np.ndarray,  # (T, B, I)
+        accumulate: bool,
     ) -> tuple[States, Weights]:
-        x, y, order, reset, reverse, memory = tape
+        """See dispatch.Direction."""
+        spec, dtype, weights = self.spec, self.dtype, self.weights
+        x, y, order, reset, reverse, kept = tape
         steps, batch, _ = x.shape
+        threads, patience, _ = self._plan(steps, batch)
         chunk = max(1, min(steps, BACKWARD_ROWS // batch))
-        threads, address = self._team(1.0)
         rows = int(order.first[-1])
-        parts = layout(self.spec, self.hidden, self.outputs, batch, rows, rows)
-        work = workspace(self.spec, 0, parts, batch, chunk * batch)
-        space_size = space(self.spec, 0, chunk * batch, batch).end
-        scratch = empty_bytes(work.threads + threads * space_size)
-        states = [(batch, self.outputs)] + [(batch, self.hidden)] * self.spec.states
-        dinitial = tuple(np.empty(shape, self.dtype) for shape in states)
-        weights = self.weights
-        bias_ih, bias_hh = (np.empty(len(weights.ih), self.dtype) for _ in range(2))
-        hr = np.empty((0, 0) if weights.hr is None else weights.hr.shape, self.dtype)
-        grads = (np.empty_like(weights.ih), np.empty_like(weights.hh), bias_ih, bias_hh, hr)
-        vectors = np.empty((self.spec.vectors, self.hidden), self.dtype)
-        addresses = tuple(array.ctypes.data for array in self._transposed)
-        self._kernels.backward(
-            address, threads, 100, self.spec, x, y, dy, dx, accumulate,
-            dinitial if dfinal is None else dfinal, dfinal is not None, dinitial, addresses,
-            (self._input_gates, self._recurrent_gates, ONLY), grads, vectors, *order, reset, reverse, memory,
-            scratch, self.hidden, chunk,
+        parts = layout(spec, self.hidden, self.outputs, batch, rows, rows)
+        room = workspace(spec, 0, parts, batch, chunk * batch)
+        scratch = empty_bytes(room.threads + threads * space(spec, 0, chunk * batch, batch).end)
+        sizes = [self.outputs] + [self.hidden] * spec.states
+        dinitial = tuple(np.empty((batch, size), dtype) for size in sizes)
+        ih, hh, vectors = np.empty_like(weights.ih), np.empty_like(weights.hh), [spec.vectors, self.hidden]
+        bias_ih, bias_hh = np.empty(len(ih), dtype), np.empty(len(ih), dtype)
+        hr = np.empty(NOTHING.shape if weights.hr is None else weights.hr.shape, dtype)
+        dvectors = np.empty(vectors, dtype)
+        kernel = backward_kernel(spec)
+        kernel.entry(
+            team.current().address if threads > 1 else 0, threads, patience, kernel.address, self._tiles,
+            x, y, dy, dx, accumulate, dinitial if dfinal is None else dfinal, dfinal is not None, dinitial,
+            tuple(array.ctypes.data for array in self._planes),
+            (self._input_gates, self._recurrent_gates, ONLY), (ih, hh, bias_ih, bias_hh, hr), dvectors,
+            *order, reset, reverse, kept, scratch, self.hidden, chunk,
         )  # fmt: skip
-        ih, hh, bias_ih, bias_hh, hr = grads
-        if weights.bias_ih is None:
-            bias_ih = bias_hh = None
-        return dinitial, Weights(ih, hh, bias_ih, bias_hh, None if weights.hr is None else hr, tuple(vectors))
+        biases = (None, None) if weights.bias_ih is None else (bias_ih, bias_hh)
+        return dinitial, Weights(ih, hh, *biases, None if weights.hr is None else hr, tuple(dvectors))
 
-    def _team(self, work: float) -> tuple[int, int]:
-        threads = team.get_num_threads()
-        return threads, team.current().address if threads > 1 else 0
+    def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
+        """See dispatch.Direction."""
+        spec, here = self.spec, machine()
+        threads, _, chunk = self._plan(steps, batch)
+        step = self.step_time(batch)
+        most = team.get_num_threads()
+        if threads == most == 1:
+            why = "all that may be used"
+        elif threads == most:
+            why = f"of {team.describe()}: a step takes one thread about {step:.1f} us"
+        else:
+            why = f"of {most}: a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
+        bound = "the multiply-add rate" if 2 * batch / FLOPS > self.dtype.itemsize / BYTES else "reading the weights"
+        size = (self._panels[0].nbytes + self._panels[1].nbytes) / 1e6
+        return {
+            "kernel": f"fused forward{' and backward' if training else ''}, cell {self.cell.name}",
+            "tile": f"{panel_rows(spec)} rows x {spec.width} vectors of {spec.lanes} {self.dtype} ({here.name})",
+            "threads": f"{threads} {why}",
+            "layout": f"weights in panels of {spec.panel} hidden units with all their gates, {size:.1f} MB",
+            "chunk": f"the input of {chunk} steps is projected at once",
+            "bound": f"{bound}, at batch {batch}",
+        }
+
+
+def _team(work: float) -> tuple[int, int]:
+    """How many threads do `work` microseconds of work without barriers best, and their team."""
+    threads = team.get_num_threads() if work > 10 * START else 1
+    return threads, team.current().address if threads > 1 else 0
+
+
+class CPU:
+    """See dispatch.Engine."""
+
+    def prepare(self, cell: Cell, weights: Weights) -> CPUDirection:
+        """See dispatch.Engine."""
+        return CPUDirection(cell, weights)

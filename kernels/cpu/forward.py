@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
 from .cell import update
@@ -31,8 +30,10 @@ from .memory import (
     zero_padding,
 )
 from .simd import load, read, read_int, store, write_int
-from .team import barrier, fork
+from .spec import kernel
+from .team import barrier
 from .tile import panel_product, panel_rows, rows_times_planes, share
+from .work import captured, run
 
 
 class Packed(NamedTuple):
@@ -111,9 +112,9 @@ def step_panel(spec, p, active, here, hidden, outputs, packed, gates, memory, pa
                     )
 
 
-@njit(error_model="numpy")
-def forward_work(thread, threads, sync, spec, x, y, packed, sequences, memory, parts, hidden, chunk, taped, space):
+def forward_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`forward`."""
+    spec, x, y, packed, sequences, memory, parts, hidden, chunk, taped, space = captured(arguments)
     steps, batch, depth = x.shape
     outputs = y.shape[2]
     panels = round_up(hidden, spec.panel) // spec.panel
@@ -171,11 +172,12 @@ def get_final(spec, y, final, sequences, memory, parts, taped):
                 final[n + 1][sequence, k] = read(spec, start + k * spec.size)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def forward(
     team,  # address of a team of threads
     threads,  # how many to use at most
     patience,  # microseconds for which to wait for them
+    work,  # forward_work, compiled
     spec,
     x,  # (T, B, I)
     y,  # (T, B, P)
@@ -204,6 +206,6 @@ def forward(
     space = np.empty(threads * tables(spec, 0, batch * chunk, batch).end + LINE, np.uint8)
     weights = Packed(packed[0], packed[1], packed[2], packed[3], packed[4])
     args = (spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, aligned(space))
-    fork(team, threads, forward_work, args, patience)
+    run(team, threads, patience, work, args)
     zero_padding(y, sequences)
     get_final(spec, y, final, sequences, start, parts, taped)

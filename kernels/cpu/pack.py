@@ -14,56 +14,56 @@ from numba import njit
 
 from .memory import round_up
 from .simd import address, load_row, splat, store, write
+from .spec import kernel
 from .team import fork
 from .tile import share
 
 
 @njit(error_model="numpy")
-def _panels_work(thread, threads, sync, spec, weight, gates, hidden, target):
-    depth = weight.shape[1]
-    vector = spec.lanes * spec.size
-    low, high = share(round_up(hidden, spec.panel) // spec.panel, thread, threads)
+def _panels_work(thread, threads, sync, registers, weight, gates, units, target):
+    hidden, depth = weight.shape[0] // gates.size, weight.shape[1]
+    lanes, width = registers.lanes, gates.size * units
+    vector = lanes * registers.size
+    low, high = share(round_up(hidden, units * lanes) // (units * lanes), thread, threads)
     for p in range(low, high):
-        for n in range(spec.gates):
-            for unit in range(spec.units):
-                start = target + (p * depth * spec.width + n * spec.units + unit) * vector
-                first = p * spec.panel + unit * spec.lanes
-                for k in range(depth):
-                    to = start + k * spec.width * vector
-                    store(splat(spec, 0.0), to)
-                    for lane in range(min(spec.lanes, hidden - first)):
-                        row = gates[n] * hidden + first + lane
-                        write(spec, weight[row, k], to + lane * spec.size)
+        for n in range(width):
+            start = target + (p * depth * width + n) * vector
+            first = (p * units + n % units) * lanes
+            row = gates[n // units] * hidden + first
+            for k in range(depth):
+                to = start + k * width * vector
+                store(splat(registers, 0.0), to)
+                for lane in range(min(lanes, hidden - first)):
+                    write(registers, weight[row + lane, k], to + lane * registers.size)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def pack_panels(team, threads, spec, weight, gates, target):
+@kernel
+def pack_panels(team, threads, registers, weight, gates, units, target):
     """Lay out `weight` (gates*H, K), with the gates in the given order, as panels."""
-    fork(team, threads, _panels_work, (spec, weight, gates, weight.shape[0] // spec.gates, target))
+    fork(team, threads, _panels_work, (registers, weight, gates, units, target))
 
 
 @njit(error_model="numpy")
-def _planes_work(thread, threads, sync, spec, weight, gates, hidden, panel, target):
-    columns = weight.shape[1]
-    vector = spec.lanes * spec.size
+def _planes_work(thread, threads, sync, registers, weight, gates, panel, target):
+    hidden, columns = weight.shape[0] // gates.size, weight.shape[1]
+    vector = registers.lanes * registers.size
     depth = gates.size * round_up(hidden, panel)
-    low, high = share(-(-columns // spec.lanes), thread, threads)
+    low, high = share(-(-columns // registers.lanes), thread, threads)
     source, stride = address(weight), weight.strides[0]
     for v in range(low, high):
         to = target + v * depth * vector
         for p in range(round_up(hidden, panel) // panel):
             for n in range(gates.size):
                 for unit in range(p * panel, (p + 1) * panel):
-                    row = splat(spec, 0.0)
+                    row = splat(registers, 0.0)
                     if unit < hidden:
                         at = source + (gates[n] * hidden + unit) * stride + v * vector
-                        row = load_row(spec, at, columns - v * spec.lanes)
+                        row = load_row(registers, at, columns - v * registers.lanes)
                     store(row, to)
                     to += vector
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def pack_planes(team, threads, spec, weight, gates, panel, target):
+@kernel
+def pack_planes(team, threads, registers, weight, gates, panel, target):
     """Lay out `weight` (gates*H, columns) as planes, its rows in the order [panels][gates][panel]."""
-    args = (spec, weight, gates, weight.shape[0] // gates.size, panel, target)
-    fork(team, threads, _planes_work, args)
+    fork(team, threads, _planes_work, (registers, weight, gates, panel, target))

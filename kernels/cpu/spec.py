@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
-from numba import types
+from llvmlite import ir
+from numba import njit, types
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, models, register_model, unbox
@@ -44,85 +47,140 @@ def machine() -> Machine:
 
 @cache
 def fingerprint() -> str:
-    """Changes with the source of the kernels, so that no machine code outlives what it was made of."""
+    """Changes with the source of the kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-class Spec(types.Type):
-    """The compile-time parameters of a kernel, passed to it as an argument without a value.
+def stamped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function a name of its own in Numba's cache on disk for each state of the kernels.
+
+    Numba looks at the file of a function alone, and machine code must not outlive what it was made of.
+    """
+    function.__qualname__ = f"{function.__name__}_{fingerprint()}"
+    return function
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A compiled function that Python calls; cached on disk."""
+    return njit(nogil=True, cache=True, error_model="numpy")(stamped(function))
+
+
+class Named(types.Type):
+    """A type that Numba's index on disk keeps as a name alone, since it holds what does not pickle."""
+
+    _known: ClassVar[WeakValueDictionary[str, Named]] = WeakValueDictionary()
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{type(self).__name__}({name})")
+        self._known.setdefault(self.name, self)
+
+    def __reduce__(self) -> Any:
+        return _named, (type(self), self.name)
+
+
+def _named(kind: type[Named], name: str) -> Named:
+    """The type of that name of this process, else a stand-in to compare with, since it is of another."""
+    if name in Named._known:
+        return Named._known[name]
+    stand_in = object.__new__(kind)
+    stand_in.name = name
+    return stand_in
+
+
+class Registers(Named):
+    """What code is compiled for that knows the precision and the registers, but no cell.
+
+    Passed to compiled code as an argument without a value.
 
     Attributes:
-        cell: the cell.
         scalar: float32 or float64.
-        projected: whether the output is projected.
         size: bytes of a number.
         lanes: numbers in a register.
-        gates: number of gates.
-        inputs: number of pre-activations, of which split gates have two.
-        units: vectors of hidden units that a panel holds of each gate; cells with few gates have
-            several, so that a tile is wide enough to hide the latency of its sums.
-        width: vectors of a panel, gates times units.
-        panel: hidden units of a panel.
-        states: number of states beside the output.
     """
 
-    constants = "size lanes gates inputs splits units width panel states vectors projected reads_output".split()
+    constants: tuple[str, ...] = ("size", "lanes")
 
-    def __init__(self, cell: Cell, scalar: types.Float, projected: bool) -> None:
-        self.cell, self.scalar, self.projected = cell, scalar, projected
-        here = machine()
-        self.lanes = here.bits // scalar.bitwidth
+    def __init__(self, scalar: types.Float, name: str = "") -> None:
+        self.scalar = scalar
+        self.size, self.lanes = scalar.bitwidth // 8, machine().bits // scalar.bitwidth
         self.vector = Vector(scalar, self.lanes)
-        self.size = scalar.bitwidth // 8
-        self.gates, self.inputs = len(cell.gates), len(cell.preactivations)
-        self.splits, self.states, self.vectors = len(cell.split), len(cell.states) - 1, len(cell.weights)
-        self.units = max(1, 4 // self.gates)
-        self.width, self.panel = self.gates * self.units, self.units * self.lanes
-        self.reads_output = cell.reads_output
-        super().__init__(
-            f"Spec({cell.key}, {scalar}, {here}, projected={projected}, kernels {fingerprint()})"
-        )
+        super().__init__(f"{name}, {scalar}, {machine()}")
 
     def rows(self, width: int) -> int:
         """Rows of a tile `width` vectors wide: its sums, a column of weights and a broadcast value
         share the registers."""
         return max(1, min(8, (machine().registers - 1) // width - 1))
 
-    def __reduce__(self) -> Any:
-        # Numba's index on disk needs the name alone, and a cell may not pickle
-        return _named, (self.name,)
+
+class Spec(Registers):
+    """The compile-time parameters of the kernels of a cell; its value is the address of its tiles.
+
+    Attributes:
+        cell: the cell.
+        projected: whether the output is projected.
+        gates: number of gates.
+        inputs: number of pre-activations, of which split gates have two.
+        splits: number of split gates.
+        units: vectors of hidden units that a panel holds of each gate; cells with few gates have
+            several, so that a tile is wide enough to hide the latency of its sums.
+        width: vectors of a panel, gates times units.
+        panel: hidden units of a panel.
+        states: number of states beside the output.
+        vectors: number of learned vectors.
+        reads_output: whether the cell takes the previous output itself.
+    """
+
+    constants = (
+        *("size", "lanes", "gates", "inputs", "splits", "units", "width", "panel", "states", "vectors"),
+        *("projected", "reads_output"),
+    )
+
+    def __init__(self, cell: Cell, scalar: types.Float, projected: bool) -> None:
+        self.cell, self.projected = cell, projected
+        self.gates, self.inputs = len(cell.gates), len(cell.preactivations)
+        self.splits, self.states, self.vectors = len(cell.split), len(cell.states) - 1, len(cell.weights)
+        self.units = max(1, 4 // self.gates)
+        self.width = self.gates * self.units
+        self.reads_output = cell.reads_output
+        super().__init__(scalar, f"{cell.key}, projected={projected}")
+        self.panel = self.units * self.lanes
 
 
-def _named(name: str) -> Spec:
-    spec = object.__new__(Spec)
-    spec.name = name
-    return spec
+register_model(Registers)(models.OpaqueModel)
+
+
+@unbox(Registers)
+def _unbox_registers(typ: Any, obj: Any, c: Any) -> NativeValue:
+    return NativeValue(c.context.get_dummy_value())
 
 
 @register_model(Spec)
-class _SpecModel(models.OpaqueModel):
-    pass
+class _SpecModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, ir.IntType(64))
 
 
 @unbox(Spec)
 def _unbox_spec(typ: Any, obj: Any, c: Any) -> NativeValue:
-    return NativeValue(c.context.get_dummy_value())
+    """In Python, a spec is given to its kernels as the address of its tiles."""
+    return c.unbox(types.int64, obj)
 
 
 @infer_getattr
-class _SpecAttributes(AttributeTemplate):  # type: ignore[misc]
-    key = Spec
+class _Constants(AttributeTemplate):  # type: ignore[misc]
+    key = Registers
 
-    def generic_resolve(self, spec: Spec, name: str) -> Any:
-        if name in Spec.constants:
-            return types.boolean if isinstance(getattr(spec, name), bool) else types.int64
-        return None
+    def generic_resolve(self, registers: Registers, name: str) -> Any:
+        return _constant_type(registers, name) if name in registers.constants else None
 
 
-@lower_getattr_generic(Spec)
-def _get_constant(context: Any, builder: Any, spec: Spec, value: Any, name: str) -> Any:
-    type_ = types.boolean if isinstance(getattr(spec, name), bool) else types.int64
-    return context.get_constant(type_, getattr(spec, name))
+def _constant_type(registers: Registers, name: str) -> Any:
+    return types.boolean if isinstance(getattr(registers, name), bool) else types.int64
+
+
+@lower_getattr_generic(Registers)
+def _get_constant(context: Any, builder: Any, registers: Registers, value: Any, name: str) -> Any:
+    return context.get_constant(_constant_type(registers, name), getattr(registers, name))

@@ -14,15 +14,17 @@ file; the product then runs at the rate of the multiply-add units.  Three layout
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import cfunc, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
 from .simd import INT64, call_ir, load, load_row, read_int, splat, splat_ir, store, store_row
-from .spec import Spec
+from .spec import Registers, Spec, stamped
 
 UNROLL = 4
 LATENCY = 8  # multiply-adds that must be in flight to keep the units busy
@@ -32,21 +34,30 @@ def _constant(value: int) -> ir.Constant:
     return ir.Constant(INT64, value)
 
 
-class _Tile:
-    """Builds the LLVM function of one tile."""
+class Tile(Registers):
+    """A tile's layout and width in vectors: what the code of a tile is compiled for."""
+
+    def __init__(self, scalar: types.Float, layout: str, width: int) -> None:
+        self.layout, self.width = layout, width
+        super().__init__(scalar, f"{layout}, {width} wide")
+
+
+register_model(Tile)(models.OpaqueModel)
+
+
+class _Builder:
+    """Builds the LLVM function of a tile for a number of rows."""
 
     arguments = "source source_stride target target_stride a a_stride b b_stride depth".split()
 
-    def __init__(self, module: ir.Module, spec: Spec, layout: str, rows: int, vectors: int) -> None:
-        self.spec, self.layout, self.rows, self.vectors = spec, layout, rows, vectors
-        self.size, self.vector = spec.scalar.bitwidth // 8, spec.vector.ir
-        name = f"tile_{layout}_{rows}x{vectors}x{spec.lanes}_{spec.scalar}"
+    def __init__(self, module: ir.Module, tile: Tile, rows: int) -> None:
+        self.spec, self.layout, self.rows, self.vectors = tile, tile.layout, rows, tile.width
+        self.size, self.vector = tile.size, tile.vector.ir
         kind = ir.FunctionType(ir.VoidType(), [INT64] * len(self.arguments))
-        self.function = cgutils.get_or_insert_function(module, kind, name)
-        if self.function.is_declaration:
-            self.function.linkage = "internal"
-            self.function.attributes.add("noinline")
-            self.build()
+        self.function = ir.Function(module, kind, f"{tile.layout}_{rows}x{tile.width}")
+        self.function.linkage = "internal"
+        self.function.attributes.add("noinline")
+        self.build()
 
     def build(self) -> None:
         self.builder = builder = ir.IRBuilder(self.function.append_basic_block("entry"))
@@ -146,49 +157,90 @@ class _Tile:
         return builder.inttoptr(address, self.vector.element.as_pointer())
 
 
-def _product(layout: str, width: Callable[[Spec], int]) -> Any:
-    """An intrinsic that picks the tile by its number of rows at run time."""
+@intrinsic
+def _tile_of_rows(typingctx: Any, tile: Any, rows: Any, arguments: Any) -> Any:
+    """The tile with a number of rows that is known at run time."""
 
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        done = builder.append_basic_block("done")
+        switch = builder.switch(args[1], done)
+        for rows in range(1, tile.rows(tile.width) + 1):
+            case = builder.append_basic_block(f"rows{rows}")
+            switch.add_case(_constant(rows), case)
+            builder.position_at_end(case)
+            builder.call(_Builder(builder.module, tile, rows).function, cgutils.unpack_tuple(builder, args[2]))
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, types.UniTuple(types.int64, 9)), codegen
+
+
+@stamped
+def _tile(  # a C function, so that it is compiled once, whatever cell and kernel call it
+    tile,
+    rows,  # 1 to tile.rows(tile.width)
+    source,  # address of the initial sums
+    source_stride,  # bytes from row to row, 0 to give all rows the same
+    target,  # address of the results
+    target_stride,
+    a,  # address of the table of row addresses; "outer": of the values
+    a_stride,  # bytes added to each row address; "outer": from column to column
+    b,  # address of the weights
+    b_stride,  # bytes from plane to plane; unused without planes
+    depth,  # number of products in each sum
+):
+    _tile_of_rows(
+        tile, rows, (source, source_stride, target, target_stride, a, a_stride, b, b_stride, depth)
+    )
+
+
+PLANES = 4  # vectors of a tile over planes; what is left is done one by one
+
+# The tiles of a spec, in the order in which its table holds their addresses.
+TILES: tuple[tuple[str, Callable[[Spec], int]], ...] = (
+    ("panel", lambda spec: spec.width),
+    ("planes", lambda spec: PLANES),
+    ("planes", lambda spec: 1),
+    ("outer", lambda spec: PLANES),
+    ("outer", lambda spec: 1),
+)
+
+
+@cache
+def _compiled(tile: Tile) -> Any:
+    return cfunc(types.void(tile, *[types.int64] * 10), cache=True, error_model="numpy")(_tile)
+
+
+@cache
+def tile_table(spec: Spec) -> np.ndarray:
+    """The addresses of the tiles of a spec, (5,) int64; its own address is the value of the spec."""
+    shapes = (Tile(spec.scalar, layout, width(spec)) for layout, width in TILES)
+    return np.array([_compiled(shape).address for shape in shapes])
+
+
+def _product(slot: int) -> Any:
     @intrinsic
     def product(
-        typingctx: Any,
-        spec: Any,
-        rows: Any,  # 1 to spec.rows(width)
-        source: Any,  # address of the initial sums
-        source_stride: Any,  # bytes from row to row, 0 to give all rows the same
-        target: Any,  # address of the results
-        target_stride: Any,
-        a: Any,  # address of the table of row addresses; "outer": of the values
-        a_stride: Any,  # bytes added to each row address; "outer": from column to column
-        b: Any,  # address of the weights
-        b_stride: Any,  # bytes from plane to plane; unused without planes
-        depth: Any,  # number of products in each sum
-    ) -> Any:
+        typingctx: Any, spec: Any, rows: Any, source: Any, source_stride: Any, target: Any,
+        target_stride: Any, a: Any, a_stride: Any, b: Any, b_stride: Any, depth: Any,
+    ) -> Any:  # fmt: skip
+        """Call a tile; its arguments are those of `_tile`."""
+
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            done = builder.append_basic_block("tiled")
-            switch = builder.switch(args[1], done)
-            vectors = width(spec)
-            for count in range(1, spec.rows(vectors) + 1):
-                case = builder.append_basic_block(f"rows{count}")
-                switch.add_case(_constant(count), case)
-                builder.position_at_end(case)
-                builder.call(_Tile(builder.module, spec, layout, count, vectors).function, args[2:])
-                builder.branch(done)
-            builder.position_at_end(done)
-            return context.get_dummy_value()
+            nothing = context.get_dummy_value()
+            kind = ir.FunctionType(ir.VoidType(), [nothing.type, *[INT64] * 10])
+            table = builder.inttoptr(args[0], kind.as_pointer().as_pointer())
+            function = builder.load(builder.gep(table, [_constant(slot)]))
+            builder.call(function, [nothing, *args[1:]])
+            return nothing
 
         return types.void(spec, *[types.int64] * 10), codegen
 
     return product
 
 
-PLANES = 4  # vectors of a tile over planes; what is left is done one by one
-
-panel_product = _product("panel", lambda spec: spec.width)
-planes_product = _product("planes", lambda spec: PLANES)
-plane_product = _product("planes", lambda spec: 1)
-outer_product = _product("outer", lambda spec: PLANES)
-thin_outer_product = _product("outer", lambda spec: 1)
+panel_product, planes_product, plane_product, outer_product, thin_outer_product = map(_product, range(5))
 
 
 def _rows(width: Callable[[Spec], int]) -> Any:

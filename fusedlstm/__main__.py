@@ -1,0 +1,6 @@
+"""``python -m fusedlstm`` is the command ``fusedlstm``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+"""The command ``fusedlstm``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from . import __version__, demo
+from .benchmarks import runner
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 for success, 1 for a failed check, 2 for bad options."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.command(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fusedlstm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fusedlstm", description="Recurrent layers with fused kernels.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"fusedlstm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_info, _add_check, _add_bench):
+        add(commands)
+    return parser
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "Show processor, registers, threads, GPU, versions and the folder of compiled kernels."
+    parser = commands.add_parser("info", help="what this machine has", description=text)
+    parser.set_defaults(command=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import facts
+
+    for subject, text in facts().items():
+        print(f"{subject + ':':14}{text}")
+    return 0
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "Compare outputs, final states and all gradients of every built-in cell and option, in float32 and "
+        "float64, with an explicit time loop in float64. The first run compiles all kernels, which takes "
+        "minutes. Exit status 1 if a comparison fails."
+    )
+    parser = commands.add_parser("check", help="hold every kernel against the reference", description=text)
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.set_defaults(command=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from . import check
+
+    start = time.perf_counter()
+    outcomes = [check.run(case, arguments.backend) for case in tqdm(list(check.cases()), leave=False)]
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    print("Largest error of results and gradients, as a share of the error that is allowed:\n")
+    for dtype, tolerance in check.TOLERANCE.items():
+        print(f"{check.table(outcomes, dtype)}\n({tolerance:g} times the root of T is allowed)\n")
+    for outcome in failed:
+        print(f"FAILED {outcome}")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} passed in {time.perf_counter() - start:.0f} s")
+    return 1 if failed else 0
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "Train a two-layer LSTM to write like Python's help pages, compare it with a 3-gram model on text "
+        "that neither has seen, and let it write."
+    )
+    parser = commands.add_parser("demo", help="an LSTM learns to write English", description=text)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--seconds", type=_positive, metavar="S", help=f"time to train for (default {demo.SECONDS:g})"
+    )
+    length.add_argument(
+        "--steps",
+        type=_integer(1),
+        metavar="N",
+        help="train for so many steps instead, which with --seed gives the same model every time",
+    )
+    parser.add_argument(
+        "--seed", type=_integer(0), default=1, metavar="N", help="of weights, windows and sample (default 1)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--hidden",
+        type=_integer(1),
+        default=demo.HIDDEN,
+        metavar="H",
+        help="hidden units of a layer (default %(default)s)",
+    )
+    parser.add_argument("--text", metavar="FILE", help="learn another text, UTF-8 and mostly ASCII")
+    parser.add_argument("--save", metavar="FILE", help="write the model to a safetensors file")
+    size.add_argument(
+        "--load",
+        metavar="FILE",
+        help="take a model that was saved; it is trained further only with --seconds or --steps",
+    )
+    parser.add_argument(
+        "--generate",
+        type=_integer(0),
+        default=demo.SAMPLE,
+        metavar="N",
+        help="characters to write at the end (default %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=demo.TEMPERATURE,
+        metavar="X",
+        help="of the sample: 0 takes the likeliest character always, 1 what the model says "
+        "(default %(default)s)",
+    )
+    parser.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    seconds, steps = options.pop("seconds"), options.pop("steps")
+    budget = demo.Budget(seconds or demo.SECONDS, steps) if seconds or steps else None
+    demo.run(budget=budget, **options)
+    return 0
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "Time the kernels beside other libraries, each in a process of its own."
+    parser = commands.add_parser("bench", help="time the kernels beside other libraries", description=text)
+    runner.add_arguments(parser)
+    parser.set_defaults(command=runner.run)
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return parse
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not enough")
+    return value

@@ -1,0 +1,458 @@
+"""A two-layer LSTM that learns to write English, with NumPy and this package alone.
+
+The program has five parts: the text, the 3-gram model that is to be beaten, the character model, its
+training, and writing.  Sizes in the comments:
+
+    T  characters of a window       V  characters of the alphabet      H  hidden units
+    B  streams read side by side    E  numbers that stand for a character
+
+Run it with ``fusedlstm demo``; ``fusedlstm demo --help`` lists what can be changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from . import LSTM, weights
+
+HIDDEN = 256  # H
+EMBEDDING = 64  # E
+BATCH = 16  # B
+WINDOW = 32  # T: gradients reach this many characters back
+PEAK_RATE = 1e-2  # of learning
+LARGEST_GRADIENT = 1.0  # norm; longer gradients are cut to it
+SECONDS = 100.0  # of training, so that the whole program takes less than two minutes
+SAMPLE = 600  # characters to write at the end
+TEMPERATURE = 0.5
+PROMPT = "The "
+
+# --- The text -------------------------------------------------------------------------------------------
+
+ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+_PLAIN = {0x2013: "-", 0x2014: "-", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}  # dashes, quotes
+
+
+def read_text(path: str | None = None) -> str:
+    """The pages of Python's help system, or a file, in the characters of the alphabet.
+
+    Paragraphs that stand on several pages are kept once: else part of the text that is held out would
+    have been read in training.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        raw = "\n\n".join(topics.values())
+    else:
+        raw = Path(path).read_text(encoding="utf-8")
+    plain = unicodedata.normalize("NFKD", raw.translate(_PLAIN)).expandtabs(4)
+    paragraphs = dict.fromkeys(plain.split("\n\n"))
+    return "".join(filter(ALPHABET.__contains__, "\n\n".join(paragraphs)))
+
+
+def encode(text: str) -> np.ndarray:
+    """The places of characters in the alphabet."""
+    return np.array([ALPHABET.index(character) for character in text])
+
+
+def split(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What to learn from, and the last tenth, which is held out."""
+    end = len(ids) * 9 // 10
+    return ids[:end], ids[end:]
+
+
+# --- The 3-gram model: what counting alone can do -------------------------------------------------------
+
+
+def trigram(ids: np.ndarray) -> np.ndarray:
+    """Probabilities (V, V, V) of a character after two others.
+
+    Interpolated with Kneser-Ney smoothing (Chen & Goodman, 1998, equation 4.18 ff.): of the smoothings
+    that were tried, the best on the text that is held out.
+    """
+    size = len(ALPHABET)
+    counts = np.zeros((size, size, size))
+    np.add.at(counts, (ids[:-2], ids[1:-1], ids[2:]), 1)
+    after_one = (counts > 0).sum(0)  # (V, V): in how many contexts a pair stands
+    after_none = (after_one > 0).sum(0)  # (V,)
+    probabilities = np.full(size, 1 / size)
+    for table in (after_none, after_one, counts):
+        probabilities = _discounted(table, probabilities)
+    return probabilities
+
+
+def _discounted(counts: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+    """Take a part of each count, and share it out as the model with a shorter context says."""
+    once, twice = (counts == 1).sum(), (counts == 2).sum()
+    discount = once / (once + 2 * twice) if once else 0.5
+    total = counts.sum(-1, keepdims=True)
+    taken = discount * (counts > 0).sum(-1, keepdims=True)
+    kept = np.maximum(counts - discount, 0)
+    return np.where(total > 0, (kept + taken * shorter) / np.maximum(total, 1), shorter)
+
+
+def trigram_bits(probabilities: np.ndarray, ids: np.ndarray) -> float:
+    """Bits per character that a 3-gram model needs for a text, its first two characters given."""
+    return float(-np.log2(probabilities[ids[:-2], ids[1:-1], ids[2:]]).mean())
+
+
+# --- The character model --------------------------------------------------------------------------------
+
+
+class CharacterModel:
+    """Embedding, two layers of LSTM, softmax.
+
+    All parameters lie in one flat array, which the optimiser works on, and `arrays` gives them by name.
+    """
+
+    def __init__(self, hidden: int = HIDDEN, seed: int | None = None) -> None:
+        self.lstm = LSTM(EMBEDDING, hidden, num_layers=2, seed=seed)
+        random = np.random.default_rng(seed)
+        bound = hidden**-0.5
+        arrays = {
+            "embedding": random.normal(0, 0.5, (len(ALPHABET), EMBEDDING)),
+            **{f"lstm.{name}": array for name, array in self.lstm.state_dict().items()},
+            "output": random.uniform(-bound, bound, (len(ALPHABET), hidden)),
+            "bias": np.zeros(len(ALPHABET)),
+        }
+        self.flat = flatten(arrays)
+        self.arrays = views(self.flat, arrays)
+
+    def refresh(self) -> None:
+        """Hand the LSTM its weights, after `flat` has changed."""
+        named = self.arrays.items()
+        self.lstm.load_state_dict({n[5:]: array for n, array in named if n.startswith("lstm.")})
+
+    def logits(
+        self,
+        ids: np.ndarray,  # (T, B)
+        state: Any = None,
+        training: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, Any, Any]:
+        """Logits of the next characters (T*B, V), outputs of the LSTM (T*B, H), final state, tape."""
+        y, state, tape = self.lstm.forward(self.arrays["embedding"][ids], state, training=training)
+        y = y.reshape(-1, self.lstm.hidden_size)
+        return y @ self.arrays["output"].T + self.arrays["bias"], y, state, tape
+
+    def bits(self, ids: np.ndarray, streams: int = 8) -> float:
+        """Bits per character that the model needs for a text, its first two characters given.
+
+        The text is read as several streams, of which each begins without a memory.
+        """
+        inputs, targets = ids[1:-1], ids[2:]
+        total = 0.0
+        for part in zip(np.array_split(inputs, streams), np.array_split(targets, streams)):
+            logits = self.logits(part[0][:, None])[0]
+            total += float(surprise(softmax(logits), part[1]).sum())
+        return total / len(targets)
+
+    def loss(
+        self,
+        inputs: np.ndarray,  # (T, B)
+        targets: np.ndarray,  # (T, B)
+        state: Any,
+    ) -> tuple[float, np.ndarray, Any]:
+        """Bits per character, the gradient of its natural logarithm's mean (flat), the final state."""
+        logits, y, state, tape = self.logits(inputs, state, training=True)
+        flat_targets = targets.reshape(-1)
+        probabilities = softmax(logits)
+        bits = float(surprise(probabilities, flat_targets).mean())
+
+        dlogits = probabilities
+        dlogits[np.arange(len(dlogits)), flat_targets] -= 1
+        dlogits /= len(dlogits)
+        dy = (dlogits @ self.arrays["output"]).reshape(*inputs.shape, -1)
+        dx, _, dlstm = tape.backward(dy)
+        gradients = {
+            "embedding": one_hot(inputs.reshape(-1)).T @ dx.reshape(-1, EMBEDDING),
+            **{f"lstm.{name}": gradient for name, gradient in dlstm.items()},
+            "output": dlogits.T @ y,
+            "bias": dlogits.sum(0),
+        }
+        return bits, flatten(gradients), state
+
+    def save(self, path: str, facts: dict[str, Any]) -> None:
+        """Write the model to a safetensors file, with `facts` about it."""
+        weights.write(path, self.arrays, {"demo": facts | {"hidden": self.lstm.hidden_size}})
+
+    @classmethod
+    def load(cls, path: str) -> tuple[CharacterModel, dict[str, Any]]:
+        """The model that :meth:`save` wrote, and the facts about it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or holds something else.
+        """
+        arrays, settings = weights.read(path)
+        facts = settings.get("demo")
+        if facts is None:
+            raise ValueError(f"{path} holds no model of this demo; make one with: fusedlstm demo --save FILE")
+        model = cls(facts["hidden"])
+        expected = {name: array.shape for name, array in model.arrays.items()}
+        if expected != {name: array.shape for name, array in arrays.items()}:
+            raise ValueError(f"{path} does not fit this version of the demo; train the model again")
+        model.flat[:] = flatten({name: arrays[name] for name in expected})
+        model.refresh()
+        return model, facts
+
+
+def flatten(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """One array of float32 with the elements of all."""
+    return np.concatenate([array.ravel() for array in arrays.values()], dtype=np.float32, casting="same_kind")
+
+
+def views(flat: np.ndarray, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parts of a flat array, named and shaped as the arrays that it was made of."""
+    ends = np.cumsum([array.size for array in like.values()])
+    parts = np.split(flat, ends[:-1])
+    return {name: part.reshape(array.shape) for (name, array), part in zip(like.items(), parts)}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (N, V) for logits (N, V)."""
+    powers: np.ndarray = np.exp(logits - logits.max(-1, keepdims=True))
+    powers /= powers.sum(-1, keepdims=True)
+    return powers
+
+
+def surprise(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Bits (N,) that a code made for the probabilities (N, V) needs for what came."""
+    chosen = probabilities[np.arange(len(targets)), targets]
+    return np.asarray(-np.log2(chosen))
+
+
+def one_hot(ids: np.ndarray) -> np.ndarray:
+    """Rows (N, V) that are 1 at the character and 0 elsewhere."""
+    return np.asarray(ids[:, None] == np.arange(len(ALPHABET)), np.float32)
+
+
+# --- Training -------------------------------------------------------------------------------------------
+
+
+def windows(ids: np.ndarray, random: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Without end: inputs and targets (T, B), and whether a new pass over the text begins.
+
+    The text is cut into streams that are read side by side, so that a window goes on where the one
+    before ended and the state can be kept.  Each pass cuts elsewhere.
+    """
+    while True:
+        ids = np.roll(ids, random.integers(len(ids)))
+        steps = (len(ids) - 1) // BATCH
+        inputs = ids[: steps * BATCH].reshape(BATCH, steps).T
+        targets = ids[1 : steps * BATCH + 1].reshape(BATCH, steps).T
+        for start in range(0, steps, WINDOW):
+            yield inputs[start : start + WINDOW], targets[start : start + WINDOW], start == 0
+
+
+class Adam:
+    """Adaptive moments (Kingma & Ba, 2015) of one flat array."""
+
+    PIECE = 1 << 14  # numbers that are worked on at once, so that they stay in a core's cache
+
+    def __init__(self, size: int, decay: float = 0.9, square_decay: float = 0.99) -> None:
+        self.decay, self.square_decay, self.count = decay, square_decay, 0
+        self.mean, self.square = np.zeros((2, size), np.float32)
+
+    def step(self, parameters: np.ndarray, gradient: np.ndarray, rate: float) -> None:
+        """Change the parameters by about `rate`, against the gradient."""
+        self.count += 1
+        mean_weight, square_weight = 1 - self.decay**self.count, 1 - self.square_decay**self.count
+        for start in range(0, len(parameters), self.PIECE):
+            piece = slice(start, start + self.PIECE)
+            g, mean, square = gradient[piece], self.mean[piece], self.square[piece]
+            mean += (1 - self.decay) * (g - mean)
+            square += (1 - self.square_decay) * (g * g - square)
+            parameters[piece] -= rate / mean_weight * mean / (np.sqrt(square / square_weight) + 1e-8)
+
+
+def learning_rate(progress: float) -> float:
+    """Up for the first twentieth of the training, then down along a cosine to almost nothing."""
+    warm = min(1.0, progress / 0.05)
+    return float(PEAK_RATE * warm * (0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2))
+
+
+class Budget(NamedTuple):
+    """How long to train: so many seconds, or so many steps, which gives the same model every time."""
+
+    seconds: float = SECONDS
+    steps: int | None = None
+
+    def progress(self, steps: int, elapsed: float) -> float:
+        """From 0 to 1."""
+        return min(1.0, steps / self.steps if self.steps else elapsed / self.seconds)
+
+
+class Step(NamedTuple):
+    """What is told of a step of training."""
+
+    progress: float  # from 0 to 1
+    bits: float  # per character, smoothed
+    speed: float  # characters per second
+
+
+def train(
+    model: CharacterModel,
+    ids: np.ndarray,
+    budget: Budget,
+    random: np.random.Generator,
+    report: Callable[[Step], None],
+) -> int:
+    """Fit the model to a text by truncated backpropagation through time; the characters read."""
+    optimiser = Adam(model.flat.size)
+    state, smooth, characters, start = None, np.log2(len(ALPHABET)), 0, time.perf_counter()
+    for count, (inputs, targets, fresh) in enumerate(windows(ids, random)):
+        progress = budget.progress(count, time.perf_counter() - start)
+        if progress == 1:
+            break
+        bits, gradient, state = model.loss(inputs, targets, None if fresh else state)
+        norm = float(np.linalg.norm(gradient))
+        gradient *= min(1.0, LARGEST_GRADIENT / norm)
+        optimiser.step(model.flat, gradient, learning_rate(progress))
+        model.refresh()
+        characters += inputs.size
+        smooth += (bits - smooth) * max(0.05, 1 / (count + 1))
+        report(Step(progress, smooth, characters / (time.perf_counter() - start)))
+    return characters
+
+
+# --- Writing --------------------------------------------------------------------------------------------
+
+
+def write(
+    model: CharacterModel, temperature: float, random: np.random.Generator, prompt: str = PROMPT
+) -> Iterator[str]:
+    """Without end: characters that follow the prompt.
+
+    A temperature below 1 makes likely characters more likely; at 0 the likeliest is always taken.
+    """
+    logits, _, state, _ = model.logits(encode(prompt)[:, None])
+    while True:
+        if temperature == 0:
+            chosen = int(logits[-1].argmax())
+        else:
+            probabilities = softmax(logits[-1:].astype(np.float64) / temperature)[0]
+            chosen = int(random.choice(len(ALPHABET), p=probabilities))
+        yield ALPHABET[chosen]
+        logits, _, state, _ = model.logits(np.array([[chosen]]), state)
+
+
+# --- The program ----------------------------------------------------------------------------------------
+
+
+def run(
+    *,
+    budget: Budget | None = None,
+    seed: int = 1,
+    hidden: int = HIDDEN,
+    text: str | None = None,
+    save: str | None = None,
+    load: str | None = None,
+    generate: int = SAMPLE,
+    temperature: float = TEMPERATURE,
+) -> None:
+    """Train or load a model, compare it with counting, save it, let it write.
+
+    Args:
+        budget: how long to train; by default the standard time, or not at all if a model is loaded.
+        seed: of the weights, the windows and the sample.
+        hidden: H of a new model.
+        text: file to learn, by default Python's help pages.
+        save, load: files to write the model to, and to read it from.
+        generate: characters to write.
+        temperature: of the sample; see :func:`write`.
+
+    Raises:
+        ValueError, OSError: for a file that cannot be used.
+    """
+    if save is not None and not Path(save).absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(save).absolute().parent} to save the model in")
+    random = np.random.default_rng(seed)
+    model, facts = CharacterModel.load(load) if load else (CharacterModel(hidden, seed), {})
+    if facts:
+        print(f"Loaded {load}: {_told(facts)}.")
+    if budget is None and not load:
+        budget = Budget()
+    if budget is not None:
+        facts = _fit(model, read_text(text), budget, random, facts)
+        print(f"Held-out text: {_told(facts)}.")
+    if save is not None:
+        model.save(save, facts)
+        print(f"Saved; write more with: fusedlstm demo --load {save}")
+    if generate:
+        print(f"\nA sample, temperature {temperature:g}:\n\n{PROMPT}", end="")
+        for letter in islice(write(model, temperature, random), generate):
+            print(letter, end="", flush=True)
+        print()
+
+
+def _told(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['bits']:.3f} bits per character after {facts['characters']:,} characters of training; "
+        f"a 3-gram model needs {facts['trigram']:.3f}"
+    )
+
+
+def _fit(
+    model: CharacterModel, text: str, budget: Budget, random: np.random.Generator, before: dict[str, Any]
+) -> dict[str, Any]:
+    """Train the model, further if it was trained `before`, and compare it; the facts about it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if before and before["text"] != digest:
+        raise ValueError("the model was trained on another text, and may know what would be held out here")
+    learnt, held_out = split(encode(text))
+    if len(held_out) < 100:
+        raise ValueError(f"the text is too short to learn from: {len(text):,} characters")
+    print(f"Text: {len(text):,} characters, of which {len(held_out):,} are held out.")
+    counted = trigram_bits(trigram(learnt), held_out)
+    print(f"A 3-gram model needs {counted:.3f} bits per character of the held-out text.")
+    print("Preparing the kernels; they are compiled on the first run ...", end=" ", flush=True)
+    start = time.perf_counter()
+    model.loss(learnt[:4].reshape(2, 2), learnt[1:5].reshape(2, 2), None)
+    print(f"{time.perf_counter() - start:.1f} s")
+    print(f"Training {model.lstm!r} and a softmax, {model.flat.size:,} parameters:")
+    # an idle thread of NumPy's BLAS spins for a while, on a core that the layers need
+    with Display(model) as display, threadpool_limits(1, user_api="blas"):
+        characters = train(model, learnt, budget, random, display.show)
+    return {
+        "bits": model.bits(held_out),
+        "trigram": counted,
+        "characters": characters + before.get("characters", 0),
+        "text": digest,
+    }
+
+
+class Display:
+    """A bar that shows how far the training is, and now and then a line that the model writes."""
+
+    LINES_AT = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the training
+    FORMAT = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+    def __init__(self, model: CharacterModel) -> None:
+        from tqdm import tqdm
+
+        self.model, self.lines = model, list(self.LINES_AT)
+        self.random = np.random.default_rng(0)  # of its own: a line changes nothing in the training
+        self.bar = tqdm(total=1.0, bar_format=self.FORMAT, dynamic_ncols=True, smoothing=0)
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def show(self, step: Step) -> None:
+        self.bar.set_postfix_str(f"{step.bits:.2f} bits/char, {step.speed:,.0f} chars/s", refresh=False)
+        self.bar.update(step.progress - self.bar.n)
+        if self.lines and step.progress >= self.lines[0]:
+            del self.lines[0]
+            letters = islice(write(self.model, TEMPERATURE, self.random), 70)
+            line = (PROMPT + "".join(letters)).replace("\n", " ")
+            self.bar.write(f"{step.progress:4.0%} {step.bits:5.2f} bits  {line}")

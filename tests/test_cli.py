@@ -1,0 +1,164 @@
+"""The command ``fusedlstm``: what it prints, its exit status, and how it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedlstm
+from fusedlstm import check, cli, info
+from fusedlstm.kernels.cpu import engine
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What is said about options that are refused by the parser."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedlstm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"fusedlstm {fusedlstm.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "info", "check", "bench"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: fusedlstm {command}" in capsys.readouterr().out
+
+
+def test_no_command_and_unknown_ones_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "COMMAND" in refusal(capsys)
+    assert "'tango'" in refusal(capsys, "tango")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seconds", "0"], "--seconds: 0 is not enough"),
+        (["--seconds", "nan"], "--seconds: nan is not a number from 0 on"),
+        (["--seconds", "soon"], "--seconds: 'soon' is not a number"),
+        (["--steps", "0"], "--steps: 0 is less than 1"),
+        (["--steps", "1.5"], "--steps: '1.5' is not an integer"),
+        (["--seed", "-1"], "--seed: -1 is less than 0"),
+        (["--temperature", "-1"], "--temperature: -1 is not a number from 0 on"),
+        (["--seconds", "1", "--steps", "1"], "not allowed with argument"),
+        (["--hidden", "8", "--load", "x"], "not allowed with argument"),
+    ],
+)
+def test_bad_options_of_the_demo_are_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(capsys, "demo", *options)
+
+
+def test_files_that_cannot_be_used_are_an_error_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    assert cli.main(["demo", "--load", str(tmp_path / "none")]) == 2
+    assert "fusedlstm: error: there is no file" in capsys.readouterr().err
+    assert cli.main(["demo", "--save", str(tmp_path / "no" / "model")]) == 2
+    assert "fusedlstm: error: there is no folder" in capsys.readouterr().err
+
+
+# --- info -----------------------------------------------------------------------------------------------
+
+
+def test_info_tells_of_machine_versions_and_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusedlstm.kernels.cpu.team, "_requested", 1)
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert fusedlstm.__version__ in lines["fusedlstm"]
+    assert f"numpy {np.__version__}" in lines["packages"]
+    assert lines["threads"].strip() == "1 thread"
+    assert lines["registers"].strip().endswith("bits")
+    assert set(lines) == {
+        *("fusedlstm", "Python", "packages", "processor", "features", "caches", "registers", "threads"),
+        *("GPU", "kernel cache"),
+    }
+
+
+def test_info_says_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.util, "find_spec", lambda name: None)
+    assert info.gpu().startswith("not used: numba-cuda and CuPy not installed")
+    monkeypatch.setattr(info.util, "find_spec", lambda name: name == "cupy" or None)
+    assert info.gpu().startswith("not used: numba-cuda not installed")
+
+
+def test_info_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = {"name": b"Model T", "major": 9, "minor": 0}
+    runtime = SimpleNamespace(getDeviceCount=lambda: 2, getDeviceProperties=lambda n: properties)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(info.util, "find_spec", lambda name: True)
+    assert info.gpu() == ", ".join(["Model T (compute capability 9.0)"] * 2)
+
+    def fail() -> int:
+        raise RuntimeError("no driver")
+
+    runtime.getDeviceCount = fail
+    assert info.gpu() == "not used: CuPy finds none: no driver"
+
+
+# --- check ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LSTM in float32, at two sizes."""
+    monkeypatch.setattr(check, "CELLS", (fusedlstm.cells.lstm,))
+    monkeypatch.setattr(check, "TOLERANCE", {"float32": check.TOLERANCE["float32"]})
+    monkeypatch.setattr(check, "SIZES", ((1, 1, 1, 1), (7, 13, 1, 33)))
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    shown = capsys.readouterr().out
+    assert "22 of 22 passed" in shown
+    assert "FAIL" not in shown
+    assert all(f"\n{option} " in shown for option in check.OPTIONS)
+
+
+@pytest.mark.usefixtures("few_cases")
+@pytest.mark.parametrize("wrong", [1.001, np.nan])
+def test_check_finds_a_wrong_gradient(
+    wrong: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = engine.CPUDirection.backward
+
+    def backward(*arguments: Any) -> Any:
+        states, weights = right(*arguments)
+        return states, weights._replace(hh=weights.hh * np.float32(wrong))
+
+    monkeypatch.setattr(engine.CPUDirection, "backward", backward)
+    assert cli.main(["check"]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED lstm, plain, float32, T=7, B=13, I=1, H=33: gradient of weight_hh_l0" in shown
+
+
+def test_check_covers_every_cell_option_and_precision() -> None:
+    covered = {(case.cell.name, case.option, case.dtype) for case in check.cases()}
+    for cell in check.CELLS:
+        for option in check.OPTIONS:
+            refused = option == "projection" and cell.reads_output
+            for dtype in ("float32", "float64"):
+                assert ((cell.name, option, dtype) in covered) != refused
+
+
+def test_the_reference_in_float32_passes_the_check() -> None:
+    """The tolerances suit an implementation without any cleverness."""
+    outcomes = [check.run(case, "reference") for case in check.cases()]
+    assert [str(outcome) for outcome in outcomes if not outcome.passed] == []

@@ -202,7 +202,8 @@ def check(case: Case, results: dict[str, np.ndarray], right: dict[str, np.ndarra
         got = results[name]
         if got.shape != reference.shape:
             raise WrongResult(f"{name} has the shape {got.shape}, expected {reference.shape}")
-        error = float(np.linalg.norm(got.astype(np.float64) - reference) / np.linalg.norm(reference))
+        scale = np.linalg.norm(reference) or 1.0
+        error = float(np.linalg.norm(got.astype(np.float64) - reference) / scale)
         if not error <= TOLERANCES[case.dtype]:
             raise WrongResult(f"{name} has the relative error {error:.1e}")
         worst = max(worst, error)

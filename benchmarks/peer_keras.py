@@ -71,11 +71,10 @@ class Keras(Contender):
 def build_layers(case: Case, data: Data) -> list[Any]:
     """Keras's layers with the weights of a case."""
     keras: Any = importlib.import_module("keras")
-    keras.config.set_floatx(case.dtype)
     kinds = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU}
     layers = []
     for weights in layer_weights(case, data.weights):
-        options = {"return_sequences": True, "return_state": True}
+        options = {"return_sequences": True, "return_state": True, "dtype": case.dtype}
         if case.cell in kinds:
             layer = kinds[case.cell](case.hidden, **options)
         else:
@@ -171,19 +170,16 @@ class KerasTensorFlow(Keras):
 
 
 class KerasJax(Keras):
-    """Keras on JAX, compiled by ``jax.jit``."""
+    """Keras on JAX, compiled by ``jax.jit``; it computes in float32, whatever the dtype."""
 
     name, title = "keras-jax", "Keras + JAX"
     modules, packages = ("keras", "jax"), ("keras", "jax", "jaxlib")
+    dtypes = ("float32",)
     environment: ClassVar[Mapping[str, str]] = {"KERAS_BACKEND": "jax"}
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self.jax: Any = importlib.import_module("jax")
-
-    def prepare(self, case: Case, data: Data) -> Prepared:
-        self.jax.config.update("jax_enable_x64", case.dtype == "float64")
-        return super().prepare(case, data)
 
     def array(self, values: np.ndarray) -> Any:
         return self.jax.numpy.asarray(values)

@@ -62,30 +62,31 @@ def arrays(case: Case) -> Arrays:
     dtype = np.float64 if case.precision == "float64" else np.float32
     gates, hidden, outputs = len(case.cell.gates), case.hidden, case.proj or case.hidden
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(dtype)
+    def uniform(*shape: int) -> np.ndarray:
+        # bounded: where a gate saturates, rounding errors of its derivative are relatively large
+        return rng.uniform(-1, 1, shape).astype(dtype)
 
     def weight(*shape: int) -> np.ndarray:
-        return (normal(*shape) * shape[-1] ** -0.5).astype(dtype)
+        return (uniform(*shape) * shape[-1] ** -0.5).astype(dtype)
 
     weights = Weights(
         weight(gates * hidden, case.inputs),
         weight(gates * hidden, outputs),
-        normal(gates * hidden) if case.bias else None,
-        normal(gates * hidden) if case.bias else None,
+        uniform(gates * hidden) if case.bias else None,
+        uniform(gates * hidden) if case.bias else None,
         weight(case.proj, hidden) if case.proj else None,
-        tuple(normal(hidden) for _ in case.cell.weights),
+        tuple(uniform(hidden) for _ in case.cell.weights),
     )
     shapes = [(case.batch, hidden if n else outputs) for n in range(len(case.cell.states))]
     return Arrays(
         weights,
-        normal(case.steps, case.batch, case.inputs),
-        tuple(normal(*shape) / 2 for shape in shapes) if case.initial else None,
+        uniform(case.steps, case.batch, case.inputs),
+        tuple(uniform(*shape) / 2 for shape in shapes) if case.initial else None,
         rng.integers(1, case.steps + 1, case.batch) if case.lengths else None,
         rng.random((case.steps, case.batch)) < 0.4 if case.reset else None,
-        normal(case.steps, case.batch, outputs),
-        tuple(normal(*shape) for shape in shapes),
-        normal(case.steps, case.batch, case.inputs),
+        uniform(case.steps, case.batch, outputs),
+        tuple(uniform(*shape) for shape in shapes),
+        uniform(case.steps, case.batch, case.inputs),
     )
 
 

@@ -1,4 +1,6 @@
-"""A few cases in Numba's own simulator, as a user would start it; test_cuda_simulated.py runs this file."""
+"""A few small cases without any help: in Numba's own simulator, as a user would start it, and under
+compute-sanitizer on a GPU.  test_cuda_simulated.py and test_cuda_gpu.py run this file.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,41 @@ from cuda_cases import Case, check
 
 import fusedlstm
 from fusedlstm import cells
+from fusedlstm.kernels.cuda.launch import array_module
+from fusedlstm.kernels.cuda.ptx import SIMULATED
+
+FORMS = ["stepwise"] if SIMULATED else ["persistent", "stepwise"]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", [cells.lstm, cells.gru], ids=name)
-def test_kernels(cell: fusedlstm.Cell) -> None:
-    check(Case(cell, 2, 5, 2, 5, lengths=True, reset=True))
+def test_kernels(cell: fusedlstm.Cell, form: str) -> None:
+    check(Case(cell, 2, 5, 2, 5, lengths=True, reset=True, form=form))
 
 
-def test_projection() -> None:
-    check(Case(cells.lstm, 2, 2, 2, 4, proj=3, reverse=True))
+@pytest.mark.parametrize("form", FORMS)
+def test_projection(form: str) -> None:
+    check(Case(cells.lstm, 2, 2, 2, 4, proj=3, reverse=True, form=form))
 
 
 def test_a_layer() -> None:
+    xp = array_module()
     x = np.random.default_rng(0).standard_normal((2, 3, 2)).astype(np.float32)
-    y, (h, c) = fusedlstm.LSTM(2, 3, backend="cuda", seed=1)(x)
+    y, (h, c) = fusedlstm.LSTM(2, 3, backend="cuda", seed=1)(xp.asarray(x))
     wanted, (h_wanted, c_wanted) = fusedlstm.LSTM(2, 3, backend="reference", seed=1)(x)
     for found, want in ((y, wanted), (h, h_wanted), (c, c_wanted)):
-        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+        host = found if xp is np else found.get()
+        np.testing.assert_allclose(host, want, rtol=1e-5, atol=1e-6)
 
 
-def test_persistent_form_is_refused() -> None:
-    with pytest.raises(ValueError, match="blocks cannot wait for each other on Numba's simulator"):
-        check(Case(cells.lstm, 1, 2, 2, 3, form="persistent"))
+if SIMULATED:
+
+    def test_persistent_form_is_refused() -> None:
+        with pytest.raises(ValueError, match="blocks cannot wait for each other on Numba's simulator"):
+            check(Case(cells.lstm, 1, 2, 2, 3, form="persistent"))
+
+else:
+
+    @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+    def test_tensor_cores(precision: str) -> None:
+        check(Case(cells.lstm, 2, 9, 3, 33, precision=precision))

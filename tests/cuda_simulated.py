@@ -128,7 +128,7 @@ def test_weights_in_registers(precision: str, monkeypatch: pytest.MonkeyPatch) -
     check(Case(cells.lstm, 2, batch, 3, hidden, precision=precision))
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     cell=st.sampled_from(ALL),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9)),
@@ -140,9 +140,10 @@ def test_weights_in_registers(precision: str, monkeypatch: pytest.MonkeyPatch) -
 def test_any_size_and_option(
     cell: fusedlstm.Cell, sizes: Any, proj: int, flags: Any, form: str, seed: int
 ) -> None:
+    # float64: where a result is a single number, float32 may lose it to cancellation
     options = ("bias", "lengths", "reset", "reverse", "initial", "strided", "accumulate")
     proj = 0 if cell.reads_output else min(proj, sizes[3])
-    check(Case(cell, *sizes, proj, form=form, seed=seed, **dict(zip(options, flags))))
+    check(Case(cell, *sizes, proj, precision="float64", form=form, seed=seed, **dict(zip(options, flags))))
 
 
 @pytest.mark.parametrize("proj", [0, 5])

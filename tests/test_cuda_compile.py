@@ -1,11 +1,9 @@
-"""Every form, pass and precision compiled for GPUs and assembled, without one: what simulators cannot tell."""
+"""Every form, pass and precision compiled and assembled without a GPU: what simulators cannot tell."""
 
 from __future__ import annotations
 
 import pytest
 from checks import five_gates, name, three_states
-
-pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'fusedlstm[test]'")
 
 from fusedlstm import cells
 from fusedlstm.cells import Cell

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'fusedlstm[test]'")
-
 HERE = Path(__file__).parent
 
 

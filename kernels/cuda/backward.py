@@ -21,7 +21,7 @@ from numba import cuda
 from fusedlstm.cells import Cell
 
 from .plan import Plan
-from .product import U, functions, meet, starts_anew
+from .product import U, copy, functions, meet, starts_anew
 from .scalar import element, update
 
 # As in forward.py.
@@ -79,6 +79,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     # sizes of local arrays, which must be names for Numba to see that they are constant
     all_states, all_vectors = max(1, cells * further), max(1, cells * vectors)
     slots, outcome = inputs + 1 + further + vectors, 1 + further
+    taken = inputs + further + 2  # numbers of a cell that are prefetched
+    all_taken = cells * taken
     none = real(0)
 
     def kernel(
@@ -97,6 +99,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         carried = cuda.local.array(owned, number)  # gradient of the output, state 0
         state = cuda.local.array(all_states, number)  # of the other states
         learning = cuda.local.array(all_vectors, number)
+        prefetched = cuda.local.array(all_taken, number)
         values = cuda.local.array(slots, number)
         gradients = cuda.local.array(slots, number)
         seeds = cuda.local.array(outcome, number)
@@ -116,17 +119,28 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                     learning[U(n * vectors + i)] = dlearned[i, b, u]
         if persistent:
             hold(weights, block * per_block, held)
-            for i in range(thread, kept, threads):
-                resident[U(shared_base + i)] = weights[block * per_block + i]
+            copy(weights, block * per_block, resident, shared_base, kept)
             if projected:
-                for i in range(thread, kept_hr, threads):
-                    resident[U(shared_base_hr + i)] = weights_hr[block * per_block_hr + i]
+                copy(weights_hr, block * per_block_hr, resident, shared_base_hr, kept_hr)
 
         arrived = 0
         for step in range(first, last):
             t = step if reverse else steps - 1 - step
             here = ((step % 2) * groups + group) * buffer
             there = (((step + 1) % 2) * groups + group) * buffer
+            if step < steps and (not projected or persistent or phase == 1):
+                for n in range(cells):  # in flight while the blocks meet
+                    q = thread + n * threads
+                    u, b = block * units + q % units, group * batch + q // units
+                    if q < units * batch and u < hidden and b < rows:
+                        at = n * taken
+                        for a in range(inputs):
+                            prefetched[U(at + a)] = pre[t, b, a, u]
+                        for i in range(further):
+                            prefetched[U(at + inputs + i)] = entering_states[i, t, b, u]
+                        if not projected:
+                            prefetched[U(at + inputs + further)] = entering[t, b, u]
+                            prefetched[U(at + inputs + further + 1)] = dy[t, b, u]
             if not projected or persistent or phase == 0:
                 if step > 0:
                     later = t - 1 if reverse else t + 1
@@ -177,19 +191,19 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                     u, b = block * units + unit, group * batch + column
                     if q < units * batch and u < hidden and b < rows:
                         active = t < lengths[b]
+                        at = n * taken
                         for a in range(inputs):
-                            values[U(a)] = pre[t, b, a, u]
-                        if not projected:
-                            values[U(inputs)] = entering[t, b, u]
+                            values[U(a)] = prefetched[U(at + a)]
                         for i in range(further):
-                            values[U(inputs + 1 + i)] = entering_states[i, t, b, u]
+                            values[U(inputs + 1 + i)] = prefetched[U(at + inputs + i)]
                             seeds[U(1 + i)] = state[U(n * further + i)]
                         for i in range(vectors):
                             values[U(inputs + 1 + further + i)] = learned[i, u]
                         if projected:
                             seeds[U(0)] = total_hr(partial, unit, column)
                         else:
-                            seeds[U(0)] = carried[U(n)] + dy[t, b, u]
+                            values[U(inputs)] = prefetched[U(at + inputs + further)]
+                            seeds[U(0)] = carried[U(n)] + prefetched[U(at + inputs + further + 1)]
                         adjoint(values, seeds, gradients)
                         for a in range(inputs):
                             value = gradients[U(a)] if active else none

@@ -21,7 +21,7 @@ from numba import cuda
 from fusedlstm.cells import Cell
 
 from .plan import Plan
-from .product import U, functions, meet, starts_anew
+from .product import U, copy, functions, meet, starts_anew
 from .scalar import element, update
 
 # The arguments of the kernel: name -> what launch.py makes a type of.  T steps, B rows of the batch,
@@ -116,11 +116,9 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                     state[U(n * further + i)] = states[i, b, u]
         if persistent:
             hold(weights, block * per_block, held)
-            for i in range(thread, kept, threads):
-                resident[U(shared_base + i)] = weights[block * per_block + i]
+            copy(weights, block * per_block, resident, shared_base, kept)
             if projected:
-                for i in range(thread, kept_hr, threads):
-                    resident[U(shared_base_hr + i)] = weights_hr[block * per_block_hr + i]
+                copy(weights_hr, block * per_block_hr, resident, shared_base_hr, kept_hr)
         if first == 0 and (persistent or last == 0):
             for n in range(owned):
                 q = thread + n * threads

@@ -32,8 +32,9 @@ ROWS = 4  # rows of a thread's tile where no tensor core is used
 TILES = 8  # most tensor-core tiles that one warp accumulates
 HELD = 96  # registers of a thread that may hold weights
 AHEAD = 8  # steps whose vectors are on their way at once
-FETCHED = 64  # registers of a thread for that on tensor cores
-REGISTERS = 160  # for weights, vectors and sums on tensor cores
+FETCHED = 48  # registers of a thread for that on tensor cores
+REGISTERS = 136  # for weights, vectors and sums on tensor cores
+STATE = 40  # registers of a thread for the gates and states of its cells
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ def choose(
             f"precision {precision!r} needs a GPU of compute capability 8.0 or later, got {device.name} "
             f"({device.capability[0]}.{device.capability[1]}); use precision 'float32'"
         )
-    sizes = (len(cell.gates), hidden, proj, batch, backward, precision)
+    sizes = (cell, hidden, proj, batch, backward, precision)
     reason = "no tile keeps all weights on the chip with all blocks at work at once"
     if not device.cooperative:
         reason = f"blocks cannot wait for each other on {device.name}"
@@ -356,7 +357,7 @@ def _stepwise(device: Device, *sizes: Any, why: str) -> Plan:
 def _candidates(
     device: Device,
     form: Form,
-    gates: int,
+    cell: Cell,
     hidden: int,
     proj: int,
     batch: int,
@@ -365,13 +366,14 @@ def _candidates(
 ) -> Iterator[Plan]:
     """Plans whose tiles fit the threads, from the fewest units a block."""
     tensor = precision in TENSOR_CORES
-    outputs = proj or hidden
+    outputs, gates = proj or hidden, len(cell.gates)
+    state = gates + len(cell.states) + len(cell.weights)
     for columns, units in product(_columns(batch, tensor, device.threads), range(1, min(hidden, 64) + 1)):
         blocks = ceil(hidden / units)
         elements = ceil(outputs / blocks) if proj else units
         rows, size = (elements, gates * hidden) if backward else (gates * units, outputs)
         groups = 1 if backward else gates
-        if tensor and rows % 16 and units < hidden:
+        if tensor and rows % 16 and units < hidden and not proj:
             continue  # rows of a tensor-core tile would be empty
         recurrent = Product(precision, groups, rows // groups, size, columns, device.threads, device.warps)
         projection = None
@@ -379,7 +381,9 @@ def _candidates(
             one, depth = (units, proj) if backward else (elements, hidden)
             projection = Product(precision, 1, one, depth, columns, device.threads, device.warps)
         plan = Plan(form, backward, recurrent, projection, (hidden, outputs), blocks, "")
-        if all(p.fits for p in plan.products) and plan.partial <= device.shared:
+        registers = ceil(units * columns / device.threads) * state * recurrent.real_size // 4
+        fits = all(p.fits for p in plan.products) and plan.partial <= device.shared
+        if fits and (registers <= STATE or units == 1):
             yield plan
 
 

@@ -228,6 +228,15 @@ def _tensor(product: Product) -> tuple[Any, Any]:
 
 
 @device
+def copy(source: Any, start: Any, target: Any, target_start: Any, count: Any) -> None:
+    """Copy to shared memory by all threads of a block, 16 bytes at a time."""
+    width = 16 // source.itemsize
+    for i in range(width * cuda.threadIdx.x, count, width * cuda.blockDim.x):
+        w0, w1, w2, w3 = ptx.load_words(source, start + i)
+        ptx.store_words(target, target_start + i, w0, w1, w2, w3)
+
+
+@device
 def meet(arrivals: Any, group: Any, expected: Any) -> None:
     """Wait for the other blocks of a group: what they wrote before, this block reads after.
 

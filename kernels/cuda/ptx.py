@@ -1,8 +1,9 @@
 """Every instruction that Numba has no name for, and nothing else.
 
 Each is an LLVM or inline PTX function on a GPU.  In a simulator it is the Python function beside
-it, which computes what the PTX ISA (version 8.0) says that the instruction computes.  Arrays are
-one-dimensional; an index counts elements of the array.
+it, which computes what the PTX ISA says that the instruction computes.  Sections of
+the PTX ISA are named by title, since their numbers change.  Arrays are one-dimensional; an index
+counts elements of the array.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _vector(
 def load(width: int) -> Any:
     """The function (array, index) -> `width` consecutive elements; index is a multiple of width.
 
-    PTX ISA 9.7.9.8, ld.v2 and ld.v4.
+    PTX ISA, ld.v2 and ld.v4.
     """
 
     def stand_in(array: Any, index: int) -> tuple[Any, ...]:
@@ -74,13 +75,33 @@ def _words(array: Any, index: int) -> tuple[Any, ...]:
 def load_words(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen bytes as four 32-bit words; index is a multiple of 16 bytes.
 
-    PTX ISA 9.7.9.8, ld.v4.b32.
+    PTX ISA, ld.v4.b32.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, _vector(context, builder, sig, args, I32, 4, 16))
 
     return types.UniTuple(types.uint32, 4)(array, types.int64), codegen
+
+
+def _store_words(array: Any, index: int, w0: Any, w1: Any, w2: Any, w3: Any) -> None:
+    array[index : index + 16 // array.dtype.itemsize] = np.array([w0, w1, w2, w3]).view(array.dtype)
+
+
+@_instruction(_store_words)
+def store_words(typingctx: Any, array: Any, index: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
+    """The reverse of load_words.  PTX ISA, st.v4.b32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, sig.args[0], *args[:2])
+        vector: Any = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
+        for n, word in enumerate(args[2:]):
+            vector = builder.insert_element(vector, word, ir.Constant(I32, n))
+        pointer = vector.type.as_pointer(address.type.addrspace)
+        builder.store(vector, builder.bitcast(address, pointer), align=16)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, *[types.uint32] * 4), codegen
 
 
 def _add(array: Any, index: int, value: int) -> None:
@@ -92,7 +113,7 @@ def add_release(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """array[index] += value, after everything that this thread, or one that it has met at a block
     barrier, has written.
 
-    PTX ISA 9.7.12.7, red.release.gpu; 8.8, release pattern.
+    PTX ISA, red.release.gpu; Memory Consistency Model, Release Patterns.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -114,7 +135,7 @@ def load_acquire(typingctx: Any, array: Any, index: Any) -> Any:
     """array[index], before everything that this thread, or one that it meets at a block barrier,
     reads from now on.
 
-    PTX ISA 9.7.9.8, ld.acquire.gpu; 8.8, acquire pattern.
+    PTX ISA, ld.acquire.gpu; Memory Consistency Model, Acquire Patterns.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -160,7 +181,7 @@ def float16_bits(values: Any) -> Any:
     return values.astype(np.float16).view(np.uint16)
 
 
-# PTX ISA 9.7.9.21, cvt
+# PTX ISA, cvt
 to_tf32 = _instruction(tf32_bits)(_convert("cvt.rna.tf32.f32 $0, $1;", types.uint32, I32, "=r,f"))
 to_bfloat16 = _instruction(bfloat16_bits)(_convert("cvt.rn.bf16.f32 $0, $1;", types.uint16, I16, "=h,f"))
 to_float16 = _instruction(float16_bits)(_convert("cvt.rn.f16.f32 $0, $1;", types.uint16, I16, "=h,f"))
@@ -182,8 +203,9 @@ def _from_float16(words: Any) -> Any:
 def multiply_fragments(lanes: list[Any], unpack: Callable[[Any], Any]) -> Any:
     """What one warp's mma.sync computes: (32, 4) results of 32 lanes' (a0..a3, b0, b1, c0..c3).
 
-    Fragments are laid out as in PTX ISA 9.7.13.4.7 (m16n8k8, .tf32) and 9.7.13.4.8 (m16n8k16, .f16
-    and .bf16): a word holds one value of TF32 or two neighbours along k.
+    Fragments are laid out as in the PTX ISA, "Matrix Fragments for mma.m16n8k8" (.tf32) and "Matrix
+    Fragments for mma.m16n8k16 with floating point type": a word holds one value of TF32 or two
+    neighbours along k.
     """
     lane = np.arange(32)
     group, place = lane // 4, lane % 4
@@ -227,7 +249,7 @@ def _mma(shape: str, kind: str, unpack: Callable[[Any], Any]) -> Any:
     return instruction
 
 
-# One warp: D[16, 8] = A[16, k] @ B[k, 8] + C, sums in float32.  PTX ISA 9.7.13.4, mma.sync
+# One warp: D[16, 8] = A[16, k] @ B[k, 8] + C, sums in float32.  PTX ISA, mma.sync
 mma_tf32 = _mma("m16n8k8", "tf32", _from_tf32)
 mma_bfloat16 = _mma("m16n8k16", "bf16", _from_bfloat16)
 mma_float16 = _mma("m16n8k16", "f16", _from_float16)

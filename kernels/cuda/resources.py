@@ -48,7 +48,7 @@ class Resources(NamedTuple):
 def without_gpu(capability: tuple[int, int]) -> Iterator[None]:
     """Numba asks the current device for its compute capability when a kernel calls a device function."""
     device = SimpleNamespace(compute_capability=capability)
-    with mock.patch.object(numba.cuda.dispatcher, "get_current_device", lambda: device):
+    with mock.patch.object(numba.cuda.dispatcher, "get_current_device", return_value=device):
         yield
 
 

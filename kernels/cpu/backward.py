@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba.extending import register_jitable
-
 from .cell import update_adjoint
 from .memory import (
     LINE,
@@ -33,7 +31,7 @@ from .memory import (
     tables,
     zero_padding,
 )
-from .simd import address, load, load_row, read, read_int, splat, store, store_row, write_int
+from .simd import address, inlined, load, load_row, part, read, read_int, splat, store, store_row, write_int
 from .spec import kernel
 from .team import barrier
 from .tile import PLANES, outer_product, plane_rows, rows_times_planes, share, thin_outer_product
@@ -75,7 +73,7 @@ class Workspace(NamedTuple):
     gates_width: int  # bytes of a row of from_input
 
 
-@register_jitable
+@part
 def workspace(spec, start, parts, batch, chunk_rows):
     """The memory of a backward pass, but for the space of its threads."""
     raw = start + batch * parts.output_width
@@ -105,7 +103,7 @@ class Space(NamedTuple):
     end: int
 
 
-@register_jitable
+@inlined
 def space(spec, start, chunk_rows, batch):
     """The space of one thread."""
     second = start + chunk_rows * 8
@@ -114,14 +112,14 @@ def space(spec, start, chunk_rows, batch):
     return Space(start, second, values, step, tables(spec, step, 0, batch).end)
 
 
-@register_jitable
+@inlined
 def note_uniform(start, stride, count, table):
     """Write `count` addresses at equal distances to a table."""
     for n in range(count):
         write_int(start + n * stride, table + n * 8)
 
 
-@register_jitable
+@part
 def add_outer(spec, d, d_stride, count, low, high, gates, panel, hidden, rows, columns, target, first, values, scratch):
     """Add `d.T @ values` to the rows of a weight gradient that belong to the panels low to high.
 
@@ -165,7 +163,7 @@ def add_outer(spec, d, d_stride, count, low, high, gates, panel, hidden, rows, c
         column += wide * lanes
 
 
-@register_jitable
+@inlined
 def add_outer_tile(spec, wide, rows, target, stride, a, a_stride, values, count, first):
     """A tile of :func:`add_outer`."""
     if first:
@@ -178,7 +176,7 @@ def add_outer_tile(spec, wide, rows, target, stride, a, a_stride, values, count,
         thin_outer_product(spec, rows, target, stride, target, stride, a, a_stride, values, 0, count)
 
 
-@register_jitable
+@part
 def add_rows(spec, d, d_stride, count, low, high, gates, hidden, target, first):
     """Add the sum of the rows of `d`, as in :func:`add_outer`, to a bias gradient."""
     vector = spec.lanes * spec.size
@@ -198,7 +196,7 @@ def add_rows(spec, d, d_stride, count, low, high, gates, hidden, target, first):
                 store_row(spec, total, place, valid)
 
 
-@register_jitable
+@part
 def start_anew(spec, step, active, low, high, stride, sequences, carried, initial):
     """Where a step starts from the initial state, add the gradient to that of the initial state.
 
@@ -212,7 +210,7 @@ def start_anew(spec, step, active, low, high, stride, sequences, carried, initia
                 store(splat(spec, 0.0), carried + place)
 
 
-@register_jitable
+@part
 def adjoint_panel(spec, p, active, batch, hidden, weights, gates, parts, work, d_input, d_output, table):
     """The cell's adjoint at one step for the hidden units of panel p."""
     vector = spec.lanes * spec.size
@@ -251,7 +249,7 @@ def adjoint_panel(spec, p, active, batch, hidden, weights, gates, parts, work, d
                 )
 
 
-@register_jitable
+@inlined
 def add_dy(spec, active, outputs, low, high, work, parts, target, table):
     """The gradient of the projected output: what is carried plus dy, for the vectors low to high."""
     vector = spec.lanes * spec.size

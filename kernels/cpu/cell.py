@@ -10,12 +10,13 @@ import linecache
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 
 from fusedlstm.derive import compile_source
 from fusedlstm.math import DERIVATIVES
 
 from . import simd
+from .simd import OPTIONS, inlined
 
 if TYPE_CHECKING:
     from fusedlstm.cells import Cell
@@ -95,8 +96,8 @@ def _compiled(cell: Cell, projected: bool) -> Any:
     # Numba's cache on disk imports the module in which a function says that it stands
     namespace = {name: getattr(simd, name) for name in names} | {"__name__": __name__}
     module = compile_source(text, namespace, filename)
-    module.step = register_jitable(module.step)  # type: ignore[attr-defined]
-    module.adjoint = register_jitable(module.adjoint)  # type: ignore[attr-defined]
+    module.step = inlined(module.step)  # type: ignore[attr-defined]
+    module.adjoint = inlined(module.adjoint)  # type: ignore[attr-defined]
     return module
 
 
@@ -114,7 +115,7 @@ def _overload(function: Any, arguments: list[str]) -> None:
     name = function.__name__
     scope = {"__name__": __name__, "implementation": lambda spec: getattr(_compiled(spec.cell, spec.projected), name)}
     exec(f"def chosen({', '.join(arguments)}):\n    return implementation(spec)", scope)
-    overload(function)(scope["chosen"])
+    overload(function, jit_options={"forceinline": True, **OPTIONS})(scope["chosen"])
 
 
 _overload(update, UPDATE)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
 from .cell import update
 from .memory import (
@@ -29,7 +28,7 @@ from .memory import (
     time_of,
     zero_padding,
 )
-from .simd import load, read, read_int, store, write_int
+from .simd import inlined, load, part, read, read_int, store, write_int
 from .spec import kernel
 from .team import barrier
 from .tile import panel_product, panel_rows, rows_times_planes, share
@@ -46,7 +45,7 @@ class Packed(NamedTuple):
     projection: Any  # planes of the projection
 
 
-@register_jitable
+@inlined
 def project_inputs(spec, p, rows, count, depth, packed, gates, stride):
     """Pre-activations of panel p from the input: bias + x @ weights."""
     vector = spec.lanes * spec.size
@@ -64,7 +63,7 @@ def project_inputs(spec, p, rows, count, depth, packed, gates, stride):
             store(start, gates + row * stride + v * vector)
 
 
-@register_jitable
+@inlined
 def note_step(step, active, here, y, sequences, memory, parts, taped, table):
     """Note where each row finds what enters a step, and where it puts its output."""
     note_entering(step, active, y, sequences, memory, parts, table.entering)
@@ -74,7 +73,7 @@ def note_step(step, active, here, y, sequences, memory, parts, taped, table):
         write_int(memory + parts.raw + (here + row) * parts.width, table.raw + row * 8)
 
 
-@register_jitable
+@inlined
 def step_panel(spec, p, active, here, hidden, outputs, packed, gates, memory, parts, table):
     """One step of the hidden units of panel p: the recurrent product, and the cell on its sums."""
     vector = spec.lanes * spec.size
@@ -146,7 +145,7 @@ def forward_work(thread, threads, sync, arguments):
                 barrier(sync, threads)
 
 
-@register_jitable
+@part
 def set_initial(spec, initial, given, sequences, memory, parts):
     """Copy the initial states, padded with zeros; if none are given, all are zero."""
     fill_zero(spec, memory + parts.initial, memory + parts.states)
@@ -157,7 +156,7 @@ def set_initial(spec, initial, given, sequences, memory, parts):
             set_rows(spec, initial[n + 1], sequences, start, parts.width)
 
 
-@register_jitable
+@part
 def get_final(spec, y, final, sequences, memory, parts, taped):
     """Copy the states after each sequence's last step."""
     for row in range(sequences.order.size):

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba.extending import register_jitable
-
-from .simd import address, read, splat, store, write, write_int
+from .simd import address, inlined, part, read, splat, store, write, write_int
 from .tile import PLANES, plane_rows
 
 LINE = 64  # bytes of a cache line
 
 
-@register_jitable
+@inlined
 def round_up(n, multiple):
     return (n + multiple - 1) // multiple * multiple
 
 
-@register_jitable
+@inlined
 def aligned(array):
     """The first address in an array at which a cache line begins."""
     return round_up(address(array), LINE)
@@ -37,13 +35,13 @@ class Sequences(NamedTuple):
     reverse: Any  # bool
 
 
-@register_jitable
+@inlined
 def time_of(sequences, step, row):
     """The time, an index of the input, at which a row's sequence is at a step."""
     return sequences.lengths[row] - 1 - step if sequences.reverse else step
 
 
-@register_jitable
+@inlined
 def starts_anew(sequences, step, row):
     """Whether the state goes back to the initial one before this step."""
     if step == 0:
@@ -54,14 +52,14 @@ def starts_anew(sequences, step, row):
     return sequences.reset[time, sequences.order[row]]
 
 
-@register_jitable
+@inlined
 def row_address(array, sequences, step, row):
     """The address of a row of an array (T, B, ...) at a step."""
     time = time_of(sequences, step, row)
     return address(array) + time * array.strides[0] + sequences.order[row] * array.strides[1]
 
 
-@register_jitable
+@part
 def note_rows(array, start, end, sequences, table):
     """Write the row addresses of an array (T, B, ...) for some steps to a table."""
     for step in range(start, end):
@@ -70,7 +68,7 @@ def note_rows(array, start, end, sequences, table):
             table += 8
 
 
-@register_jitable
+@inlined
 def note_entering(step, active, y, sequences, memory, parts, table):
     """Write the addresses of the outputs that enter a step to a table."""
     for row in range(active):
@@ -80,7 +78,7 @@ def note_entering(step, active, y, sequences, memory, parts, table):
             write_int(row_address(y, sequences, step - 1, row), table + row * 8)
 
 
-@register_jitable
+@part
 def zero_padding(array, sequences):
     """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
     if sequences.first[-1] == array.shape[0] * array.shape[1]:
@@ -107,7 +105,7 @@ class Layout(NamedTuple):
     gate_rows: int
 
 
-@register_jitable
+@part
 def layout(spec, hidden, outputs, batch, rows, gate_rows):
     """The memory of a forward pass; `rows` and `gate_rows` as in Layout."""
     width = round_up(hidden, spec.panel) * spec.size
@@ -135,7 +133,7 @@ class Tables(NamedTuple):
     end: int
 
 
-@register_jitable
+@inlined
 def tables(spec, start, chunk_rows, batch):
     """The tables of one thread."""
     entering = start + chunk_rows * 8
@@ -146,7 +144,7 @@ def tables(spec, start, chunk_rows, batch):
                   scratch, end)
 
 
-@register_jitable
+@inlined
 def note_states(step, active, sequences, memory, parts, taped, table):
     """Note where each row finds the states, beside the output, that enter a step."""
     before = sequences.first[step - 1] if taped and step > 0 else 0
@@ -157,7 +155,7 @@ def note_states(step, active, sequences, memory, parts, taped, table):
         write_int((sequences.order.size if anew else parts.rows) * parts.width, table.strides + row * 8)
 
 
-@register_jitable
+@part
 def set_rows(spec, source, sequences, target, width):
     """Copy a state (B, n), rows in order, to padded rows of `width` bytes."""
     for row in range(sequences.order.size):
@@ -165,7 +163,7 @@ def set_rows(spec, source, sequences, target, width):
             write(spec, source[sequences.order[row], k], target + row * width + k * spec.size)
 
 
-@register_jitable
+@part
 def get_rows(spec, source, sequences, target, width):
     """Copy padded rows of `width` bytes to a state (B, n)."""
     for row in range(sequences.order.size):
@@ -173,7 +171,7 @@ def get_rows(spec, source, sequences, target, width):
             target[sequences.order[row], k] = read(spec, source + row * width + k * spec.size)
 
 
-@register_jitable
+@part
 def fill_zero(spec, start, end):
     """Zero whole vectors from one address to another."""
     for place in range(start, end, spec.lanes * spec.size):

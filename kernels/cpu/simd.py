@@ -18,6 +18,25 @@ from numba.extending import intrinsic, lower_builtin, models, overload, register
 
 INT64 = ir.IntType(64)
 
+# Without reference counts, since all memory belongs to who calls a kernel, and as in C when dividing by 0.
+OPTIONS = {"_nrt": False, "error_model": "numpy"}
+
+
+def part(function: Any) -> Any:
+    """A function that compiled code calls."""
+    return register_jitable(**OPTIONS)(function)
+
+
+def inlined(function: Any) -> Any:
+    """A function that becomes a part of the compiled code that calls it."""
+    return register_jitable(forceinline=True, **OPTIONS)(function)
+
+
+def _on_vectors(function: Any) -> Any:
+    """Like `numba.extending.overload`, inlined."""
+    return overload(function, jit_options={"forceinline": True, **OPTIONS})
+
+
 
 class Vector(types.Type):
     """A register of `lanes` floating-point numbers."""
@@ -215,7 +234,7 @@ def store_part(typingctx: Any, vector: Any, address: Any, count: Any) -> Any:
     return types.void(vector, types.int64, types.int64), codegen
 
 
-@register_jitable
+@inlined
 def load_row(spec, address, valid):
     """A vector of a row of which `valid` lanes, at least one, are left."""
     if valid >= spec.lanes:
@@ -223,7 +242,7 @@ def load_row(spec, address, valid):
     return load_part(spec, address, valid)
 
 
-@register_jitable
+@inlined
 def store_row(spec, vector, address, valid):
     """Write a vector to a row of which `valid` lanes, at least one, are left."""
     if valid >= spec.lanes:
@@ -406,7 +425,7 @@ def _is_single(x: Any) -> bool:
     return isinstance(x, Vector) and x.scalar is types.float32
 
 
-@overload(_expm1_reduced, inline="always")
+@_on_vectors(_expm1_reduced)
 def _expm1_reduced_vector(r):
     """exp(r) - 1 for |r| <= ln(2) / 2: a polynomial good to the last bits of its type."""
     if _is_single(r):  # S. Moshier's Cephes library, expf
@@ -438,7 +457,7 @@ def _expm1_reduced_vector(r):
     return double
 
 
-@overload(exp)
+@_on_vectors(exp)
 def _exp_vector(x):
     shift, high, low, least, most = _exp_constants(x)
 
@@ -461,7 +480,7 @@ def _exp_constants(x: Any) -> tuple[float, float, float, float, float]:
     return 1.5 * 2**52, 6.93145751953125e-1, 1.42860682030941723212e-6, -746.0, 710.0
 
 
-@overload(sigmoid)
+@_on_vectors(sigmoid)
 def _sigmoid_vector(x):
     shift, high, low, _, _ = _exp_constants(x)
     # the power of two is infinite at the upper end, and the result 0
@@ -477,7 +496,7 @@ def _sigmoid_vector(x):
     return vector
 
 
-@overload(tanh)
+@_on_vectors(tanh)
 def _tanh_vector(x):
     if _is_single(x):  # a rational approximation, good to float32 rounding, as in Eigen
 
@@ -514,7 +533,7 @@ def _tanh_vector(x):
     return double
 
 
-@overload(_log1p_ratio, inline="always")
+@_on_vectors(_log1p_ratio)
 def _log1p_ratio_vector(s, terms):
     """log((1 + s) / (1 - s)) by its series, 2 (s + s**3/3 + s**5/5 + ...)."""
 
@@ -528,7 +547,7 @@ def _log1p_ratio_vector(s, terms):
     return vector
 
 
-@overload(log)
+@_on_vectors(log)
 def _log_vector(x):
     single = _is_single(x)
     terms = 5 if single else 11
@@ -551,7 +570,7 @@ def _log_vector(x):
     return vector
 
 
-@overload(softplus)
+@_on_vectors(softplus)
 def _softplus_vector(x):
     terms = 8 if _is_single(x) else 17
 
@@ -562,12 +581,12 @@ def _softplus_vector(x):
     return vector
 
 
-@overload(relu)
+@_on_vectors(relu)
 def _relu_vector(x):
     return lambda x: where(x < 0.0, 0.0, x)
 
 
-@overload(hard_sigmoid)
+@_on_vectors(hard_sigmoid)
 def _hard_sigmoid_vector(x):
     def vector(x):
         y = x / 6.0 + 0.5
@@ -576,12 +595,12 @@ def _hard_sigmoid_vector(x):
     return vector
 
 
-@overload(minimum)
+@_on_vectors(minimum)
 def _minimum_vector(x, y):
     return lambda x, y: where((x <= y) | _is_nan(x), x, y)
 
 
-@overload(maximum)
+@_on_vectors(maximum)
 def _maximum_vector(x, y):
     return lambda x, y: where((x >= y) | _is_nan(x), x, y)
 
@@ -589,6 +608,6 @@ def _maximum_vector(x, y):
 _is_nan = _stub("_is_nan")
 
 
-@overload(_is_nan)
+@_on_vectors(_is_nan)
 def _is_nan_vector(x):
     return lambda x: x != x

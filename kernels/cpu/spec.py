@@ -21,6 +21,8 @@ from .simd import Vector
 if TYPE_CHECKING:
     from fusedlstm.cells import Cell
 
+MOST_ROWS = 8  # of a tile
+
 
 class Machine(NamedTuple):
     """The register file that tiles are cut for."""
@@ -112,7 +114,7 @@ class Registers(Named):
     def rows(self, width: int) -> int:
         """Rows of a tile `width` vectors wide: its sums, a column of weights and a broadcast value
         share the registers."""
-        return max(1, min(8, (machine().registers - 1) // width - 1))
+        return max(1, min(MOST_ROWS, (machine().registers - 1) // width - 1))
 
 
 class Spec(Registers):

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_jitable, register_model
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
 
-from .simd import INT64, call_ir, load, load_row, read_int, splat, splat_ir, store, store_row
-from .spec import Registers, Spec, stamped
+from .simd import INT64, call_ir, inlined, load, load_row, part, read_int, splat, splat_ir, store, store_row
+from .spec import MOST_ROWS, Registers, Spec, kernel
 
 UNROLL = 4
 LATENCY = 8  # multiply-adds that must be in flight to keep the units busy
@@ -56,7 +55,6 @@ class _Builder:
         kind = ir.FunctionType(ir.VoidType(), [INT64] * len(self.arguments))
         self.function = ir.Function(module, kind, f"{tile.layout}_{rows}x{tile.width}")
         self.function.linkage = "internal"
-        self.function.attributes.add("noinline")
         self.build()
 
     def build(self) -> None:
@@ -158,41 +156,20 @@ class _Builder:
 
 
 @intrinsic
-def _tile_of_rows(typingctx: Any, tile: Any, rows: Any, arguments: Any) -> Any:
-    """The tile with a number of rows that is known at run time."""
-
+def _write_addresses(typingctx: Any, tile: Any, table: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        done = builder.append_basic_block("done")
-        switch = builder.switch(args[1], done)
         for rows in range(1, tile.rows(tile.width) + 1):
-            case = builder.append_basic_block(f"rows{rows}")
-            switch.add_case(_constant(rows), case)
-            builder.position_at_end(case)
-            builder.call(_Builder(builder.module, tile, rows).function, cgutils.unpack_tuple(builder, args[2]))
-            builder.branch(done)
-        builder.position_at_end(done)
+            place = builder.inttoptr(builder.add(args[1], _constant((rows - 1) * 8)), INT64.as_pointer())
+            builder.store(builder.ptrtoint(_Builder(builder.module, tile, rows).function, INT64), place)
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, types.UniTuple(types.int64, 9)), codegen
+    return types.void(tile, types.int64), codegen
 
 
-@stamped
-def _tile(  # a C function, so that it is compiled once, whatever cell and kernel call it
-    tile,
-    rows,  # 1 to tile.rows(tile.width)
-    source,  # address of the initial sums
-    source_stride,  # bytes from row to row, 0 to give all rows the same
-    target,  # address of the results
-    target_stride,
-    a,  # address of the table of row addresses; "outer": of the values
-    a_stride,  # bytes added to each row address; "outer": from column to column
-    b,  # address of the weights
-    b_stride,  # bytes from plane to plane; unused without planes
-    depth,  # number of products in each sum
-):
-    _tile_of_rows(
-        tile, rows, (source, source_stride, target, target_stride, a, a_stride, b, b_stride, depth)
-    )
+@kernel
+def write_addresses(tile, table):
+    """Write the addresses of a tile's functions, for 1, 2, ... rows, to a table."""
+    _write_addresses(tile, table)
 
 
 PLANES = 4  # vectors of a tile over planes; what is left is done one by one
@@ -208,32 +185,45 @@ TILES: tuple[tuple[str, Callable[[Spec], int]], ...] = (
 
 
 @cache
-def _compiled(tile: Tile) -> Any:
-    return cfunc(types.void(tile, *[types.int64] * 10), cache=True, error_model="numpy")(_tile)
+def _addresses(tile: Tile) -> np.ndarray:
+    signature = (tile, types.int64)
+    write_addresses.compile(signature)
+    table = np.zeros(MOST_ROWS, np.int64)
+    write_addresses.overloads[signature].entry_point(None, table.ctypes.data)
+    return table
 
 
 @cache
 def tile_table(spec: Spec) -> np.ndarray:
-    """The addresses of the tiles of a spec, (5,) int64; its own address is the value of the spec."""
-    shapes = (Tile(spec.scalar, layout, width(spec)) for layout, width in TILES)
-    return np.array([_compiled(shape).address for shape in shapes])
+    """The addresses of the tiles of a spec, (5, MOST_ROWS) int64; its own address is the spec's value.
+
+    Tiles are compiled once and called through their addresses, whatever cell and kernel call them.
+    """
+    return np.stack([_addresses(Tile(spec.scalar, layout, width(spec))) for layout, width in TILES])
 
 
 def _product(slot: int) -> Any:
     @intrinsic
     def product(
-        typingctx: Any, spec: Any, rows: Any, source: Any, source_stride: Any, target: Any,
-        target_stride: Any, a: Any, a_stride: Any, b: Any, b_stride: Any, depth: Any,
-    ) -> Any:  # fmt: skip
-        """Call a tile; its arguments are those of `_tile`."""
-
+        typingctx: Any,
+        spec: Any,
+        rows: Any,  # from 1 to what fits the registers
+        source: Any,  # address of the initial sums
+        source_stride: Any,  # bytes from row to row, 0 to give all rows the same
+        target: Any,  # address of the results
+        target_stride: Any,
+        a: Any,  # address of the table of row addresses; "outer": of the values
+        a_stride: Any,  # bytes added to each row address; "outer": from column to column
+        b: Any,  # address of the weights
+        b_stride: Any,  # bytes from plane to plane; unused without planes
+        depth: Any,  # number of products in each sum
+    ) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            nothing = context.get_dummy_value()
-            kind = ir.FunctionType(ir.VoidType(), [nothing.type, *[INT64] * 10])
+            kind = ir.FunctionType(ir.VoidType(), [INT64] * len(_Builder.arguments))
             table = builder.inttoptr(args[0], kind.as_pointer().as_pointer())
-            function = builder.load(builder.gep(table, [_constant(slot)]))
-            builder.call(function, [nothing, *args[1:]])
-            return nothing
+            place = builder.add(args[1], _constant(slot * MOST_ROWS - 1))
+            builder.call(builder.load(builder.gep(table, [place])), args[2:])
+            return context.get_dummy_value()
 
         return types.void(spec, *[types.int64] * 10), codegen
 
@@ -247,7 +237,7 @@ def _rows(width: Callable[[Spec], int]) -> Any:
     def rows(spec: Any) -> int:
         return int(spec.rows(width(spec)))
 
-    @overload(rows, inline="always")
+    @overload(rows, jit_options={"forceinline": True})
     def _(spec):
         count = spec.rows(width(spec))
         return lambda spec: count
@@ -259,13 +249,13 @@ panel_rows = _rows(lambda spec: spec.width)
 plane_rows = _rows(lambda spec: PLANES)
 
 
-@register_jitable
+@inlined
 def share(count, part, parts):
     """The beginning and end of one of several parts, as equal as can be, of `count` things."""
     return count * part // parts, count * (part + 1) // parts
 
 
-@register_jitable
+@part
 def rows_times_planes(
     spec, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch
 ):

@@ -14,10 +14,9 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.core.errors import NumbaTypeError
-from numba.core.imputils import impl_ret_borrowed
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
-from .simd import INT64
+from .simd import INT64, OPTIONS
 from .spec import Named, stamped
 from .team import fork
 
@@ -56,9 +55,7 @@ def captured(typingctx: Any, address: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer = context.get_value_type(address.arguments).as_pointer()
-        value = builder.load(builder.inttoptr(args[0], pointer))
-        # the arrays still belong to whoever captured them
-        return impl_ret_borrowed(context, builder, sig.return_type, value)
+        return builder.load(builder.inttoptr(args[0], pointer))
 
     return address.arguments(address), codegen
 
@@ -107,4 +104,4 @@ def compiled(function: Callable[..., None], arguments: types.Tuple) -> Any:
     `function` calls `captured(address)` for its other arguments.
     """
     signature = types.void(types.int64, types.int64, types.int64, Captured(arguments))
-    return cfunc(signature, cache=True, error_model="numpy")(stamped(function))
+    return cfunc(signature, cache=True, **OPTIONS)(stamped(function))

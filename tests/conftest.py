@@ -13,7 +13,7 @@ import pytest
 
 from fusedlstm import layers
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpu"]
 
 hypothesis.settings.register_profile(
     "fusedlstm",

@@ -53,13 +53,13 @@ LINE = 64  # bytes of a cache line: what different threads write is kept on diff
 
 # The region: what the threads of one `fork` share.  It stands on the stack of the thread that forks.
 ARRIVED, PHASE = 0, LINE  # of the barrier: arrivals at the present phase, and the number of phases done
-FUNCTION, ARGUMENTS, TEAM, WANTED, FAILED = (2 * LINE + 8 * n for n in range(5))
+FUNCTION, ARGUMENTS, TEAM, WANTED, CORE, FAILED = (2 * LINE + 8 * n for n in range(6))
 REGION_BYTES = 3 * LINE
 
 # The control block of any team, of an OpenMP team (addresses of functions), and of our own.
 KIND = 0
 THREAD_NUM, NUM_THREADS, MAX_THREADS, FORK, LOCATION, GLOBAL_NUM, PUSH_NUM = (8 + 8 * n for n in range(7))
-WORKERS, SPINS_PER_US = 8, 16
+WORKERS, SPINS_PER_US, CALLER_CORE = 8, 16, 24
 BUSY = LINE  # held by the thread that runs a region on the team
 DOOR = 2 * LINE  # generation << 32 | wanted threads << 16 | joined workers; none is wanted once it is shut
 START, REGION = 3 * LINE, 3 * LINE + 8  # generation << 16 | threads that run
@@ -70,9 +70,11 @@ ASLEEP, LOCK = 0, 8  # whether it sleeps, and the lock on which it does
 GOMP, KMPC, OWN = 1, 2, 3  # kinds
 LEAVE = -1  # at the door: the team is dissolved
 
-YIELD_AFTER = 2000  # spins, after which a waiting thread offers its core to others
+YIELD_AFTER = 1000  # spins, after which a waiting thread offers its core to others: some 20 microseconds
+OFFER_EVERY = 200  # spins, in which a caller that waits for sleepers does so
 IDLE_YIELDS = 10_000  # after which an idle worker of our own team sleeps: some milliseconds
 MOST_THREADS = 4096
+CPU_SET_BYTES = 128  # of glibc's cpu_set_t
 PATIENCE_US = 100  # for which workers that are late are waited for, unless `fork` is told otherwise
 
 
@@ -279,6 +281,43 @@ def barrier(sync, threads):
             return
 
 
+if sys.platform == "linux":
+    _core = types.ExternalFunction("sched_getcpu", types.int32())
+    _get_affinity = types.ExternalFunction(
+        "sched_getaffinity", types.int32(types.int32, types.int64, types.int64)
+    )
+    _set_affinity = types.ExternalFunction(
+        "sched_setaffinity", types.int32(types.int32, types.int64, types.int64)
+    )
+
+    @njit(error_model="numpy")
+    def _step_aside(core):
+        """Move to another core if we are on `core`, that of the thread that forked.
+
+        Some schedulers, of virtual machines above all, wake a worker on the core that woke it, where it
+        would wait for milliseconds until the other is preempted, with other cores idle.
+        """
+        if _core() != core:
+            return
+        allowed = np.zeros(CPU_SET_BYTES // 8, np.uint64)
+        if _get_affinity(0, CPU_SET_BYTES, allowed.ctypes.data) < 0:
+            return
+        others = allowed.copy()
+        others[core // 64] &= ~(np.uint64(1) << np.uint64(core % 64))
+        if _set_affinity(0, CPU_SET_BYTES, others.ctypes.data) == 0:  # unless there is no other
+            _set_affinity(0, CPU_SET_BYTES, allowed.ctypes.data)
+
+else:
+
+    @njit
+    def _core():
+        return -1
+
+    @njit
+    def _step_aside(core):
+        pass
+
+
 @njit(error_model="numpy")
 def _openmp_member(region):
     """What each thread of an OpenMP team runs."""
@@ -286,6 +325,8 @@ def _openmp_member(region):
     thread = _call_query(_load(team + THREAD_NUM), ())
     threads = min(_call_query(_load(team + NUM_THREADS), ()), _load(region + WANTED))
     if thread < threads:
+        if thread > 0:
+            _step_aside(_load(region + CORE))
         _call_function(_load(region + FUNCTION), (thread, threads, region))
 
 
@@ -296,6 +337,7 @@ def _kmpc_member(global_thread, thread, region):
 
 @njit(error_model="numpy")
 def _run_openmp(team, threads, region):
+    _store(region + CORE, _core())
     # Ask for the whole team, since GNU OpenMP ends the threads that a smaller one has no use for.
     size = max(threads, _call_query(_load(team + MAX_THREADS), ()))
     if _load(team + KIND) == GOMP:
@@ -324,13 +366,17 @@ def _run_own(team, threads, region, patience):
     wanted = min(threads, _load(team + WORKERS) + 1)
     generation = ((_load(team + DOOR) >> 32) + 1) & 0x7FFFFFFF
     _store(team + REGION, region)
+    _store(team + CALLER_CORE, _core())
     _store(team + FINISHED, 0)
     _exchange(team + DOOR, generation << 32 | wanted << 16)
     _wake(team, wanted - 1)
     spins = patience * _load(team + SPINS_PER_US)
     while spins > 0 and (_load(team + DOOR) & 0xFFFF) < wanted - 1:
-        _pause()
         spins -= 1
+        if spins % OFFER_EVERY == 0:  # to a worker that was woken on this core
+            _yield_core()
+        else:
+            _pause()
     joined = _exchange(team + DOOR, generation << 32) & 0xFFFF
     _store(team + START, generation << 16 | (joined + 1))
     _call_function(_load(region + FUNCTION), (0, joined + 1, region))
@@ -398,6 +444,7 @@ def _serve(team, worker):
         if door == LEAVE:
             return
         if worker < wanted:
+            _step_aside(_load(team + CALLER_CORE))
             if _replace(team + DOOR, door, door + 1):
                 _take_part(team, worker, wanted, (door & 0xFFFF) + 1, door >> 32)
             idle = 0

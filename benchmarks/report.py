@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .cases import Case
-from .contenders import OURS
+from .contenders import OURS, best_peer
 
 LOW_SHARE = 0.8  # of the limit: below it a row is marked
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -33,11 +33,10 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:
-    """The fastest of the others and its time."""
-    times = {name: seconds_of(row, name) for name in row["results"] if name not in OURS}
-    done = {name: seconds for name, seconds in times.items() if seconds is not None}
-    return min(done.items(), key=lambda item: item[1]) if done else None
+def peer_of(row: dict[str, Any]) -> float | None:
+    """The time of the best peer."""
+    times = {name: seconds for name in row["results"] if (seconds := seconds_of(row, name)) is not None}
+    return times.get(best_peer(times) or "")
 
 
 def groups(record: dict[str, Any]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
@@ -107,9 +106,9 @@ def cells_of_row(row: dict[str, Any], names: list[str], ours: str | None) -> lis
         if seconds and mine and name != ours:
             cell += f" ({seconds / mine:.2f})"
         cells.append(cell)
-    peer = best_peer(row)
+    peer = peer_of(row)
     if ours:
-        cells.append(f"{peer[1] / mine:.2f}" if mine and peer else "")
+        cells.append(f"{peer / mine:.2f}" if mine and peer else "")
     cells.append(f"{milliseconds(bound['seconds'])} {bound['name']}")
     if ours:
         share = bound["seconds"] / mine if mine else None
@@ -123,8 +122,8 @@ def means(rows: list[dict[str, Any]], names: list[str], ours: str) -> list[str]:
     for name in names:
         ratios = [b / a for row in rows if (a := seconds_of(row, ours)) and (b := seconds_of(row, name))]
         cells.append(f"({geometric_mean(ratios):.2f})" if ratios and name != ours else "")
-    pairs = [(seconds_of(row, ours), best_peer(row), row["bound"]["seconds"]) for row in rows]
-    ratios = [peer[1] / mine for mine, peer, _ in pairs if mine and peer]
+    pairs = [(seconds_of(row, ours), peer_of(row), row["bound"]["seconds"]) for row in rows]
+    ratios = [peer / mine for mine, peer, _ in pairs if mine and peer]
     shares = [bound / mine for mine, _, bound in pairs if mine]
     cells.append(f"{geometric_mean(ratios):.2f}" if ratios else "")
     return [*cells, "", f"{geometric_mean(shares):.0%}" if shares else ""]

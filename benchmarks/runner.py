@@ -1,8 +1,8 @@
 """The comparison: contenders in turn, round after round, and the record of what came out.
 
 A sample is a number of calls that takes long enough to be timed; a round is a sample of each contender; a
-result is the median over the rounds, with the quartiles beside it.  Rows on which we or the best peer
-scatter get more rounds.
+result is the median over the rounds, with the quartiles beside it.  Contenders far behind sit out the later
+rounds; where we or the best peer scatter, there are more of these two.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import numpy as np
 from . import machine, report
 from .cases import DTYPES, MODES, Case, cases_of_set, expected, in_mode, make_data, parse_shapes, shape_sets
 from .contender import Contender, Unsupported
-from .contenders import OURS, choose
+from .contenders import OURS, best_peer, choose
 from .worker import Failed, Worker
 
 SCHEMA = 1  # version of the record; see schema.json
-MOST_ROUNDS = 3  # times as many where results scatter
+FEWEST_ROUNDS = 3  # for those who are far behind
+FAR = 3.0  # times the time of the best
+MOST_ROUNDS = 3  # times as many rounds where results scatter
 SCATTER = 0.05  # of the median between the quartiles
 
 
@@ -99,7 +101,7 @@ def compare_case(
             results[name] = {**ready, "samples": []}
     rounds = 0
     while rounds < settings.rounds or (rounds < MOST_ROUNDS * settings.rounds and scattered(results)):
-        for name in list(running):
+        for name in turns(results, rounds, settings.rounds):
             progress(case, name)
             if seconds := ask(name, "sample"):
                 results[name]["samples"].append(seconds)
@@ -107,6 +109,20 @@ def compare_case(
     for name in list(running):
         ask(name, "release")
     return {name: summarize(result) for name, result in results.items()}
+
+
+def turns(results: dict[str, dict[str, Any]], done: int, wanted: int) -> list[str]:
+    """Whose turn it is in the round after `done`: all, later only those that are near the best.
+
+    When all `wanted` rounds are done, it is ours and the best peer.
+    """
+    running = [name for name, result in results.items() if "samples" in result]
+    if done < FEWEST_ROUNDS:
+        return running
+    best = {name: min(results[name]["samples"]) for name in running}
+    if done >= wanted:
+        return [name for name in running if name in OURS or name == best_peer(best)]
+    return [name for name in running if name in OURS or best[name] < FAR * min(best.values())]
 
 
 def summarize(result: dict[str, Any]) -> dict[str, Any]:
@@ -125,11 +141,12 @@ def quartiles(samples: Sequence[float]) -> list[float]:
 def scattered(results: dict[str, dict[str, Any]]) -> bool:
     """Whether the samples of ours, or of the best peer, lie too far apart to tell who is ahead."""
     done = {name: result["samples"] for name, result in results.items() if result.get("samples")}
-    peers = sorted((n for n in done if n not in OURS), key=lambda n: statistics.median(done[n]))
-    for name in [*(n for n in done if n in OURS), *peers[:1]]:
-        low, high = quartiles(done[name])
-        if high - low > SCATTER * statistics.median(done[name]):
-            return True
+    medians = {name: statistics.median(samples) for name, samples in done.items()}
+    for name, samples in done.items():
+        if name in OURS or name == best_peer(medians):
+            low, high = quartiles(samples)
+            if high - low > SCATTER * medians[name]:
+                return True
     return False
 
 

@@ -189,15 +189,14 @@ def test_cold_and_hot_samples(bench: Any, right: str) -> None:
 
 EVERYTHING = [
     *(Case(3, 2, 4, 5, cell, mode=mode) for cell in ("lstm", "gru") for mode in ("forward", "train")),
-    *(Case(1, 2, 4, 5, cell, mode="step") for cell in ("lstm", "gru")),
+    Case(1, 2, 4, 5, mode="step"),
+    Case(1, 2, 4, 5, "gru", mode="step"),
     Case(3, 2, 4, 5, "peephole_lstm"),
-    Case(3, 2, 4, 5, "coupled_lstm", mode="train"),
-    Case(3, 2, 4, 5, "rnn_tanh", mode="train"),
-    Case(3, 2, 4, 5, "rnn_relu"),
+    Case(3, 2, 4, 5, "rnn_tanh"),
     Case(3, 2, 4, 5, layers=2),
     Case(3, 2, 4, 5, layers=2, mode="train"),
-    Case(1, 2, 4, 5, "gru", layers=2, mode="step"),
-    Case(3, 2, 4, 5, mode="train", dtype="float64"),
+    Case(1, 2, 4, 5, layers=2, mode="step"),
+    Case(3, 2, 4, 5, dtype="float64"),
 ]
 
 
@@ -254,6 +253,19 @@ def test_a_failed_contender_is_shown_and_the_others_go_on(monkeypatch: pytest.Mo
     assert results["fusedlstm"]["samples"] == results["numpy"]["samples"] == [1.0, 1.0]
     samples = [name for name in asked if name.endswith("sample")]
     assert samples == ["fusedlstm sample", "torch sample", "numpy sample", "fusedlstm sample", "numpy sample"]
+
+
+def test_contenders_far_behind_sit_out_the_later_rounds() -> None:
+    def results(**samples: float) -> dict[str, Any]:
+        return {name: {"samples": [seconds] * 3} for name, seconds in samples.items()} | {
+            "jax": {"failed": "why"}
+        }
+
+    near = results(fusedlstm=1.0, torch=2.0, onnxruntime=2.5, numpy=9.0)
+    assert runner.turns(near, 2, 7) == ["fusedlstm", "torch", "onnxruntime", "numpy"]
+    assert runner.turns(near, 3, 7) == ["fusedlstm", "torch", "onnxruntime"]
+    assert runner.turns(near, 7, 7) == ["fusedlstm", "torch"]
+    assert runner.turns(results(fusedlstm=9.0, torch=1.0, numpy=5.0), 3, 7) == ["fusedlstm", "torch"]
 
 
 def test_rows_that_scatter_get_more_rounds() -> None:

@@ -120,7 +120,9 @@ def note_uniform(start, stride, count, table):
 
 
 @part
-def add_outer(spec, d, d_stride, count, low, high, gates, panel, hidden, rows, columns, target, first, values, scratch):
+def add_outer(
+    spec, d, d_stride, count, low, high, gates, panel, hidden, rows, columns, target, first, values, scratch
+):
     """Add `d.T @ values` to the rows of a weight gradient that belong to the panels low to high.
 
     `d` is the address of (count, panels, gates, panel), `rows` that of the table of the `count` rows of
@@ -216,10 +218,7 @@ def adjoint_panel(spec, p, active, batch, hidden, weights, gates, parts, work, d
     vector = spec.lanes * spec.size
     gate_stride = spec.units * vector
     for row in range(active):
-        if spec.projected:
-            carried = work.raw + row * parts.width
-        else:
-            carried = work.carried + row * parts.output_width
+        carried, width = (work.raw, parts.width) if spec.projected else (work.carried, parts.output_width)
         for unit in range(spec.units):
             valid = hidden - p * spec.panel - unit * spec.lanes
             column = p * spec.gates * gate_stride + row * work.gates_width + unit * vector
@@ -236,7 +235,7 @@ def adjoint_panel(spec, p, active, batch, hidden, weights, gates, parts, work, d
                     read_int(table.states + row * 8),
                     read_int(table.strides + row * 8),
                     read_int(table.leaving + row * 8),
-                    carried,
+                    carried + row * width,
                     work.states + row * parts.width,
                     batch * parts.width,
                     d_input + column,
@@ -335,7 +334,16 @@ def backward_work(thread, threads, sync, arguments):
             own.first, inputs, grads.ih, first, own.values, table.scratch,
         )  # fmt: skip
         add_rows(
-            spec, work.from_input, work.gates_width, count, low, high, input_gates, hidden, grads.bias_ih, first
+            spec,
+            work.from_input,
+            work.gates_width,
+            count,
+            low,
+            high,
+            input_gates,
+            hidden,
+            grads.bias_ih,
+            first,
         )
         for step in range(start, end):
             place = own.first + (sequences.first[step] - base) * 8

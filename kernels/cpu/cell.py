@@ -60,7 +60,10 @@ def _update_adjoint(cell: Cell, projected: bool) -> str:
     gradients = [f"g_{name}" for name in cell.arguments]
     lines.append(f"    {', '.join(gradients)}, = adjoint({', '.join((*cell.arguments, *cell.seeds))})")
     # lanes beyond the row's end meet weights of zero, and must not be infinite or NaN
-    for buffer, gates, part in (("from_input", cell.input_gates, "x"), ("from_output", cell.recurrent_gates, "h")):
+    for buffer, gates, part in (
+        ("from_input", cell.input_gates, "x"),
+        ("from_output", cell.recurrent_gates, "h"),
+    ):
         if buffer == "from_output" and not cell.split:
             continue
         for n, gate in enumerate(gates):
@@ -77,14 +80,16 @@ def _update_adjoint(cell: Cell, projected: bool) -> str:
     return f"def update_adjoint({', '.join(UPDATE_ADJOINT)}):\n" + "\n".join(lines) + "\n"
 
 
+# The arguments of `update` and `update_adjoint`: addresses, strides in bytes, and the lanes that are left.
 UPDATE = (
-    "spec gates gate_stride entering states states_stride new_states new_stride output "
-    "vectors vectors_stride offset valid"
-).split()
+    *("spec", "gates", "gate_stride", "entering", "states", "states_stride", "new_states", "new_stride"),
+    *("output", "vectors", "vectors_stride", "offset", "valid"),
+)
 UPDATE_ADJOINT = (
-    "spec gates gate_stride entering states states_stride doutput carried dstates dstates_stride "
-    "from_input from_output vectors vectors_stride dvectors offset valid"
-).split()
+    *("spec", "gates", "gate_stride", "entering", "states", "states_stride", "doutput", "carried"),
+    *("dstates", "dstates_stride", "from_input", "from_output", "vectors", "vectors_stride", "dvectors"),
+    *("offset", "valid"),
+)
 
 
 @cache
@@ -111,9 +116,12 @@ def update_adjoint(*args: Any) -> None:
     raise NotImplementedError("works in compiled code only")
 
 
-def _overload(function: Any, arguments: list[str]) -> None:
+def _overload(function: Any, arguments: tuple[str, ...]) -> None:
     name = function.__name__
-    scope = {"__name__": __name__, "implementation": lambda spec: getattr(_compiled(spec.cell, spec.projected), name)}
+    scope = {
+        "__name__": __name__,
+        "implementation": lambda spec: getattr(_compiled(spec.cell, spec.projected), name),
+    }
     exec(f"def chosen({', '.join(arguments)}):\n    return implementation(spec)", scope)
     overload(function, jit_options={"forceinline": True, **OPTIONS})(scope["chosen"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,10 @@ from . import memory, team
 from .backward import Gradients, Transposed, Workspace, backward, backward_work, space, workspace
 from .forward import Packed, forward, forward_work
 from .memory import LINE, layout
-from .pack import pack_panels, pack_planes
+from .pack import pack_panels, pack_planes, panels_work, planes_work
 from .spec import Registers, Spec, machine
 from .tile import panel_rows, tile_table
-from .work import Work, compiled
+from .work import Compiled, compiled
 
 # Buffers that nothing initialises are filled with NaN, to find out who reads them.
 POISON = bool(os.environ.get("FUSEDLSTM_POISON"))
@@ -57,17 +57,11 @@ class Sequences(NamedTuple):
     first: np.ndarray  # (T + 1,) int64
 
 
-@lru_cache(maxsize=64)
-def _equal_lengths(steps: int, batch: int) -> Sequences:
-    return Sequences(
-        np.arange(batch), np.full(batch, steps, np.int64), np.arange(0, steps * batch + 1, batch)
-    )
-
-
 def sequences(steps: int, batch: int, lengths: np.ndarray | None) -> Sequences:
     """The order of rows, and the number of rows before each step."""
     if lengths is None:
-        return _equal_lengths(steps, batch)
+        first = np.arange(0, steps * batch + 1, batch)
+        return Sequences(np.arange(batch), np.full(batch, steps, np.int64), first)
     order = np.argsort(-lengths, kind="stable")
     running = np.searchsorted(-lengths[order], -np.arange(1, steps + 1), side="right")
     return Sequences(order, lengths[order], np.concatenate([[0], np.cumsum(running)]).astype(np.int64))
@@ -80,7 +74,7 @@ class Kernel(NamedTuple):
     """A compiled kernel."""
 
     entry: Any  # called without Numba's look at the types of its arguments
-    work: Any  # its parallel part
+    work: Compiled  # its parallel part
     address: int  # of the parallel part
 
 
@@ -96,7 +90,7 @@ def _entry(function: Any, *signature: Any) -> Any:
 
 def _kernel(entry: Any, work: Any, captured: types.Tuple, *signature: Any) -> Kernel:
     part = compiled(work, captured)
-    return Kernel(_entry(entry, INT, INT, INT, Work(captured), *signature), part, part.address)
+    return Kernel(_entry(entry, INT, INT, INT, part.type, *signature), part, part.address)
 
 
 def _arrays(spec: Spec) -> tuple[Any, Any, Any, Any]:
@@ -141,10 +135,14 @@ def backward_kernel(spec: Spec) -> Kernel:
 
 
 @cache
-def packers(scalar: types.Float) -> tuple[Any, Any]:
+def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
     """The compiled `pack_panels` and `pack_planes`."""
-    signature = (INT, INT, Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT)
-    return _entry(pack_panels, *signature), _entry(pack_planes, *signature)
+    captured = (Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT)
+    panels, planes = (
+        _kernel(entry, work, types.Tuple(captured), *captured)
+        for entry, work in ((pack_panels, panels_work), (pack_planes, planes_work))
+    )
+    return panels, planes
 
 
 # --- The engine -----------------------------------------------------------------------------
@@ -164,6 +162,17 @@ class Tape(NamedTuple):
 NO_RESET = np.zeros((0, 0), bool)
 ONLY = np.zeros(1, np.int64)  # the order of the gates of what has no gates
 NOTHING = np.zeros((0, 0))
+
+
+class Plan(NamedTuple):
+    """How a batch of sequences of a size is run."""
+
+    threads: int
+    most: int  # threads that could be used when the plan was made; 1 if only one is worth while
+    patience: int  # microseconds for which to wait for the others
+    chunk: int  # steps whose inputs are projected at once
+    size: int  # bytes of the memory of a forward pass without a tape
+    order: Sequences  # if all lengths are equal
 
 
 class CPUDirection:
@@ -190,7 +199,7 @@ class CPUDirection:
             NOTHING if weights.hr is None else self._pack_planes(weights.hr.T, ONLY, 1),
         )
         self._panel_addresses = tuple(array.ctypes.data for array in self._panels)
-        self._plans: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._plans: dict[tuple[int, int], Plan] = {}
 
     @cached_property
     def _planes(self) -> tuple[np.ndarray, ...]:
@@ -206,7 +215,8 @@ class CPUDirection:
         packed = empty(self._padded * self.spec.gates * weight.shape[1], self.dtype)
         pack, _ = packers(self.spec.scalar)
         threads, address = _team(weight.nbytes / 4e3)
-        pack(address, threads, None, weight, gates, self.spec.units, packed.ctypes.data)
+        args = (None, weight, gates, self.spec.units, packed.ctypes.data)
+        pack.entry(address, threads, 0, pack.address, *args)
         return packed
 
     def _pack_planes(self, weight: np.ndarray, gates: np.ndarray, panel: int) -> np.ndarray:
@@ -215,7 +225,8 @@ class CPUDirection:
         packed = empty(depth * -(-weight.shape[1] // self.spec.lanes) * self.spec.lanes, self.dtype)
         _, pack = packers(self.spec.scalar)
         threads, address = _team(weight.nbytes / 8e3)
-        pack(address, threads, None, weight, gates, panel, packed.ctypes.data)
+        args = (None, weight, gates, panel, packed.ctypes.data)
+        pack.entry(address, threads, 0, pack.address, *args)
         return packed
 
     def _pack_bias(self) -> np.ndarray:
@@ -245,28 +256,31 @@ class CPUDirection:
 
     def step_time(self, batch: int) -> float:
         """Roughly the microseconds that one thread takes for a step of the recurrence."""
-        weights = self.spec.gates * self.hidden * self.outputs + self.hidden * self.outputs * self.spec.projected
-        return max(2 * weights * batch / FLOPS, weights * self.dtype.itemsize / BYTES)
+        weights = (
+            self.spec.gates * self.hidden * self.outputs + self.hidden * self.outputs * self.spec.projected
+        )
+        return float(max(2 * weights * batch / FLOPS, weights * self.dtype.itemsize / BYTES))
 
-    def _plan(self, steps: int, batch: int) -> tuple[int, int, int]:
-        """Threads, the microseconds for which to wait for them, and the steps of a chunk."""
+    def _plan(self, steps: int, batch: int) -> Plan:
         plan = self._plans.get((steps, batch))
-        if plan is None:
-            step = self.step_time(batch)
-            project = 2 * self.spec.gates * self.hidden * self.inputs * batch / FLOPS
-            alone = steps * (step + project)
-            panels = self._padded // self.spec.panel
-            times = {1: alone} | {
-                n: START + alone / n + steps * BARRIER * (1 + self.spec.projected)
-                for n in range(2, min(team.get_num_threads(), panels) + 1)
-            }
-            threads = min(times, key=times.__getitem__)
-            patience = int(alone / 2) if threads > 1 else 0
-            plan = threads, min(patience, 1000), max(1, min(steps, FORWARD_ROWS // batch))
-            if len(self._plans) > 256:
+        # how many threads may be used is asked only where several are worth while
+        if plan is None or (plan.most > 1 and plan.most != team.get_num_threads()):
+            if len(self._plans) >= 256:
                 self._plans.clear()
-            self._plans[steps, batch] = plan
+            self._plans[steps, batch] = plan = self._make_plan(steps, batch)
         return plan
+
+    def _make_plan(self, steps: int, batch: int) -> Plan:
+        step = self.step_time(batch)
+        project = 2 * self.spec.gates * self.hidden * self.inputs * batch / FLOPS
+        alone = steps * (step + project)
+        meetings = START + steps * BARRIER * (1 + self.spec.projected)
+        panels = self._padded // self.spec.panel
+        most = team.get_num_threads() if panels > 1 and meetings < alone / 2 else 1
+        threads = min(most, panels)
+        chunk = max(1, min(steps, FORWARD_ROWS // batch))
+        size = layout(self.spec, self.hidden, self.outputs, batch, batch, chunk * batch).end
+        return Plan(threads, most, int(min(alone / 2, 1000)), chunk, size, sequences(steps, batch, None))
 
     def forward(
         self,
@@ -281,12 +295,15 @@ class CPUDirection:
     ) -> Tape | None:
         """See dispatch.Direction."""
         steps, batch, _ = x.shape
-        order = sequences(steps, batch, lengths)
-        threads, patience, chunk = self._plan(steps, batch)
-        rows = int(order.first[-1]) if training else batch
-        gate_rows = rows if training else chunk * batch
-        kept = empty_bytes(layout(self.spec, self.hidden, self.outputs, batch, rows, gate_rows).end)
-        reset = NO_RESET if reset is None else reset
+        threads, _, patience, chunk, size, order = self._plan(steps, batch)
+        if lengths is not None:
+            order = sequences(steps, batch, lengths)
+        if training:
+            rows = int(order.first[-1])
+            size = layout(self.spec, self.hidden, self.outputs, batch, rows, rows).end
+        kept = empty_bytes(size)
+        if reset is None:
+            reset = NO_RESET
         self._forward.entry(
             team.current().address if threads > 1 else 0, threads, patience, self._forward.address,
             self._tiles, x, y, final if initial is None else initial, initial is not None, final,
@@ -306,7 +323,7 @@ class CPUDirection:
         spec, dtype, weights = self.spec, self.dtype, self.weights
         x, y, order, reset, reverse, kept = tape
         steps, batch, _ = x.shape
-        threads, patience, _ = self._plan(steps, batch)
+        threads, _, patience, *_ = self._plan(steps, batch)
         chunk = max(1, min(steps, BACKWARD_ROWS // batch))
         rows = int(order.first[-1])
         parts = layout(spec, self.hidden, self.outputs, batch, rows, rows)
@@ -326,30 +343,26 @@ class CPUDirection:
             (self._input_gates, self._recurrent_gates, ONLY), (ih, hh, bias_ih, bias_hh, hr), dvectors,
             *order, reset, reverse, kept, scratch, self.hidden, chunk,
         )  # fmt: skip
-        biases = (None, None) if weights.bias_ih is None else (bias_ih, bias_hh)
-        return dinitial, Weights(ih, hh, *biases, None if weights.hr is None else hr, tuple(dvectors))
+        grads = Weights(ih, hh, bias_ih, bias_hh, hr, tuple(dvectors))
+        if weights.bias_ih is None:
+            grads = grads._replace(bias_ih=None, bias_hh=None)
+        return dinitial, grads if weights.hr is not None else grads._replace(hr=None)
 
     def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
         """See dispatch.Direction."""
         spec, here = self.spec, machine()
-        threads, _, chunk = self._plan(steps, batch)
+        threads, _, _, chunk, *_ = self._plan(steps, batch)
         step = self.step_time(batch)
-        most = team.get_num_threads()
-        if threads == most == 1:
-            why = "all that may be used"
-        elif threads == most:
-            why = f"of {team.describe()}: a step takes one thread about {step:.1f} us"
-        else:
-            why = f"of {most}: a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
-        bound = "the multiply-add rate" if 2 * batch / FLOPS > self.dtype.itemsize / BYTES else "reading the weights"
+        why = f"of {team.describe()}; a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
+        computes = 2 * batch / FLOPS > self.dtype.itemsize / BYTES
         size = (self._panels[0].nbytes + self._panels[1].nbytes) / 1e6
         return {
             "kernel": f"fused forward{' and backward' if training else ''}, cell {self.cell.name}",
-            "tile": f"{panel_rows(spec)} rows x {spec.width} vectors of {spec.lanes} {self.dtype} ({here.name})",
+            "tile": f"{panel_rows(spec)} rows x {spec.width} vectors of {spec.lanes} ({here.name}, {self.dtype})",
             "threads": f"{threads} {why}",
             "layout": f"weights in panels of {spec.panel} hidden units with all their gates, {size:.1f} MB",
             "chunk": f"the input of {chunk} steps is projected at once",
-            "bound": f"{bound}, at batch {batch}",
+            "bound": f"{'multiply-adds' if computes else 'reading the weights'}, at batch {batch}",
         }
 
 

@@ -132,7 +132,7 @@ def forward_work(thread, threads, sync, arguments):
         for step in range(start, end):
             active = sequences.first[step + 1] - sequences.first[step]
             here = sequences.first[step] if taped else 0
-            note_step( step, active, here, y, sequences, memory, parts, taped, table)
+            note_step(step, active, here, y, sequences, memory, parts, taped, table)
             for p in range(low, high):
                 sums = gates + (p * parts.gate_rows + sequences.first[step] - base) * stride
                 step_panel(spec, p, active, here, hidden, outputs, packed, sums, memory, parts, table)

@@ -115,9 +115,7 @@ def layout(spec, hidden, outputs, batch, rows, gate_rows):
     raw = states + spec.states * rows * width
     gates = raw + (rows * width if spec.projected else 0)
     end = gates + gate_rows * width * spec.inputs
-    return Layout(
-        0, initial_states, states, raw, gates, end, width, output_width, rows, gate_rows
-    )
+    return Layout(0, initial_states, states, raw, gates, end, width, output_width, rows, gate_rows)
 
 
 class Tables(NamedTuple):
@@ -140,8 +138,16 @@ def tables(spec, start, chunk_rows, batch):
     row = batch * 8
     scratch = round_up(entering + 5 * row, LINE)
     end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
-    return Tables(start, entering, entering + row, entering + 2 * row, entering + 3 * row, entering + 4 * row,
-                  scratch, end)
+    return Tables(
+        start,
+        entering,
+        entering + row,
+        entering + 2 * row,
+        entering + 3 * row,
+        entering + 4 * row,
+        scratch,
+        end,
+    )
 
 
 @inlined

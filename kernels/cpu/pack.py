@@ -10,17 +10,16 @@ What is padded is zero.
 
 from __future__ import annotations
 
-from numba import njit
-
 from .memory import round_up
 from .simd import address, load_row, splat, store, write
 from .spec import kernel
-from .team import fork
 from .tile import share
+from .work import captured, run
 
 
-@njit(error_model="numpy")
-def _panels_work(thread, threads, sync, registers, weight, gates, units, target):
+def panels_work(thread, threads, sync, arguments):
+    """What each thread does; see :func:`pack_panels`."""
+    registers, weight, gates, units, target = captured(arguments)
     hidden, depth = weight.shape[0] // gates.size, weight.shape[1]
     lanes, width = registers.lanes, gates.size * units
     vector = lanes * registers.size
@@ -38,13 +37,14 @@ def _panels_work(thread, threads, sync, registers, weight, gates, units, target)
 
 
 @kernel
-def pack_panels(team, threads, registers, weight, gates, units, target):
+def pack_panels(team, threads, patience, work, registers, weight, gates, units, target):
     """Lay out `weight` (gates*H, K), with the gates in the given order, as panels."""
-    fork(team, threads, _panels_work, (registers, weight, gates, units, target))
+    run(team, threads, patience, work, (registers, weight, gates, units, target))
 
 
-@njit(error_model="numpy")
-def _planes_work(thread, threads, sync, registers, weight, gates, panel, target):
+def planes_work(thread, threads, sync, arguments):
+    """What each thread does; see :func:`pack_planes`."""
+    registers, weight, gates, panel, target = captured(arguments)
     hidden, columns = weight.shape[0] // gates.size, weight.shape[1]
     vector = registers.lanes * registers.size
     depth = gates.size * round_up(hidden, panel)
@@ -64,6 +64,6 @@ def _planes_work(thread, threads, sync, registers, weight, gates, panel, target)
 
 
 @kernel
-def pack_planes(team, threads, registers, weight, gates, panel, target):
+def pack_planes(team, threads, patience, work, registers, weight, gates, panel, target):
     """Lay out `weight` (gates*H, columns) as planes, its rows in the order [panels][gates][panel]."""
-    fork(team, threads, _planes_work, (registers, weight, gates, panel, target))
+    run(team, threads, patience, work, (registers, weight, gates, panel, target))

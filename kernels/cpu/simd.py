@@ -37,7 +37,6 @@ def _on_vectors(function: Any) -> Any:
     return overload(function, jit_options={"forceinline": True, **OPTIONS})
 
 
-
 class Vector(types.Type):
     """A register of `lanes` floating-point numbers."""
 
@@ -46,11 +45,11 @@ class Vector(types.Type):
         super().__init__(f"Vector({scalar} x {lanes})")
 
     @property
-    def ir(self) -> ir.VectorType:
+    def ir(self) -> Any:
         return ir.VectorType(ir.FloatType() if self.scalar is types.float32 else ir.DoubleType(), self.lanes)
 
     @property
-    def bits(self) -> ir.VectorType:
+    def bits(self) -> Any:
         return ir.VectorType(ir.IntType(self.scalar.bitwidth), self.lanes)
 
     @property
@@ -67,7 +66,7 @@ class Mask(types.Type):
         super().__init__(f"Mask({vector})")
 
     @property
-    def ir(self) -> ir.VectorType:
+    def ir(self) -> Any:
         return ir.VectorType(ir.IntType(1), self.vector.lanes)
 
 
@@ -413,7 +412,7 @@ def _stub(name: str) -> Any:
 
 
 tanh, sigmoid, hard_sigmoid, relu, softplus, exp, log, minimum, maximum = map(
-    _stub, "tanh sigmoid hard_sigmoid relu softplus exp log minimum maximum".split()
+    _stub, ["tanh", "sigmoid", "hard_sigmoid", "relu", "softplus", "exp", "log", "minimum", "maximum"]
 )
 _expm1_reduced, _log1p_ratio = map(_stub, ("_expm1_reduced", "_log1p_ratio"))
 

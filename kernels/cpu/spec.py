@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
+from numba.core import config
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, models, register_model, unbox
@@ -34,17 +36,18 @@ class Machine(NamedTuple):
 
 @cache
 def machine() -> Machine:
-    """The widest registers of the processor at hand."""
-    import llvmlite.binding as llvm
-
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    """The widest registers of the processor at hand, or of that of NUMBA_CPU_FEATURES."""
+    features = config.CPU_FEATURES
+    if features is None:
+        features = llvm.get_host_cpu_features().flatten()
+    has = set(features.split(",")).issuperset
+    if has({"+avx512f"}):
         return Machine("AVX-512", 512, 32)
-    if features.get("avx2") and features.get("fma"):
+    if has({"+avx2", "+fma"}):
         return Machine("AVX2", 256, 16)
     if platform.machine().lower() in ("aarch64", "arm64"):
         return Machine("NEON", 128, 32)
-    return Machine("SSE" if "86" in platform.machine() else "128-bit", 128, 16)
+    return Machine("SSE" if "86" in platform.machine() else "128 bits", 128, 16)
 
 
 @cache

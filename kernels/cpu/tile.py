@@ -26,6 +26,7 @@ from .simd import INT64, call_ir, inlined, load, load_row, part, read_int, splat
 from .spec import MOST_ROWS, Registers, Spec, kernel
 
 UNROLL = 4
+ARGUMENTS = 9  # of a tile's function, all 64-bit integers: those of `product` from the third on
 LATENCY = 8  # multiply-adds that must be in flight to keep the units busy
 
 
@@ -47,20 +48,20 @@ register_model(Tile)(models.OpaqueModel)
 class _Builder:
     """Builds the LLVM function of a tile for a number of rows."""
 
-    arguments = "source source_stride target target_stride a a_stride b b_stride depth".split()
-
     def __init__(self, module: ir.Module, tile: Tile, rows: int) -> None:
         self.spec, self.layout, self.rows, self.vectors = tile, tile.layout, rows, tile.width
         self.size, self.vector = tile.size, tile.vector.ir
-        kind = ir.FunctionType(ir.VoidType(), [INT64] * len(self.arguments))
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * ARGUMENTS)
         self.function = ir.Function(module, kind, f"{tile.layout}_{rows}x{tile.width}")
         self.function.linkage = "internal"
         self.build()
 
     def build(self) -> None:
         self.builder = builder = ir.IRBuilder(self.function.append_basic_block("entry"))
-        for name, value in zip(self.arguments, self.function.args):
-            setattr(self, name, value)
+        (
+            self.source, self.source_stride, self.target, self.target_stride,
+            self.a, self.a_stride, self.b, self.b_stride, self.depth,
+        ) = self.function.args  # fmt: skip
         self.starts = [self.row_start(r) for r in range(self.rows)]
         # a tile with few sums keeps several of each, or it waits for the latency of its additions
         copies = min(UNROLL, -(-LATENCY // (self.rows * self.vectors)))
@@ -139,9 +140,7 @@ class _Builder:
     def weight(self, k: ir.Value, v: int) -> ir.Value:
         builder, bytes_ = self.builder, self.spec.lanes * self.size
         if self.layout == "planes":
-            offset = builder.add(
-                builder.mul(self.b_stride, _constant(v)), builder.mul(k, _constant(bytes_))
-            )
+            offset = builder.add(builder.mul(self.b_stride, _constant(v)), builder.mul(k, _constant(bytes_)))
         else:
             offset = builder.add(builder.mul(k, _constant(self.vectors * bytes_)), _constant(v * bytes_))
         return builder.inttoptr(builder.add(self.b, offset), self.vector.as_pointer())
@@ -219,7 +218,7 @@ def _product(slot: int) -> Any:
         depth: Any,  # number of products in each sum
     ) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = ir.FunctionType(ir.VoidType(), [INT64] * len(_Builder.arguments))
+            kind = ir.FunctionType(ir.VoidType(), [INT64] * ARGUMENTS)
             table = builder.inttoptr(args[0], kind.as_pointer().as_pointer())
             place = builder.add(args[1], _constant(slot * MOST_ROWS - 1))
             builder.call(builder.load(builder.gep(table, [place])), args[2:])
@@ -256,9 +255,7 @@ def share(count, part, parts):
 
 
 @part
-def rows_times_planes(
-    spec, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch
-):
+def rows_times_planes(spec, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch):
     """The vectors low to high of `out = a @ b`, or of `out += a @ b`.
 
     `a_rows` and `out_rows` are the addresses of tables of `count` row addresses; `scratch` has room for
@@ -281,15 +278,33 @@ def rows_times_planes(
                     store(start, scratch + (row - first) * stride + n * vector)
             if wide == PLANES:
                 planes_product(
-                    spec, last - first, scratch, stride, scratch, stride, a_rows + first * 8, 0,
-                    b + v * plane, plane, depth
+                    spec,
+                    last - first,
+                    scratch,
+                    stride,
+                    scratch,
+                    stride,
+                    a_rows + first * 8,
+                    0,
+                    b + v * plane,
+                    plane,
+                    depth,
                 )
             else:
                 for n in range(wide):
                     sums = scratch + n * vector
                     plane_product(
-                        spec, last - first, sums, stride, sums, stride, a_rows + first * 8, 0,
-                        b + (v + n) * plane, plane, depth
+                        spec,
+                        last - first,
+                        sums,
+                        stride,
+                        sums,
+                        stride,
+                        a_rows + first * 8,
+                        0,
+                        b + (v + n) * plane,
+                        plane,
+                        depth,
                     )
             for row in range(first, last):
                 out = read_int(out_rows + row * 8)

@@ -8,21 +8,23 @@ on the stack of the thread that starts them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.core.errors import NumbaTypeError
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
-from .simd import INT64, OPTIONS
+from .simd import INT64, OPTIONS, inlined
 from .spec import Named, stamped
 from .team import fork
 
 
 class Work(Named):
-    """The address of a C function that takes arguments of the types of a tuple."""
+    """The address of two addresses: of `launch`, and of a C function that takes a tuple of these types."""
 
     def __init__(self, arguments: types.Tuple) -> None:
         self.arguments = arguments
@@ -61,11 +63,6 @@ def captured(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _address(typingctx: Any, work: Any) -> Any:
-    return types.int64(work), lambda context, builder, sig, args: args[0]
-
-
-@intrinsic
 def _capture(typingctx: Any, work: Any, arguments: Any) -> Any:
     """The address of the tuple `arguments`, as long as the calling function runs."""
     if arguments != work.arguments:
@@ -77,31 +74,76 @@ def _capture(typingctx: Any, work: Any, arguments: Any) -> Any:
     return types.int64(work, arguments), codegen
 
 
-@intrinsic
-def _call(typingctx: Any, work: Any, thread: Any, threads: Any, sync: Any, arguments: Any) -> Any:
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        function = ir.FunctionType(ir.VoidType(), [INT64] * 4).as_pointer()
-        builder.call(builder.inttoptr(args[0], function), args[1:])
-        return context.get_dummy_value()
+def _call(count: int) -> Any:
+    @intrinsic
+    def call(typingctx: Any, function: Any, arguments: Any) -> Any:
+        """Call the C function at an address, which takes `count` 64-bit integers."""
 
-    return types.void(*[types.int64] * 5), codegen
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [INT64] * count).as_pointer()
+            builder.call(builder.inttoptr(args[0], kind), cgutils.unpack_tuple(builder, args[1]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.UniTuple(types.int64, count)), codegen
+
+    return call
 
 
-@njit(error_model="numpy")
+_call_work, _call_launch = _call(4), _call(5)
+
+
+@njit(**OPTIONS)
 def _member(thread, threads, sync, work, arguments):
-    _call(work, thread, threads, sync, arguments)
+    _call_work(work, (thread, threads, sync, arguments))
 
 
-@njit(error_model="numpy")
+@stamped
+def launch(team, threads, patience, work, arguments):
+    """Call the C function `work` on several threads of a team, as :func:`team.fork` does."""
+    fork(team, threads, _member, (work, arguments), patience)
+
+
+@cache
+def _launch() -> Any:
+    return cfunc(types.void(*[types.int64] * 5), cache=True, error_model="numpy")(launch)
+
+
+@intrinsic
+def _addresses(typingctx: Any, work: Any) -> Any:
+    """Of `launch` and of the function."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pair = builder.inttoptr(args[0], ir.ArrayType(INT64, 2).as_pointer())
+        return builder.load(pair)
+
+    return types.UniTuple(types.int64, 2)(work), codegen
+
+
+@inlined
 def run(team, threads, patience, work, arguments):
     """Call `work` on several threads of a team, as :func:`team.fork` does."""
-    fork(team, threads, _member, (_address(work), _capture(work, arguments)), patience)
+    start, function = _addresses(work)
+    _call_launch(start, (team, threads, patience, function, _capture(work, arguments)))
 
 
-def compiled(function: Callable[..., None], arguments: types.Tuple) -> Any:
-    """The C function of `function(thread, threads, sync, address)`; keep it as long as it may run.
+class Compiled(NamedTuple):
+    """A compiled function to be run on several threads; keep it as long as it may run."""
 
-    `function` calls `captured(address)` for its other arguments.
+    function: Any
+    addresses: np.ndarray  # (2,) int64
+    type: Work
+
+    @property
+    def address(self) -> int:
+        """The value of the argument `work` of an entry."""
+        return int(self.addresses.ctypes.data)
+
+
+def compiled(function: Callable[..., None], arguments: types.Tuple) -> Compiled:
+    """Compile `function(thread, threads, sync, address)`.
+
+    It calls `captured(address)` for its other arguments, a tuple of the given types.
     """
     signature = types.void(types.int64, types.int64, types.int64, Captured(arguments))
-    return cfunc(signature, cache=True, **OPTIONS)(stamped(function))
+    made = cfunc(signature, cache=True, **OPTIONS)(stamped(function))
+    return Compiled(made, np.array([_launch().address, made.address]), Work(arguments))

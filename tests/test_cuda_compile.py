@@ -47,11 +47,14 @@ def test_every_form_and_precision(precision: Precision, form: Form, backward: bo
     check(cells.lstm, precision, form, backward, hidden=512, batch=16)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_weights_in_registers(backward: bool) -> None:
-    plan = choose(H200, cells.lstm, "bfloat16", 2048, 0, 16, backward)
+@pytest.mark.parametrize(
+    ("precision", "hidden", "backward"),
+    [("bfloat16", 2048, False), ("bfloat16", 2048, True), ("tf32", 1024, True), ("float32", 1325, False)],
+)
+def test_weights_in_registers(precision: Precision, hidden: int, backward: bool) -> None:
+    plan = choose(H200, cells.lstm, precision, hidden, 0, 16, backward)
     assert plan.recurrent.held > 0
-    check(cells.lstm, "bfloat16", "persistent", backward, hidden=2048, batch=16)
+    check(cells.lstm, precision, "persistent", backward, hidden, batch=16)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def kernel(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tup
     """The kernel of a plan, compiled or taken from the cache on disk."""
     if SIMULATED:
         return _Simulated(build(cell, plan, resets, training), plan)
-    return _Compiled(_cached(cell, plan, resets, training, capability), plan)
+    return _Compiled(cached_ptx(cell, plan, resets, training, capability), plan)
 
 
 def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
@@ -145,7 +145,7 @@ def compile_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability
     return re.sub(r"(\.visible \.entry [^{]*\))\s*{", rf"\1\n{bounds}{{", text)
 
 
-def _cached(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> Path:
+def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> Path:
     """The file with the PTX of a plan's kernel; compiled if it is not there."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     state = [numba.__version__, cuda.__file__, cell.key, replace(plan, why=""), resets, training, capability]

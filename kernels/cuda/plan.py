@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import product as pairs
 from math import ceil, gcd
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ _ROUND = {"tf32": ptx.tf32_bits, "bfloat16": ptx.bfloat16_bits, "float16": ptx.f
 ROWS = 4  # rows of a thread's tile where no tensor core is used
 TILES = 8  # most tensor-core tiles that one warp accumulates
 HELD = 96  # registers of a thread that may hold weights
-AHEAD = 8  # steps whose vectors are on their way at once
+UNROLLED = 64  # most mma.sync of a thread for them: the compiler unrolls no longer loops
+AHEAD = 8  # steps whose vectors are on their way at once, in float32
 FETCHED = 48  # registers of a thread for that on tensor cores
 REGISTERS = 136  # for weights, vectors and sums on tensor cores
 STATE = 40  # registers of a thread for the gates and states of its cells
@@ -200,7 +201,7 @@ class Product:
     def ahead(self) -> int:
         """Steps whose vectors are on their way at once."""
         if not self.tensor:
-            fetched = AHEAD
+            fetched = AHEAD * 4 // self.real_size
         else:
             tile = self.batch // 8 // self.shares
             free = REGISTERS - 4 * self.row_tiles * tile - self.held_weights
@@ -337,7 +338,9 @@ def _persistent(device: Device, *sizes: Any) -> Plan | None:
 def _held(plan: Plan) -> Iterator[int]:
     """From no step in registers to as many as they take."""
     for held in range(plan.recurrent.steps + 1):
-        if replace(plan.recurrent, held=held).held_weights <= HELD:
+        product = replace(plan.recurrent, held=held)
+        multiplications = 2 * held * product.tiles // product.shares if product.tensor else 0
+        if product.held_weights <= HELD and multiplications <= UNROLLED:
             yield held
 
 
@@ -368,7 +371,7 @@ def _candidates(
     tensor = precision in TENSOR_CORES
     outputs, gates = proj or hidden, len(cell.gates)
     state = gates + len(cell.states) + len(cell.weights)
-    for columns, units in product(_columns(batch, tensor, device.threads), range(1, min(hidden, 64) + 1)):
+    for columns, units in pairs(_columns(batch, tensor, device.threads), range(1, min(hidden, 64) + 1)):
         blocks = ceil(hidden / units)
         elements = ceil(outputs / blocks) if proj else units
         rows, size = (elements, gates * hidden) if backward else (gates * units, outputs)

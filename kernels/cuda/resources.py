@@ -21,7 +21,7 @@ import numba.cuda.dispatcher
 
 from fusedlstm.cells import Cell
 
-from .launch import compile_ptx
+from .launch import cached_ptx
 from .plan import Device, Plan
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": shared memory of a block
@@ -53,9 +53,9 @@ def without_gpu(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def ptx_of(cell: Cell, plan: Plan, capability: tuple[int, int], resets: bool = True) -> str:
-    """The PTX of a plan's kernel in training."""
+    """The PTX of a plan's kernel in training, compiled or from the cache on disk."""
     with without_gpu(capability):
-        return compile_ptx(cell, plan, resets, True, capability)
+        return cached_ptx(cell, plan, resets, True, capability).read_text()
 
 
 def resources(ptx: str, architecture: str) -> Resources:

@@ -14,6 +14,7 @@ import numpy as np
 from fusedlstm import Recurrent, cells
 from fusedlstm.cells import Cell
 
+CELLS = tuple(name for name in cells.__all__ if isinstance(getattr(cells, name), Cell))
 MODES = ("forward", "train", "step")
 DTYPES = ("float32", "float64")
 

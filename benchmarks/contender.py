@@ -124,7 +124,7 @@ def cell_functions(module: Any, activations: Any) -> dict[str, Callable[..., Any
 
 
 def any_step(
-    xp: Any, cell: Any, step: Callable[..., Any], weights: storage.Weights, product: Any, states: Any
+    cell: Any, step: Callable[..., Any], weights: storage.Weights, product: Any, states: Any
 ) -> list[Any]:
     """One step of any cell in any framework; `product` is that of the input with its weights and bias."""
     recurrent_product = states[0] @ weights.hh.T + weights.bias_hh

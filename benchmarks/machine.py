@@ -19,6 +19,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def load() -> float | None:
+    """How many threads were running or waiting to, on average over a minute; None where nobody counts."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 @cache
 def cache_sizes() -> dict[str, int]:
     """Bytes of the data caches that a core sees, "L1" to "L3".
@@ -56,6 +61,7 @@ def describe() -> dict[str, Any]:
         "architecture": llvm.get_host_cpu_name(),
         "features": [name for name in FEATURES if found.get(name) or found.get(name.replace("_", ""))],
         "cores": cores(),
+        "load": load(),
         "caches": cache_sizes(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -30,7 +30,7 @@ class JaxScan(Contender):
             for n, weights in enumerate(layer_weights(case, parameters)):
 
                 def body(states: Any, product: Any, weights: Any = weights) -> tuple[Any, Any]:
-                    states = any_step(jnp, cell, step, weights, product, states)
+                    states = any_step(cell, step, weights, product, states)
                     return states, states[0]
 
                 products = x @ weights.ih.T + weights.bias_ih

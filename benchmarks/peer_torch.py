@@ -160,7 +160,7 @@ class TorchLoop(Torch):
                 products = x @ weights.ih.T + weights.bias_ih
                 outputs = []
                 for t in range(case.steps):
-                    states = any_step(torch, cell, step, weights, products[t], states)
+                    states = any_step(cell, step, weights, products[t], states)
                     outputs.append(states[0])
                 x = torch.stack(outputs)
                 finals.append(states)

@@ -18,6 +18,7 @@ from .cases import Case
 from .contenders import OURS, best_peer
 
 LOW_SHARE = 0.8  # of the limit: below it a row is marked
+BUSY = 0.25  # load for each core: above it the record says so
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PICTURE_WIDTH = 900
 
@@ -73,10 +74,12 @@ def heading(record: dict[str, Any]) -> str:
     versions = {
         name: version for c in record["contenders"].values() for name, version in c["versions"].items()
     }
+    load = machine["load"]
+    busy = f"; others were busy: load {load:.1f} before" if load and load > BUSY * machine["cores"] else ""
     caches = "cold" if settings["cold"] else "hot"
     return (
         f"{machine['processor']}, {machine['cores']} cores, {limits['registers']}; "
-        f"{caches} caches, {record['date']}, commit {record['commit']}\n\n"
+        f"{caches} caches, {record['date']}, commit {record['commit']}{busy}\n\n"
         f"Limits of {_threads(int(threads))}, measured: {rates}; reads in GB/s: {reads}; "
         f"barrier {limits['barrier'][threads] * 1e9:.0f} ns\n\n"
         + ", ".join(f"{name} {version}" for name, version in versions.items())

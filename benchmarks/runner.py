@@ -21,7 +21,18 @@ from typing import Any
 import numpy as np
 
 from . import machine, report
-from .cases import DTYPES, MODES, Case, cases_of_set, expected, in_mode, make_data, parse_shapes, shape_sets
+from .cases import (
+    CELLS,
+    DTYPES,
+    MODES,
+    Case,
+    cases_of_set,
+    expected,
+    in_mode,
+    make_data,
+    parse_shapes,
+    shape_sets,
+)
 from .contender import Contender, Unsupported
 from .contenders import OURS, best_peer, choose
 from .worker import Failed, Worker
@@ -159,6 +170,7 @@ def record(
     """Compare, and all that is needed to understand the results, as in schema.json."""
     from .limits import bound, measure_apart  # they need the compiler, which other commands do not
 
+    described = machine.describe()  # with the load before ours
     limits = measure_apart(sorted({case.threads for case in cases}))
     rows = compare(cases, contenders, settings, progress)
     for case, row in zip(cases, rows):
@@ -167,7 +179,7 @@ def record(
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit(),
-        "machine": machine.describe(),
+        "machine": described,
         "settings": vars(settings),
         "limits": limits,
         "contenders": {c.name: {"title": c.title, "versions": c.versions()} for c in contenders},
@@ -189,7 +201,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="forward",
         help=f"{', '.join(MODES)}, or several of them separated by commas (default: %(default)s)",
     )
-    what.add_argument("--cell", help="only this cell; with --shapes the cell (default: lstm)")
+    what.add_argument(
+        "--cell", choices=CELLS, help="of a set only this cell; with --shapes the cell (default: lstm)"
+    )
     what.add_argument("--dtype", choices=DTYPES, default="float32")
     what.add_argument("--contenders", metavar="NAME,...", help="default: all that are installed")
     how = parser.add_argument_group("how to measure")

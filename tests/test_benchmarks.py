@@ -382,7 +382,7 @@ def sample_record() -> dict[str, Any]:
         **record,
         "date": "2030-01-02",
         "commit": "abc",
-        "machine": {"processor": "A processor", "cores": 1},
+        "machine": {"processor": "A processor", "cores": 1, "load": 0.5},
         "settings": {"cold": False},
         "limits": {
             "registers": "some",
@@ -434,6 +434,7 @@ def test_the_page_draws_its_pictures(browser: str, tmp_path: Path) -> None:
         "3.00 \N{MULTIPLICATION SIGN}",
         "4 of 4",
         "A processor",
+        "load 0.5 before",
         "multiply-adds 100 GFLOP/s",
         "memory 10 GB/s",
     ):

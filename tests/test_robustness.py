@@ -174,11 +174,11 @@ BITS = """
     import numpy as np
     import fusedlstm
 
-    layer = fusedlstm.{layer}(33, 65, 2, bidirectional=True, dropout=0.5, backend="cpu", seed=1)
-    x = np.random.default_rng(1).normal(size=(17, 13, 33)).astype(np.float32)
-    for threads in (1, 2, 2, 3, 3, 1):
+    x = np.random.default_rng(1).normal(size={size}).astype(np.float32)
+    for threads in (1, 2, 3) * 6:
         fusedlstm.set_num_threads(threads)
-        y, state, tape = layer.forward(x, lengths=np.arange(13) + 4, training=True, draw=3)
+        layer = fusedlstm.{layer}(33, {hidden}, 2, bidirectional=True, dropout=0.5, backend="cpu", seed=1)
+        y, state, tape = layer.forward(x, lengths=np.arange({batch}) + 4, training=True, draw=3)
         dx, dstate, grads = tape.backward(y, state)
         digest = hashlib.sha256()
         for array in (y, *state, dx, *dstate, *grads.values()):
@@ -187,22 +187,37 @@ BITS = """
 """
 
 
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 300), (13, 65)])
 @pytest.mark.parametrize("layer", ["LSTM", "GRU"])
-def test_same_seed_same_bits(layer: str) -> None:
+def test_same_seed_same_bits(layer: str, batch: int, hidden: int) -> None:
     """In every run of every process, and however many threads come: fewer may than were asked for."""
-    digests = [python(BITS.format(layer=layer)).split() for _ in range(2)]
-    assert digests[0] == digests[1]
-    assert len(set(digests[0])) == 1
+    script = BITS.format(layer=layer, batch=batch, hidden=hidden, size=(17, batch, 33))
+    assert len({*python(script).split(), *python(script).split()}) == 1
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.peephole_lstm], ids=lambda cell: cell.name)
-def test_any_number_of_threads(cell: cells.Cell, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Set the number of threads for one test."""
     from fusedlstm.kernels.cpu import team
 
     monkeypatch.setattr(team, "_requested", None)  # put back afterwards
     monkeypatch.setattr(team, "_team", None)
     fusedlstm.set_num_threads(threads)
+
+
+def test_the_number_of_threads_counts_for_layers_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = LSTM(64, 512, backend="cpu"), np.ones((20, 16, 64), np.float32)
+    said = []
+    for threads in (1, 2, 1):
+        own_threads(monkeypatch, threads)
+        layer(x)
+        said.append(fusedlstm.explain(layer, x).places["layer 0"]["threads"])
+    assert said[0] == said[2] != said[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.peephole_lstm], ids=lambda cell: cell.name)
+def test_any_number_of_threads(cell: cells.Cell, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_threads(monkeypatch, threads)
     for batch, hidden in ((1, 300), (5, 70), (40, 33)):
         layer, truth = (Recurrent(cell, 20, hidden, backend=b, seed=1) for b in ("cpu", "reference"))
         x = np.random.default_rng(1).normal(size=(6, batch, 20)).astype(np.float32)

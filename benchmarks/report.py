@@ -55,9 +55,10 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
-def text(record: dict[str, Any]) -> str:
-    """The whole record, as Markdown."""
-    parts = [heading(record)]
+def text(record: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """The whole record as Markdown, with pictures at the addresses `images`."""
+    parts = ["# fusedlstm beside its peers", heading(record)]
+    parts += [f"![{Path(image).stem}]({image})" for image in images]
     for title, rows in groups(record):
         parts += [f"## {title}", table(record, rows), *problems(record, rows)]
     return "\n\n".join(parts)
@@ -160,8 +161,8 @@ def page(record: dict[str, Any]) -> str:
     return template.replace("/*RECORD*/", json.dumps(record).replace("</", "<\\/"))
 
 
-def pictures(record: dict[str, Any], folder: Path) -> None:
-    """Write the pictures of the page as PNG files, one for each picture and mode.
+def pictures(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the pictures of the page as PNG files, one for each picture and mode; which were written.
 
     Raises:
         FileNotFoundError: if there is no Chromium or Chrome to draw them.
@@ -170,13 +171,16 @@ def pictures(record: dict[str, Any], folder: Path) -> None:
     if browser is None:
         raise FileNotFoundError(f"pictures need a browser, one of {', '.join(BROWSERS)}")
     folder.mkdir(parents=True, exist_ok=True)
+    written = []
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "page.html"
         source.write_text(page(record), encoding="utf-8")
         for group in dict.fromkeys(page_group(row["case"]) for row in record["rows"]):
             for section in ("ratios", "roofline", "curves"):
-                name = f"{section}-{'-'.join(group.split(', '))}.png"
-                take_picture(browser, f"{source.as_uri()}#{section}/{quote(group)}", folder / name)
+                path = folder / f"{section}-{'-'.join(group.split(', '))}.png"
+                if take_picture(browser, f"{source.as_uri()}#{section}/{quote(group)}", path):
+                    written.append(path)
+    return written
 
 
 def page_group(case: dict[str, Any]) -> str:
@@ -184,8 +188,8 @@ def page_group(case: dict[str, Any]) -> str:
     return f"{case['cell']}, {case['mode']}, {case['dtype']}"
 
 
-def take_picture(browser: str, address: str, path: Path) -> None:
-    """A section of the page as a PNG file; none if the section is empty."""
+def take_picture(browser: str, address: str, path: Path) -> bool:
+    """Write a section of the page as a PNG file; false if the section is empty."""
     options = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     options += ["--virtual-time-budget=2000", "--force-device-scale-factor=2"]
 
@@ -194,8 +198,10 @@ def take_picture(browser: str, address: str, path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     height = re.search(r'data-height="(\d+)"', draw("800", "--dump-dom"))
-    if height is not None:
-        draw(height[1], f"--screenshot={path.absolute()}")
+    if height is None:
+        return False
+    draw(height[1], f"--screenshot={path.absolute()}")
+    return True
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -263,18 +264,22 @@ def run(arguments: argparse.Namespace) -> int:
         results = json.loads(arguments.source.read_text(encoding="utf-8"))
     else:
         results = _run_with_progress(arguments)
-    outputs: tuple[tuple[Path | None, Callable[[dict[str, Any]], str]], ...] = (
-        (arguments.json, lambda record: json.dumps(record, indent=1)),
-        (arguments.html, report.page),
-        (arguments.markdown, report.text),
-    )
-    for path, content in outputs:
-        if path is not None:
-            path.write_text(content(results) + "\n", encoding="utf-8")
-    if arguments.png is not None:
-        report.pictures(results, arguments.png)
+    write(results, arguments)
     print(report.text(results))
     return int(any("failed" in result for row in results["rows"] for result in row["results"].values()))
+
+
+def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write the files that the options ask for."""
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if arguments.html is not None:
+        arguments.html.write_text(report.page(results), encoding="utf-8")
+    images = report.pictures(results, arguments.png) if arguments.png is not None else []
+    if arguments.markdown is not None:
+        folder = arguments.markdown.parent
+        addresses = [Path(os.path.relpath(image, folder)).as_posix() for image in images]
+        arguments.markdown.write_text(report.text(results, addresses) + "\n", encoding="utf-8")
 
 
 def _run_with_progress(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -471,9 +471,14 @@ def test_the_page_fits_the_screen(browser: str, tmp_path: Path, options: list[st
 
 
 def test_pictures_are_written(browser: str, tmp_path: Path) -> None:
-    report.pictures(sample_record(), tmp_path / "pictures")
+    (tmp_path / "record.json").write_text(json.dumps(sample_record()))
+    options = ["--from", str(tmp_path / "record.json"), "--png", str(tmp_path / "pictures")]
+    runner.main([*options, "--markdown", str(tmp_path / "results.md"), "--html", str(tmp_path / "page.html")])
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert names == {f"{name}-lstm-forward-float32.png" for name in ("ratios", "roofline", "curves")}
+    links = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "results.md").read_text())
+    assert {tmp_path / link for link in links} == {tmp_path / "pictures" / name for name in names}
+    assert (tmp_path / "page.html").read_text() == report.page(sample_record())
 
 
 def test_pictures_without_a_browser_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -499,9 +499,9 @@ def _sigmoid_vector(x):
 def _tanh_vector(x):
     if _is_single(x):  # a rational approximation, good to float32 rounding, as in Eigen
 
-        def single(x):
-            x = where(x > 7.90531110763549805, 7.90531110763549805, x)
-            x = where(x < -7.90531110763549805, -7.90531110763549805, x)
+        def single(x):  # cut where it is exactly 1, if products and sums are fused
+            x = where(x > 7.99881172180175781, 7.99881172180175781, x)
+            x = where(x < -7.99881172180175781, -7.99881172180175781, x)
             s = x * x
             p = s * -2.76076847742355e-16 + 2.00018790482477e-13
             p = p * s + -8.60467152213735e-11
@@ -596,17 +596,13 @@ def _hard_sigmoid_vector(x):
 
 @_on_vectors(minimum)
 def _minimum_vector(x, y):
-    return lambda x, y: where((x <= y) | _is_nan(x), x, y)
+    if isinstance(x, Vector):
+        return lambda x, y: where((x <= y) | (x != x), x, y)
+    return lambda x, y: where(x <= y, x, y)  # a number of a cell is never NaN
 
 
 @_on_vectors(maximum)
 def _maximum_vector(x, y):
-    return lambda x, y: where((x >= y) | _is_nan(x), x, y)
-
-
-_is_nan = _stub("_is_nan")
-
-
-@_on_vectors(_is_nan)
-def _is_nan_vector(x):
-    return lambda x: x != x
+    if isinstance(x, Vector):
+        return lambda x, y: where((x >= y) | (x != x), x, y)
+    return lambda x, y: where(x >= y, x, y)

@@ -135,7 +135,10 @@ class _Builder:
             x = splat_ir(builder, builder.load(self.value(k, r)), self.spec.lanes)
             for v, w in enumerate(weights):
                 n = copy * count + r * self.vectors + v
-                sums[n] = call_ir(builder, f"llvm.fma.{self.spec.vector.suffix}", self.vector, x, w, sums[n])
+                # fused where the processor can; llvm.fma would call a C function for each lane elsewhere
+                sums[n] = call_ir(
+                    builder, f"llvm.fmuladd.{self.spec.vector.suffix}", self.vector, x, w, sums[n]
+                )
 
     def weight(self, k: ir.Value, v: int) -> ir.Value:
         builder, bytes_ = self.builder, self.spec.lanes * self.size

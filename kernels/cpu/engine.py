@@ -26,12 +26,15 @@ from .work import Compiled, compiled
 POISON = bool(os.environ.get("FUSEDLSTM_POISON"))
 
 FORWARD_ROWS = 64  # rows of input that are projected at once: enough for full tiles, and still in cache
-BACKWARD_ROWS = 128  # rows after which the gradients of the weights are added to
+# Rows after which the gradients of the weights are added to.  More rows read and write these large
+# matrices less often; fewer keep the gradients of the gates, so many bytes a row, in cache.
+BACKWARD_ROWS = 512
+BACKWARD_BYTES = 8 << 20
 
 # What a thread does in a microsecond, and what the meeting of threads costs, roughly: all that is asked
 # of these figures is to tell sequences that several threads make faster from those that they slow down.
 FLOPS, BYTES = 100e3, 80e3
-BARRIER, START = 0.4, 5.0
+BARRIER, START = 0.3, 5.0
 
 
 def empty_bytes(count: int) -> np.ndarray:
@@ -168,7 +171,7 @@ class Plan(NamedTuple):
     """How a batch of sequences of a size is run."""
 
     threads: int
-    most: int  # threads that could be used when the plan was made; 1 if only one is worth while
+    most: int  # threads that could be used when the plan was made; 0 if one is best in any case
     patience: int  # microseconds for which to wait for the others
     chunk: int  # steps whose inputs are projected at once
     size: int  # bytes of the memory of a forward pass without a tape
@@ -264,7 +267,7 @@ class CPUDirection:
     def _plan(self, steps: int, batch: int) -> Plan:
         plan = self._plans.get((steps, batch))
         # how many threads may be used is asked only where several are worth while
-        if plan is None or (plan.most > 1 and plan.most != team.get_num_threads()):
+        if plan is None or (plan.most and plan.most != team.get_num_threads()):
             if len(self._plans) >= 256:
                 self._plans.clear()
             self._plans[steps, batch] = plan = self._make_plan(steps, batch)
@@ -276,11 +279,18 @@ class CPUDirection:
         alone = steps * (step + project)
         meetings = START + steps * BARRIER * (1 + self.spec.projected)
         panels = self._padded // self.spec.panel
-        most = team.get_num_threads() if panels > 1 and meetings < alone / 2 else 1
-        threads = min(most, panels)
+        most = team.get_num_threads() if panels > 1 and meetings < alone / 2 else 0
+        threads = min(max(most, 1), panels)
         chunk = max(1, min(steps, FORWARD_ROWS // batch))
         size = layout(self.spec, self.hidden, self.outputs, batch, batch, chunk * batch).end
         return Plan(threads, most, int(min(alone / 2, 1000)), chunk, size, sequences(steps, batch, None))
+
+    def _backward_chunk(self, steps: int, batch: int) -> int:
+        """The steps after which the gradients of the weights are added to; chunks are equal in size."""
+        row = self._padded * self.spec.gates * self.spec.size
+        rows = min(BACKWARD_ROWS, BACKWARD_BYTES // row, max(row // 8, 64))
+        chunks = -(-steps // max(1, rows // batch))
+        return -(-steps // chunks)
 
     def forward(
         self,
@@ -324,7 +334,7 @@ class CPUDirection:
         x, y, order, reset, reverse, kept = tape
         steps, batch, _ = x.shape
         threads, _, patience, *_ = self._plan(steps, batch)
-        chunk = max(1, min(steps, BACKWARD_ROWS // batch))
+        chunk = self._backward_chunk(steps, batch)
         rows = int(order.first[-1])
         parts = layout(spec, self.hidden, self.outputs, batch, rows, rows)
         room = workspace(spec, 0, parts, batch, chunk * batch)

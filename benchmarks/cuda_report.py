@@ -13,6 +13,7 @@ from typing import Any
 
 from fusedlstm import cells
 from fusedlstm.cells import Cell
+from fusedlstm.kernels.cuda.launch import target
 from fusedlstm.kernels.cuda.plan import PRECISIONS, TENSOR_CORES, Plan, Precision, choose
 from fusedlstm.kernels.cuda.resources import DEVICES, REGISTERS, ptx_of, resources
 
@@ -45,7 +46,7 @@ def row(architecture: str, cell: Cell, plan: Plan, hidden: int, batch: int) -> s
         RuntimeError: if the kernel spills, uses the stack, or does not fit.
     """
     device, product = DEVICES[architecture], plan.recurrent
-    found = resources(ptx_of(cell, plan, device.capability), architecture)
+    found = resources(ptx_of(cell, plan, target(device.capability)), architecture)
     if found.spills or found.stack or found.calls or found.registers * plan.threads > REGISTERS:
         raise RuntimeError(f"{cell.name} {plan}: {found}")
     grid = plan.grid(batch)

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -89,7 +90,7 @@ def data(problem: Problem) -> Data:
     )
     x = rng.standard_normal((problem.steps, problem.batch, problem.inputs), np.float32)
     dy = rng.standard_normal((problem.steps, problem.batch, problem.hidden), np.float32)
-    exact = Weights(*(None if entry is None else entry.astype(np.float64) for entry in weights[:5]))
+    exact = Weights._make([*(None if e is None else e.astype(np.float64) for e in weights[:5]), ()])
     initial = tuple(np.zeros((problem.batch, problem.hidden)) for _ in cell.states)
     y, _, _ = reference.forward(cell, exact, x.astype(np.float64), initial)
     return Data(weights, x, dy, y)
@@ -189,7 +190,9 @@ def cudnn(problem: Problem, given: Data, precision: Precision) -> dict[str, Any]
         layer = kind(inputs, problem.hidden)
         with torch.no_grad():
             for parameter, entry in zip(layer.parameters(), given.weights[:4]):
-                parameter.copy_(torch.from_numpy(entry[:, :inputs] if parameter.shape[1:] == (inputs,) else entry))
+                parameter.copy_(
+                    torch.from_numpy(entry[:, :inputs] if parameter.shape[1:] == (inputs,) else entry)
+                )
         return layer.to(device, dtype)
 
     layer, x = layer_of(problem.inputs), torch.from_numpy(given.x).to(device, dtype)
@@ -239,12 +242,23 @@ def floors() -> dict[str, Any]:
             cuda.jit(barriers)[blocks, device.threads](np.zeros(1, np.uint64), 3)
         return {"blocks": blocks, "launch": None, "barrier": None}
     ptx, _ = cuda.compile(
-        barriers, types.void(types.uint64[::1], types.int64), cc=device.capability, device=False, abi="numba"
+        barriers,
+        types.void(types.uint64[::1], types.int64),
+        cc=launch.target(device.capability),
+        device=False,
+        abi="numba",
     )
-    run = launch.loaded(ptx, device.threads, cooperative=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "barriers.ptx")
+        path.write_text(ptx if isinstance(ptx, str) else ptx.decode())
+        run = launch.Loaded(path, device.threads, cooperative=True)
+        run.prepare([xp.zeros(1, np.uint64)], 1)
 
     def timed(count: int) -> float:
-        found = milliseconds(lambda: run((blocks, 1), (xp.zeros(1, np.uint64),), (count,)))
+        def once() -> None:
+            run((blocks, 1), run.prepare([xp.zeros(1, np.uint64)], 1), (count,))
+
+        found = milliseconds(once)
         assert found is not None
         return found["median"]
 
@@ -261,13 +275,14 @@ def machine() -> dict[str, Any]:
     versions = {"numba": numba.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
     found: dict[str, Any] = {"gpu": device.name, "commit": commit(), "versions": versions}
     if not SIMULATED:
-        import numba_cuda
+        import numba_cuda  # type: ignore[import-untyped]
         import torch
 
         xp = launch.array_module()
         runtime = xp.cuda.runtime
         versions |= {"numba-cuda": numba_cuda.__version__, "cupy": xp.__version__, "torch": torch.__version__}
-        versions |= {"cudnn": torch.backends.cudnn.version(), "cuda": runtime.runtimeGetVersion()}
+        cudnn_version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        versions |= {"cudnn": cudnn_version, "cuda": runtime.runtimeGetVersion()}
         found["driver"] = runtime.driverGetVersion()
     return found
 
@@ -319,7 +334,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--table", type=Path, help="print this record and measure nothing")
@@ -328,6 +345,9 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
         return
+    if SIMULATED and not launch.current_device().warps:
+        print("simulator without warps: float32 only")
+        arguments.precisions = ["float32"]
     print(HEADER)
     record = measure(arguments.groups, arguments.precisions)
     path = arguments.output

@@ -94,7 +94,16 @@ def kernel(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tup
     """The kernel of a plan, compiled or taken from the cache on disk."""
     if SIMULATED:
         return _Simulated(build(cell, plan, resets, training), plan)
-    return _Compiled(cached_ptx(cell, plan, resets, training, capability), plan)
+    return _Compiled(cached_ptx(cell, plan, resets, training, target(capability)), plan)
+
+
+def target(capability: tuple[int, int]) -> tuple[int, int]:
+    """The compute capability to compile for; the driver takes its PTX to newer GPUs.
+
+    For 10.0 and later NVVM has another LLVM inside, which leaves loops over registers rolled; the
+    kernels use nothing that is newer than 9.0.
+    """
+    return min(capability, (9, 0))
 
 
 def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
@@ -162,41 +171,55 @@ def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability:
     return path
 
 
-class _Compiled:
-    """A kernel that CuPy has loaded from PTX."""
+class Loaded:
+    """A kernel that CuPy has loaded from PTX, and launches on its current stream."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, threads: int, shared: int = 0, cooperative: bool = False) -> None:
         self._cupy = array_module()
         match = re.search(r"\.visible \.entry (\w+)\((.*?)\)", path.read_text(), re.DOTALL)
         if match is None:
             raise RuntimeError(f"no kernel in {path}; delete this file")
         self._parameters = match[2].count(".param")
-        module = self._cupy.RawModule(path=str(path), enable_cooperative_groups=plan.form == "persistent")
+        module = self._cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
         self._function = module.get_function(match[1])
+        self._threads, self._shared = threads, shared
         self._prepared: set[int] = set()  # devices
+
+    def prepare(self, arrays: Sequence[Any], numbers: int) -> list[int]:
+        """Load the kernel on the current device; the arrays as the kernel takes them."""
+        device = self._cupy.cuda.Device().id
+        if device not in self._prepared:
+            self._function.max_dynamic_shared_size_bytes = self._shared
+            self._prepared.add(device)
+        flat = [number for array in arrays for number in _flattened(array)]
+        if len(flat) + numbers != self._parameters:
+            raise RuntimeError(
+                f"this version of numba-cuda passes arrays to kernels in another way: the kernel takes "
+                f"{self._parameters} numbers, {len(flat) + numbers} were prepared"
+            )
+        return flat
+
+    def __call__(self, grid: tuple[int, int], flat: Sequence[int], numbers: Sequence[int]) -> None:
+        self._function((*grid, 1), (self._threads, 1, 1), (*flat, *numbers), shared_mem=self._shared)
+
+
+class _Compiled:
+    """A kernel on a GPU."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self._cupy = array_module()
+        self._loaded = Loaded(path, plan.threads, plan.shared, plan.form == "persistent")
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
-        device = self._cupy.cuda.Device().id
-        if device not in self._prepared:
-            self._function.max_dynamic_shared_size_bytes = plan.shared
-            self._prepared.add(device)
-        flat = [number for array in arrays for number in _flattened(array)]
-        if len(flat) + len(runs[0]) != self._parameters:
-            raise RuntimeError(
-                f"this version of numba-cuda passes arrays to kernels in another way: the kernel takes "
-                f"{self._parameters} numbers, {len(flat) + len(runs[0])} were prepared"
-            )
+        flat = self._loaded.prepare(arrays, len(runs[0]))
         if len(runs) == 1:
-            self._launch(plan, grid, flat, runs[0])
+            self._loaded(grid, flat, runs[0])
         else:
-            self._replay((device, grid, tuple(flat), tuple(runs)), plan)
+            self._replay((self._cupy.cuda.Device().id, grid, tuple(flat), tuple(runs)))
 
-    def _launch(self, plan: Plan, grid: tuple[int, int], flat: Sequence[int], run: Sequence[int]) -> None:
-        self._function((*grid, 1), (plan.threads, 1, 1), (*flat, *run), shared_mem=plan.shared)
-
-    def _replay(self, key: Any, plan: Plan) -> None:
+    def _replay(self, key: Any) -> None:
         """Launch many runs as one graph.
 
         A graph holds the addresses of its arrays.  CuPy's memory pool gives the same ones again to the
@@ -205,20 +228,22 @@ class _Compiled:
         with self._lock:
             graph = self._graphs.pop(key, None)
             if graph is None:
-                _, grid, flat, runs = key
-                stream = self._cupy.cuda.Stream(non_blocking=True)
-                with stream:
-                    # other threads may allocate meanwhile
-                    stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeThreadLocal)
-                    try:
-                        for run in runs:
-                            self._launch(plan, grid, flat, run)
-                    finally:
-                        graph = stream.end_capture()
+                graph = self._captured(*key[1:])
             self._graphs[key] = graph
             if len(self._graphs) > _GRAPHS:
                 self._graphs.popitem(last=False)
             graph.launch(self._cupy.cuda.get_current_stream())
+
+    def _captured(self, grid: tuple[int, int], flat: Sequence[int], runs: Sequence[Any]) -> Any:
+        with self._cupy.cuda.Stream(non_blocking=True) as stream:
+            # other threads may allocate meanwhile
+            stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            try:
+                for run in runs:
+                    self._loaded(grid, flat, run)
+            finally:
+                graph = stream.end_capture()
+        return graph
 
 
 def _flattened(array: Any) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ _ROUND = {"tf32": ptx.tf32_bits, "bfloat16": ptx.bfloat16_bits, "float16": ptx.f
 ROWS = 4  # rows of a thread's tile where no tensor core is used
 TILES = 8  # most tensor-core tiles that one warp accumulates
 HELD = 96  # registers of a thread that may hold weights
-UNROLLED = 64  # most mma.sync of a thread for them: the compiler unrolls no longer loops
+UNROLLED = {True: 64, False: 128}  # most multiplications for them, with and without tensor cores: the
+# compiler unrolls no longer loops
 AHEAD = 8  # steps whose vectors are on their way at once, in float32
 FETCHED = 48  # registers of a thread for that on tensor cores
 REGISTERS = 136  # for weights, vectors and sums on tensor cores
@@ -339,8 +340,8 @@ def _held(plan: Plan) -> Iterator[int]:
     """From no step in registers to as many as they take."""
     for held in range(plan.recurrent.steps + 1):
         product = replace(plan.recurrent, held=held)
-        multiplications = 2 * held * product.tiles // product.shares if product.tensor else 0
-        if product.held_weights <= HELD and multiplications <= UNROLLED:
+        each = 2 * product.tiles // product.shares if product.tensor else ROWS * product.width
+        if product.held_weights <= HELD and held * each <= UNROLLED[product.tensor]:
             yield held
 
 

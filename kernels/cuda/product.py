@@ -69,7 +69,7 @@ def _plain(product: Product) -> tuple[Any, Any]:
     tiles, row_tiles, parts, steps = product.tiles, product.row_tiles, product.parts, product.steps
     lanes, held_steps, tile_size = product.lanes, product.held, ROWS * product.width
     streamed, first_held = steps - held_steps, product.shared_weights
-    ahead = product.ahead
+    ahead, doublings = product.ahead, lanes.bit_length() - 1
     all_fetched = ahead * width
     number, zero = element(product.real), product.real(0)
     load_weights, load_vectors = ptx.load(ROWS), ptx.load(width)
@@ -121,11 +121,9 @@ def _plain(product: Product) -> tuple[Any, Any]:
                     fetched[U(n)] = vector[n]
                 add(sums, load_weights(weights, weights_base + j * rows), fetched, 0)
         # lanes of a warp that share a tile add their sums; the number of lanes is a power of two
-        distance = tiles
-        while distance < tiles * lanes:
-            for n in range(tile_size):
-                sums[U(n)] += cuda.shfl_xor_sync(0xFFFFFFFF, sums[U(n)], distance)
-            distance *= 2
+        for n in range(tile_size):
+            for i in range(doublings):
+                sums[U(n)] += cuda.shfl_xor_sync(0xFFFFFFFF, sums[U(n)], tiles << i)
         if part < parts and part % lanes == 0:
             at = (part // lanes * batch + column) * stride + row
             for r in range(ROWS):

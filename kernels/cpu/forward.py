@@ -133,7 +133,9 @@ def forward_work(thread, threads, sync, arguments):
             active = sequences.first[step + 1] - sequences.first[step]
             here = sequences.first[step] if taped else 0
             note_step(step, active, here, y, sequences, memory, parts, taped, table)
-            for p in range(low, high):
+            for n in range(low, high):
+                # there and back, so that a step begins with the weights that the one before left in cache
+                p = n if step % 2 == 0 else low + high - 1 - n
                 sums = gates + (p * parts.gate_rows + sequences.first[step] - base) * stride
                 step_panel(spec, p, active, here, hidden, outputs, packed, sums, memory, parts, table)
             barrier(sync, threads)

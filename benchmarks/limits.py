@@ -259,6 +259,18 @@ def measure_apart(counts: Sequence[int]) -> dict[str, Any]:
     return limits
 
 
+def best_of(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The better of two measurements of each limit: the higher rate, the shorter barrier."""
+
+    def better(one: Any, other: Any, choose: Callable[[float, float], float] = max) -> Any:
+        if isinstance(one, dict):
+            return {key: better(one[key], other[key], choose) for key in one}
+        return choose(one, other)
+
+    rates = {name: better(first[name], second[name]) for name in ("multiply_add", "read")}
+    return {**first, **rates, "barrier": better(first["barrier"], second["barrier"], min)}
+
+
 class Bound(NamedTuple):
     """The least time that a case can take."""
 

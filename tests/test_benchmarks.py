@@ -331,6 +331,34 @@ def test_weights_lie_in_the_level_that_holds_a_threads_share(
     assert limits.level_of(weights, 2) == level
 
 
+def test_the_better_of_two_measurements() -> None:
+    first = {
+        "registers": "some",
+        "multiply_add": {"float32": {"1": 5.0, "2": 9.0}},
+        "read": {"L1": {"1": 3.0, "2": 4.0}},
+        "barrier": {"1": 0.0, "2": 2.0},
+    }
+    second = {
+        "registers": "some",
+        "multiply_add": {"float32": {"1": 6.0, "2": 8.0}},
+        "read": {"L1": {"1": 1.0, "2": 7.0}},
+        "barrier": {"1": 0.0, "2": 1.0},
+    }
+    assert limits.best_of(first, second) == {
+        "registers": "some",
+        "multiply_add": {"float32": {"1": 6.0, "2": 9.0}},
+        "read": {"L1": {"1": 3.0, "2": 7.0}},
+        "barrier": {"1": 0.0, "2": 1.0},
+    }
+
+
+def test_a_row_that_beats_its_limit_is_noticed() -> None:
+    row = {"bound": {"seconds": 2.0}, "results": {"a": {"median": 3.0}, "b": {"failed": "why"}}}
+    assert not runner.beaten(row)
+    row["results"]["a"]["median"] = 1.0  # type: ignore[index]
+    assert runner.beaten(row)
+
+
 SLOW_READS = {
     "multiply_add": {"float32": {"1": 1e9, "2": 2e9}},
     "read": {level: {"1": 1e6, "2": 2e6} for level in ("L1", "L2", "L3", "memory")},

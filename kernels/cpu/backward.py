@@ -26,6 +26,7 @@ from .memory import (
     note_rows,
     note_states,
     round_up,
+    rows_before,
     set_rows,
     starts_anew,
     tables,
@@ -284,11 +285,11 @@ def backward_work(thread, threads, sync, arguments):
     ends = range(steps, 0, -chunk)
     for end in ends:
         start, first = max(end - chunk, 0), end == steps
-        base = sequences.first[start]
-        count = sequences.first[end] - base
+        base = rows_before(sequences, start)
+        count = rows_before(sequences, end) - base
         for step in range(end - 1, start - 1, -1):
-            here = sequences.first[step] - base
-            active = sequences.first[step + 1] - sequences.first[step]
+            here = rows_before(sequences, step) - base
+            active = rows_before(sequences, step + 1) - rows_before(sequences, step)
             note_entering(step, active, y, sequences, memory, parts, table.entering)
             note_states(step, active, sequences, memory, parts, True, table)
             note_rows(dy, step, step + 1, sequences, table.leaving)
@@ -306,7 +307,7 @@ def backward_work(thread, threads, sync, arguments):
             d_input = work.from_input + here * work.gates_width
             d_output = work.from_output + here * work.gates_width
             for p in range(low, high):
-                gates = memory + parts.gates + (p * parts.gate_rows + sequences.first[step]) * stride
+                gates = memory + parts.gates + (p * parts.gate_rows + rows_before(sequences, step)) * stride
                 adjoint_panel(
                     spec, p, active, batch, hidden, weights, gates, parts, work, d_input, d_output, table
                 )
@@ -346,8 +347,8 @@ def backward_work(thread, threads, sync, arguments):
             first,
         )
         for step in range(start, end):
-            place = own.first + (sequences.first[step] - base) * 8
-            active = sequences.first[step + 1] - sequences.first[step]
+            place = own.first + (rows_before(sequences, step) - base) * 8
+            active = rows_before(sequences, step + 1) - rows_before(sequences, step)
             note_entering(step, active, y, sequences, memory, parts, place)
         add_outer(
             spec, work.from_output, work.gates_width, count, low, high, recurrent_gates, spec.panel, hidden,
@@ -404,7 +405,8 @@ def backward(
     """Run a sequence's backward pass: writes dx, the gradients of the initial states and of the weights."""
     sequences = Sequences(order, lengths, first, reset, reverse)
     steps, batch = x.shape[0], x.shape[1]
-    parts = layout(spec, hidden, y.shape[2], batch, first[steps], first[steps])
+    rows = rows_before(sequences, steps)
+    parts = layout(spec, hidden, y.shape[2], batch, rows, rows)
     start = aligned(scratch)
     room = workspace(spec, start, parts, batch, batch * chunk)
     fill_zero(spec, start, room.from_input)

@@ -57,14 +57,18 @@ class Sequences(NamedTuple):
 
     order: np.ndarray  # (B,) int64
     lengths: np.ndarray  # (B,) int64
-    first: np.ndarray  # (T + 1,) int64
+    first: np.ndarray  # (T + 1,) int64, or (0,) if all lengths are equal
+
+    @property
+    def rows(self) -> int:
+        """All rows of all steps."""
+        return int(self.lengths.sum())
 
 
 def sequences(steps: int, batch: int, lengths: np.ndarray | None) -> Sequences:
     """The order of rows, and the number of rows before each step."""
     if lengths is None:
-        first = np.arange(0, steps * batch + 1, batch)
-        return Sequences(np.arange(batch), np.full(batch, steps, np.int64), first)
+        return Sequences(np.arange(batch), np.full(batch, steps, np.int64), np.zeros(0, np.int64))
     order = np.argsort(-lengths, kind="stable")
     running = np.searchsorted(-lengths[order], -np.arange(1, steps + 1), side="right")
     return Sequences(order, lengths[order], np.concatenate([[0], np.cumsum(running)]).astype(np.int64))
@@ -309,7 +313,7 @@ class CPUDirection:
         if lengths is not None:
             order = sequences(steps, batch, lengths)
         if training:
-            rows = int(order.first[-1])
+            rows = order.rows
             size = layout(self.spec, self.hidden, self.outputs, batch, rows, rows).end
         kept = empty_bytes(size)
         if reset is None:
@@ -335,7 +339,7 @@ class CPUDirection:
         steps, batch, _ = x.shape
         threads, _, patience, *_ = self._plan(steps, batch)
         chunk = self._backward_chunk(steps, batch)
-        rows = int(order.first[-1])
+        rows = order.rows
         parts = layout(spec, self.hidden, self.outputs, batch, rows, rows)
         room = workspace(spec, 0, parts, batch, chunk * batch)
         scratch = empty_bytes(room.threads + threads * space(spec, 0, chunk * batch, batch).end)
@@ -368,7 +372,7 @@ class CPUDirection:
         size = (self._panels[0].nbytes + self._panels[1].nbytes) / 1e6
         return {
             "kernel": f"fused forward{' and backward' if training else ''}, cell {self.cell.name}",
-            "tile": f"{panel_rows(spec)} rows x {spec.width} vectors of {spec.lanes} ({here.name}, {self.dtype})",
+            "tile": f"{panel_rows(spec)} rows x {spec.width} vectors of {spec.lanes} {self.dtype}, {here.name}",
             "threads": f"{threads} {why}",
             "layout": f"weights in panels of {spec.panel} hidden units with all their gates, {size:.1f} MB",
             "chunk": f"the input of {chunk} steps is projected at once",

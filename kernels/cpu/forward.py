@@ -23,6 +23,7 @@ from .memory import (
     note_rows,
     note_states,
     round_up,
+    rows_before,
     set_rows,
     tables,
     time_of,
@@ -123,20 +124,22 @@ def forward_work(thread, threads, sync, arguments):
     table = tables(spec, space + thread * tables(spec, 0, batch * chunk, batch).end, batch * chunk, batch)
     for start in range(0, steps, chunk):
         end = min(start + chunk, steps)
-        base = sequences.first[start]
+        base = rows_before(sequences, start)
         gates = memory + parts.gates + (base * stride if taped else 0)
         note_rows(x, start, end, sequences, table.inputs)
         for p in range(low, high):
             to = gates + p * parts.gate_rows * stride
-            project_inputs(spec, p, table.inputs, sequences.first[end] - base, depth, packed, to, stride)
+            project_inputs(
+                spec, p, table.inputs, rows_before(sequences, end) - base, depth, packed, to, stride
+            )
         for step in range(start, end):
-            active = sequences.first[step + 1] - sequences.first[step]
-            here = sequences.first[step] if taped else 0
+            active = rows_before(sequences, step + 1) - rows_before(sequences, step)
+            here = rows_before(sequences, step) if taped else 0
             note_step(step, active, here, y, sequences, memory, parts, taped, table)
             for n in range(low, high):
                 # there and back, so that a step begins with the weights that the one before left in cache
                 p = n if step % 2 == 0 else low + high - 1 - n
-                sums = gates + (p * parts.gate_rows + sequences.first[step] - base) * stride
+                sums = gates + (p * parts.gate_rows + rows_before(sequences, step) - base) * stride
                 step_panel(spec, p, active, here, hidden, outputs, packed, sums, memory, parts, table)
             barrier(sync, threads)
             if spec.projected:
@@ -166,7 +169,7 @@ def get_final(spec, y, final, sequences, memory, parts, taped):
         time = time_of(sequences, last, row)
         for k in range(y.shape[2]):
             final[0][sequence, k] = y[time, sequence, k]
-        place = (sequences.first[last] if taped else 0) + row
+        place = (rows_before(sequences, last) if taped else 0) + row
         for n in range(spec.states):
             start = memory + parts.states + (n * parts.rows + place) * parts.width
             for k in range(final[n + 1].shape[1]):
@@ -199,8 +202,8 @@ def forward(
     """Run a sequence in one direction: writes y and the final states, and the tape into `memory`."""
     sequences = Sequences(order, lengths, first, reset, reverse)
     batch, steps = x.shape[1], x.shape[0]
-    rows = first[steps] if taped else batch
-    gate_rows = first[steps] if taped else batch * chunk
+    rows = rows_before(sequences, steps) if taped else batch
+    gate_rows = rows_before(sequences, steps) if taped else batch * chunk
     parts = layout(spec, hidden, y.shape[2], batch, rows, gate_rows)
     start = aligned(memory)
     set_initial(spec, initial, given, sequences, start, parts)

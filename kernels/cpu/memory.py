@@ -30,9 +30,15 @@ class Sequences(NamedTuple):
 
     order: Any  # (B,) int64: the sequence of each row
     lengths: Any  # (B,) int64: by row
-    first: Any  # (T + 1,) int64: how many rows come before each step
+    first: Any  # (T + 1,) int64: how many rows come before each step; (0,) if all lengths are equal
     reset: Any  # (T, B) bool, or (0, 0)
     reverse: Any  # bool
+
+
+@inlined
+def rows_before(sequences, step):
+    """How many rows all steps before this one have together."""
+    return sequences.first[step] if sequences.first.size > 0 else step * sequences.order.size
 
 
 @inlined
@@ -63,7 +69,7 @@ def row_address(array, sequences, step, row):
 def note_rows(array, start, end, sequences, table):
     """Write the row addresses of an array (T, B, ...) for some steps to a table."""
     for step in range(start, end):
-        for row in range(sequences.first[step + 1] - sequences.first[step]):
+        for row in range(rows_before(sequences, step + 1) - rows_before(sequences, step)):
             write_int(row_address(array, sequences, step, row), table)
             table += 8
 
@@ -81,7 +87,7 @@ def note_entering(step, active, y, sequences, memory, parts, table):
 @part
 def zero_padding(array, sequences):
     """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
-    if sequences.first[-1] == array.shape[0] * array.shape[1]:
+    if sequences.first.size == 0:
         return
     for row in range(sequences.order.size):
         array[sequences.lengths[row] :, sequences.order[row]] = 0
@@ -153,7 +159,7 @@ def tables(spec, start, chunk_rows, batch):
 @inlined
 def note_states(step, active, sequences, memory, parts, taped, table):
     """Note where each row finds the states, beside the output, that enter a step."""
-    before = sequences.first[step - 1] if taped and step > 0 else 0
+    before = rows_before(sequences, step - 1) if taped and step > 0 else 0
     for row in range(active):
         anew = starts_anew(sequences, step, row)
         states = parts.initial_states if anew else parts.states + before * parts.width

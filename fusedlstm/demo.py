@@ -25,9 +25,9 @@ from threadpoolctl import threadpool_limits
 from . import LSTM, weights
 
 HIDDEN = 256  # H
-EMBEDDING = 64  # E
-BATCH = 16  # B
-WINDOW = 32  # T: gradients reach this many characters back
+EMBEDDING = 128  # E
+BATCH = 32  # B
+WINDOW = 16  # T: gradients reach this many characters back
 PEAK_RATE = 1e-2  # of learning
 LARGEST_GRADIENT = 1.0  # norm; longer gradients are cut to it
 SECONDS = 100.0  # of training, so that the whole program takes less than two minutes

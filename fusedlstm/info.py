@@ -49,7 +49,8 @@ def gpu() -> str:
     wanted = {"numba-cuda": "numba_cuda", "CuPy": "cupy"}
     missing = [name for name, module in wanted.items() if util.find_spec(module) is None]
     if missing:
-        return f"not used: {' and '.join(missing)} not installed"
+        what = " and ".join(missing)
+        return f"not used: {what} not installed; pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]'"
     try:
         import cupy
 

@@ -14,8 +14,10 @@ The recurrent product runs T times with B rows; the product with the input runs 
 thread keeps its own share of the recurrent weights, so they are held by L1 or L2 if a share fits there,
 by L3 if all of them do, else by memory; in a single step the input weights are read beside them.
 Training has each product three times: forward, for the gradient of what enters, and for the gradient of
-the weights, which is one product over all steps.  Nothing else is counted, neither the cell's functions
-nor barriers, so 100% is out of reach; from 4 rows on the multiply-adds usually decide, below the reads.
+the weights, which is one product over all steps.  From 4 rows on the multiply-adds usually decide, below
+the reads.  Nothing else is counted, neither the cell's functions nor barriers, so 100% is out of reach; but
+a kernel that goes through its weights there and back finds those that it read last in a nearer level, and
+can beat the bound where a share does not fit.
 
 Run as a program, with numbers of threads, this module prints the limits as JSON.
 """

@@ -291,7 +291,7 @@ class CPUDirection:
 
     def _backward_chunk(self, steps: int, batch: int) -> int:
         """The steps after which the gradients of the weights are added to; chunks are equal in size."""
-        row = self._padded * self.spec.gates * self.spec.size
+        row: int = self._padded * self.spec.gates * self.spec.size
         rows = min(BACKWARD_ROWS, BACKWARD_BYTES // row, max(row // 8, 64))
         chunks = -(-steps // max(1, rows // batch))
         return -(-steps // chunks)
@@ -364,7 +364,7 @@ class CPUDirection:
 
     def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
         """See dispatch.Direction."""
-        spec, here = self.spec, machine()
+        spec, rows = self.spec, panel_rows(self.spec)
         threads, _, _, chunk, *_ = self._plan(steps, batch)
         step = self.step_time(batch)
         why = f"of {team.describe()}; a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
@@ -372,7 +372,7 @@ class CPUDirection:
         size = (self._panels[0].nbytes + self._panels[1].nbytes) / 1e6
         return {
             "kernel": f"fused forward{' and backward' if training else ''}, cell {self.cell.name}",
-            "tile": f"{panel_rows(spec)} rows x {spec.width} vectors of {spec.lanes} {self.dtype}, {here.name}",
+            "tile": f"{rows} rows x {spec.width} vectors of {spec.lanes} {self.dtype} ({machine().name})",
             "threads": f"{threads} {why}",
             "layout": f"weights in panels of {spec.panel} hidden units with all their gates, {size:.1f} MB",
             "chunk": f"the input of {chunk} steps is projected at once",

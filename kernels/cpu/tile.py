@@ -26,6 +26,7 @@ from .simd import INT64, call_ir, inlined, load, load_row, part, read_int, splat
 from .spec import MOST_ROWS, Registers, Spec, kernel
 
 UNROLL = 4
+PLANES = 4  # vectors of a tile over planes; what is left is done one by one
 ARGUMENTS = 9  # of a tile's function, all 64-bit integers: those of `product` from the third on
 LATENCY = 8  # multiply-adds that must be in flight to keep the units busy
 
@@ -63,8 +64,10 @@ class _Builder:
             self.a, self.a_stride, self.b, self.b_stride, self.depth,
         ) = self.function.args  # fmt: skip
         self.starts = [self.row_start(r) for r in range(self.rows)]
-        # a tile with few sums keeps several of each, or it waits for the latency of its additions
-        copies = min(UNROLL, -(-LATENCY // (self.rows * self.vectors)))
+        # a tile with few sums keeps several of each, or it waits for the latency of its additions; tiles
+        # over planes keep equally many, since their width depends on the threads and the bits must not
+        width = PLANES if self.layout == "planes" else self.vectors
+        copies = min(UNROLL, -(-LATENCY // (self.rows * width)))
         sums = [self.load(self.at(self.source, self.source_stride, n)) for n in self.places()]
         zero = ir.Constant(self.vector, None)
         sums += [zero] * (len(sums) * (copies - 1))
@@ -173,8 +176,6 @@ def write_addresses(tile, table):
     """Write the addresses of a tile's functions, for 1, 2, ... rows, to a table."""
     _write_addresses(tile, table)
 
-
-PLANES = 4  # vectors of a tile over planes; what is left is done one by one
 
 # The tiles of a spec, in the order in which its table holds their addresses.
 TILES: tuple[tuple[str, Callable[[Spec], int]], ...] = (

@@ -1,0 +1,1122 @@
+"""PyTorch: modules with the arguments, parameters and results of ``torch.nn``'s, run by our kernels.
+
+:class:`LSTM`, :class:`GRU`, :class:`RNN` and their cells take the place of the modules of the same names;
+:class:`Recurrent` runs any cell; :func:`accelerate` turns the modules inside a model into these.
+
+One layer of a stack, both directions of it, is one operator, ``fusedlstm::layer``, and its gradient is
+another, ``fusedlstm::layer_backward``; stacking and dropout are PyTorch's.  Gradients of gradients replay
+the layer with PyTorch's own operators.  Sizes in the comments and docstrings:
+
+    T  time steps        I  input_size          L  num_layers
+    B  batch             H  hidden_size         D  directions: 2 if bidirectional, else 1
+                         P  size of the output: proj_size if there is a projection, else H
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fusedlstm.kernels.reference import schedule
+
+from . import cells, dispatch, layers
+from . import weights as storage
+from .cells import Cell
+from .derive import compile_source
+from .dispatch import Direction
+from .weights import Weights
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrent",
+    "Report",
+    "accelerate",
+    "restore",
+]
+
+_KERNEL_DTYPES = (torch.float32, torch.float64)
+_cells: dict[str, Cell] = {}  # by key: an operator takes a text, not a cell
+
+
+def _key(cell: Cell) -> str:
+    _cells[cell.key] = cell
+    return cell.key
+
+
+# --- Weights as the kernels want them --------------------------------------------------------------------
+
+
+def _unflatten(cell: Cell, flat: Sequence[Any]) -> Weights:
+    """The inverse of :func:`fusedlstm.weights.flatten`."""
+    own = len(flat) - len(cell.weights)  # 2, and 2 more with biases, and 1 more with a projection
+    bias = tuple(flat[2:4]) if own >= 4 else (None, None)
+    return Weights(flat[0], flat[1], *bias, flat[own - 1] if own % 2 else None, tuple(flat[own:]))
+
+
+def _array(tensor: Tensor) -> Any:
+    """The tensor's memory as a NumPy or CuPy array; the last axis is contiguous."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dim() and tensor.stride(-1) != 1:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if tensor.is_cuda:
+        import cupy
+
+        return cupy.asarray(tensor)
+    return tensor.numpy()
+
+
+def _tensor(array: Any) -> Tensor:
+    """A tensor over the memory of a NumPy or CuPy array."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.as_tensor(array, device="cuda")
+
+
+class _Packed(NamedTuple):
+    """Weights laid out for the kernels, and what tells whether they still are the weights."""
+
+    cell: Cell
+    owners: tuple[weakref.ref[Tensor], ...]  # the weights
+    places: tuple[int, ...]  # where they lie
+    words: tuple[np.ndarray, ...]  # their memory, which is kept so that nothing else can lie there; none on a GPU
+    stamp: tuple[int, ...]
+    direction: Direction
+
+
+_packed: dict[int, _Packed] = {}  # by the identity of the recurrent weights, with which an entry goes
+
+
+def _direction(cell: Cell, weights: Sequence[Tensor]) -> Direction:
+    """One direction with these weights, as they are now.
+
+    What was laid out is used again if the tensors are the same, lie where they lay, and have the same
+    version counters and the same bits.  The bits are for what the counters do not see: a write to
+    ``weight.data``, or to memory shared with NumPy.  On a GPU it is the counters alone.
+    """
+    known = _packed.get(id(weights[1]))
+    if (
+        known is not None
+        and known.cell is cell
+        and len(known.owners) == len(weights)
+        and all([owner() is weight for owner, weight in zip(known.owners, weights)])
+        and known.places == tuple([weight.data_ptr() for weight in weights])
+        and known.stamp == _stamp(known.words, weights)
+    ):
+        return known.direction
+    return _pack(cell, weights)
+
+
+def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
+    places = tuple(weight.data_ptr() for weight in weights)
+    weights = [weight if weight.is_contiguous() else weight.contiguous() for weight in weights]
+    arrays = [_array(weight) for weight in weights]
+    number, on_gpu = id(weights[1]), weights[1].is_cuda
+    words = () if on_gpu else tuple(array.reshape(-1).view(np.uint32) for array in arrays)
+    stamp = _stamp(words, weights)
+    direction = dispatch.engine(weights[1].device.type).prepare(cell, _unflatten(cell, arrays))
+
+    def drop(reference: Any) -> None:
+        if (entry := _packed.get(number)) is not None and entry.owners[1] is reference:
+            del _packed[number]
+
+    owners = tuple(weakref.ref(weight, drop if n == 1 else None) for n, weight in enumerate(weights))
+    _packed[number] = _Packed(cell, owners, places, words, stamp, direction)
+    return direction
+
+
+_LOOKED_AT = 1 << 18  # words of the weights that are looked at in a call, some 15 microseconds
+
+
+def _stamp(words: tuple[np.ndarray, ...], weights: Sequence[Tensor]) -> tuple[int, ...]:
+    """Version counters, and a number for the bits: of all, or of evenly spread parts of large weights."""
+    counted = not any([weight.is_inference() for weight in weights])  # those have no counters
+    versions = [weight._version for weight in weights] if counted else []
+    if not words:
+        return tuple(versions)
+    every = 1 + sum([part.size for part in words]) // _LOOKED_AT if counted else 1
+    return (*versions, _fingerprint()(words, every))
+
+
+@cache
+def _fingerprint() -> Callable[[tuple[np.ndarray, ...], int], int]:
+    """Compiled when it is first needed."""
+    from fusedlstm.kernels.cpu.fingerprint import fingerprint
+
+    return cast("Callable[[tuple[np.ndarray, ...], int], int]", fingerprint)
+
+
+# --- One layer, forward and backward ---------------------------------------------------------------------
+
+
+class _Record:
+    """What backward needs of one forward pass."""
+
+    def __init__(self, directions: list[Direction], tapes: list[Any]) -> None:
+        self.directions, self.tapes = directions, tapes
+
+
+class _Handle(np.ndarray):
+    """Numbers of records, which live as long as this memory."""
+
+    records: list[_Record]
+
+
+_numbers = count(1)
+_records: weakref.WeakValueDictionary[int, _Record] = weakref.WeakValueDictionary()
+
+
+def _handle(records: list[_Record | None]) -> Tensor:
+    """A tensor of the numbers of records, which keeps them; 0 is none.
+
+    Autograd, compiled graphs and the like carry tensors only.  Whoever is given a copy after the original
+    is gone finds no record, and runs the layer again.
+    """
+    numbers = [0 if record is None else next(_numbers) for record in records]
+    handle = np.array(numbers, np.int64).view(_Handle)
+    handle.records = [record for record in records if record is not None]
+    _records.update({n: record for n, record in zip(numbers, records) if record is not None})
+    return torch.from_numpy(handle)
+
+
+@contextmanager
+def _on_stream(x: Tensor) -> Iterator[None]:
+    """CuPy on PyTorch's current stream, if x lies on a GPU."""
+    if x.is_cuda:
+        import cupy
+
+        stream = torch.cuda.current_stream(x.device)
+        with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index):
+            yield
+    else:
+        yield
+
+
+class _Shape(NamedTuple):
+    """Sizes of one layer."""
+
+    cell: Cell
+    directions: int
+    steps: int
+    batch: int
+    outputs: int
+    hidden: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the states."""
+        return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
+
+
+def _shape(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> _Shape:
+    cell = _cells[key]
+    steps, batch, _ = x.shape
+    return _Shape(
+        cell, directions, steps, batch, weights[1].shape[1], weights[0].shape[0] // len(cell.gates)
+    )
+
+
+def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
+    y = x.new_empty((shape.steps, shape.batch, shape.directions * shape.outputs))
+    return [y, *[x.new_empty((shape.directions, shape.batch, size)) for size in shape.sizes]]
+
+
+def _host_lengths(lengths: Tensor | None, steps: int) -> np.ndarray | None:
+    if lengths is None:
+        return None
+    host = lengths.detach().to("cpu", torch.int64).contiguous().numpy()
+    if host.size and (host.min() < 1 or host.max() > steps):
+        raise ValueError(f"lengths must be from 1 to {steps}, got {host.min()} to {host.max()}")
+    return host
+
+
+def _masks(lengths: Tensor | None, reset: Tensor | None, x: Tensor) -> tuple[Any, Any]:
+    """lengths and reset as the kernels take them, in memory that nobody else writes."""
+    host = _host_lengths(lengths, x.shape[0])
+    flags = None if reset is None else reset.to(x.device, torch.bool, copy=True).contiguous()
+    if x.is_cuda and host is not None:
+        import cupy
+
+        return cupy.asarray(host), None if flags is None else _array(flags)
+    return host, None if flags is None else _array(flags)
+
+
+def _forward(
+    x: Tensor,  # (T, B, I)
+    initial: list[Tensor],  # (D, B, P) for the output, (D, B, H) for other states; none is zero
+    weights: list[Tensor],  # for each direction as storage.flatten gives them
+    lengths: Tensor | None,  # (B,)
+    reset: Tensor | None,  # (T, B)
+    cell: str,
+    directions: int,
+    training: bool,
+) -> list[Tensor]:
+    """The output (T, B, D*P), the final states, and the handle of what backward needs."""
+    results, record = _run(x, initial, weights, lengths, reset, cell, directions, training)
+    return [*results, _handle([record])]
+
+
+def _run(
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: int,
+    training: bool,
+) -> tuple[list[Tensor], _Record | None]:
+    shape = _shape(x, weights, cell, directions)
+    results = _empty_results(x, shape)
+    if not shape.batch:
+        return results, None
+    if x.is_cuda:
+        with _on_stream(x):
+            return results, _fill(x, initial, weights, lengths, reset, shape, results, training)
+    return results, _fill(x, initial, weights, lengths, reset, shape, results, training)
+
+
+def _fill(
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    shape: _Shape,
+    results: list[Tensor],
+    training: bool,
+) -> _Record | None:
+    masks = (None, None) if lengths is None and reset is None else _masks(lengths, reset, x)
+    source, (y, *final) = _array(x), map(_array, results)
+    given = [_array(part) for part in initial]
+    used, tapes = [], []
+    each = len(weights) // shape.directions
+    for d in range(shape.directions):
+        direction = _direction(shape.cell, weights[d * each : (d + 1) * each])
+        tape = direction.forward(
+            source,
+            tuple([part[d] for part in given]) if given else None,
+            y if shape.directions == 1 else y[..., d * shape.outputs : (d + 1) * shape.outputs],
+            tuple([part[d] for part in final]),
+            *masks,
+            d == 1,
+            training,
+        )
+        if training:
+            used.append(direction)
+            tapes.append(_bound(tape, None, None))  # whoever calls backward brings x and y
+    return _Record(used, tapes) if training else None
+
+
+def _bound(tape: Any, x: Any, y: Any) -> Any:
+    """A tape of an engine with other memory of the input and the output.
+
+    A compiled graph may use theirs again once it has passed them on to backward.
+    """
+    return tape._replace(**{name: value for name, value in (("x", x), ("y", y)) if name in tape._fields})
+
+
+def _backward(
+    grads: list[Tensor],  # of the output and the final states
+    handle: Tensor,  # (1,)
+    y: Tensor,  # (T, B, D*P)
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: int,
+) -> list[Tensor]:
+    """Gradients of x, of the initial states and of the weights."""
+    if not x.shape[1]:
+        return [torch.zeros_like(part) for part in (x, *initial, *weights)]
+    record = _records.get(int(handle))
+    if record is None:
+        (y, *_), record = _run(x, initial, weights, lengths, reset, cell, directions, True)
+    with _on_stream(x):
+        return _run_backward(
+            cast(_Record, record), grads, y, x, initial, _shape(x, weights, cell, directions)
+        )
+
+
+def _run_backward(
+    record: _Record, grads: list[Tensor], y: Tensor, x: Tensor, initial: list[Tensor], shape: _Shape
+) -> list[Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    source, output, target = _array(x), _array(y), _array(dx)
+    dy, *dfinal = map(_array, grads)
+    dinitial, dweights = [], []
+    for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
+        part = slice(d * shape.outputs, (d + 1) * shape.outputs)
+        states, gradients = direction.backward(
+            _bound(tape, source, output[..., part]),
+            dy[..., part],
+            tuple(state[d] for state in dfinal),
+            target,
+            d == 1,
+        )
+        dinitial.append([_tensor(state) for state in states])
+        gradients = gradients._replace(vectors=tuple(v.copy() for v in gradients.vectors))  # may share memory
+        dweights += [_tensor(array) for array in storage.flatten(gradients)]
+    if not initial:
+        return [dx, *dweights]
+    return [dx, *[torch.stack(parts) for parts in zip(*dinitial)], *dweights]
+
+
+# --- The same with PyTorch's operators, for gradients of gradients ---------------------------------------
+
+
+def _like(value: Any, other: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full_like(other, value)
+
+
+def _where(condition: Tensor, x: Any, y: Any) -> Tensor:
+    other = x if isinstance(x, Tensor) else y
+    return torch.where(condition, x, y) if isinstance(other, Tensor) else torch.where(condition, float(x), y)
+
+
+def _pairwise(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
+    def apply(x: Any, y: Any) -> Tensor:
+        return function(_like(x, y), _like(y, x))
+
+    return apply
+
+
+# Of fusedlstm.math; where two values are equal, both functions of a pair give half of the gradient to each.
+_FUNCTIONS: dict[str, Any] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": lambda x: torch.clamp(x / 6 + 0.5, 0, 1),
+    "relu": torch.relu,
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "absolute": torch.abs,
+    "minimum": _pairwise(torch.minimum),
+    "maximum": _pairwise(torch.maximum),
+    "where": _where,
+    "full_like": torch.full_like,
+}
+
+
+@cache
+def _step(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
+    """The step of a cell on tensors."""
+    step = compile_source(cell.source, _FUNCTIONS, f"<cell {cell.name} in PyTorch>").step
+    return cast("Callable[..., tuple[Tensor, ...]]", step)
+
+
+def _replay(
+    x: Tensor,
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    shape: _Shape,
+) -> list[Tensor]:
+    """What `_forward` computes, without the handle."""
+    states = initial or [x.new_zeros((shape.directions, shape.batch, size)) for size in shape.sizes]
+    each = len(weights) // shape.directions
+    outputs, finals = [], []
+    for d in range(shape.directions):
+        own = _unflatten(shape.cell, weights[d * each : (d + 1) * each])
+        y, final = _replay_direction(shape.cell, own, x, [part[d] for part in states], lengths, reset, d == 1)
+        outputs.append(y)
+        finals.append(final)
+    return [torch.cat(outputs, -1), *[torch.stack(parts) for parts in zip(*finals)]]
+
+
+def _replay_direction(
+    cell: Cell,
+    weights: Weights,
+    x: Tensor,  # (T, B, I)
+    initial: list[Tensor],  # (B, size)
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    steps, batch, _ = x.shape
+    marks = None if reset is None else reset.cpu().numpy()
+    active, boundary, order = schedule(steps, batch, _host_lengths(lengths, steps), marks, reverse)
+    running, anew = (torch.from_numpy(mask).to(x.device)[..., None] for mask in (active, boundary))
+    from_input = nn.functional.linear(x, weights.ih, weights.bias_ih)
+    step, count, states = _step(cell), len(cell.gates), initial
+    y: list[Tensor] = [x] * steps
+    for t in order:
+        if boundary[t].any():
+            states = [torch.where(anew[t], s0, s) for s0, s in zip(initial, states)]
+        from_output = nn.functional.linear(states[0], weights.hh, weights.bias_hh)
+        given = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
+        for gate, a, b in zip(cell.gates, from_input[t].chunk(count, -1), from_output.chunk(count, -1)):
+            given |= {f"{gate}_x": a, f"{gate}_h": b} if gate in cell.split else {gate: a + b}
+        new = list(step(*(given[name] for name in cell.arguments)))
+        if weights.hr is not None:
+            new[0] = nn.functional.linear(new[0], weights.hr)
+        y[t] = new[0]
+        if active[t].all():
+            states = new
+        else:
+            y[t] = torch.where(running[t], y[t], 0)
+            states = [torch.where(running[t], n, s) for n, s in zip(new, states)]
+    return torch.stack(y), states
+
+
+# --- The operators ---------------------------------------------------------------------------------------
+
+_SHARED = "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
+_layer = torch.library.custom_op(
+    "fusedlstm::layer", _forward, mutates_args=(), schema=f"({_SHARED}, bool training) -> Tensor[]"
+)
+_layer_backward = torch.library.custom_op(
+    "fusedlstm::layer_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor[] grads, Tensor handle, Tensor y, {_SHARED}) -> Tensor[]",
+)
+
+
+@_layer.register_fake
+def _(x, initial, weights, lengths, reset, cell, directions, training):  # type: ignore[no-untyped-def]
+    results = _empty_results(x, _shape(x, weights, cell, directions))
+    return [*results, torch.empty(1, dtype=torch.int64, device="cpu")]
+
+
+@_layer_backward.register_fake
+def _(grads, handle, y, x, initial, weights, *rest):  # type: ignore[no-untyped-def]
+    return [
+        torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, *initial, *weights)
+    ]
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, initial, weights, lengths, reset, ctx.cell, ctx.directions, _ = inputs
+    ctx.states = len(initial)
+    # the output belongs to what backward reads, so that nobody changes it unnoticed
+    ctx.save_for_backward(lengths, reset, output[-1], output[0], x, *initial, *weights)
+
+
+def _layer_gradient(ctx: Any, grads: list[Tensor]) -> Any:
+    lengths, reset, handle, y, x, *rest = ctx.saved_tensors
+    initial, weights = rest[: ctx.states], rest[ctx.states :]
+    dx, *others = torch.ops.fusedlstm.layer_backward(
+        grads[:-1], handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions
+    )
+    return dx, others[: ctx.states], others[ctx.states :], None, None, None, None, None
+
+
+def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    grads, _, _, x, initial, weights, lengths, reset, ctx.cell, ctx.directions = inputs
+    ctx.counts = len(grads), len(initial)
+    ctx.save_for_backward(lengths, reset, x, *grads, *initial, *weights)
+
+
+def _second_gradient(ctx: Any, seeds: list[Tensor]) -> Any:
+    """The gradient of `_backward`, by replaying the layer."""
+    lengths, reset, x, *rest = ctx.saved_tensors
+    first, second = ctx.counts[0], sum(ctx.counts)
+    grads, initial, weights = rest[:first], rest[first:second], rest[second:]
+    shape = _shape(x, weights, ctx.cell, ctx.directions)
+
+    def gradient(grads: list[Tensor], x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> Any:
+        def layer(x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+            return _replay(x, initial, weights, lengths, reset, shape)
+
+        dx, dinitial, dweights = torch.func.vjp(layer, x, initial, weights)[1](grads)
+        return [dx, *dinitial, *dweights]
+
+    dgrads, dx, dinitial, dweights = torch.func.vjp(gradient, grads, x, initial, weights)[1](seeds)
+    return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
+
+
+def _each(operator: Any) -> Callable[..., Any]:
+    """A batching rule: one call for each entry, each of them a fused kernel."""
+
+    def rule(info: Any, dims: tuple[Any, ...], *args: Any) -> Any:
+        calls = [operator(*_entry(args, dims, n)) for n in range(info.batch_size)]
+        results = [torch.stack(parts) for parts in zip(*calls)]
+        if operator is torch.ops.fusedlstm.layer:
+            results[-1] = _handle([_records.get(int(call[-1])) for call in calls])[:, None]
+        return results, [0] * len(results)
+
+    return rule
+
+
+def _entry(value: Any, dims: Any, n: int) -> Any:
+    """Entry n of every tensor that has a dimension for it."""
+    if isinstance(value, (list, tuple)) and dims is not None:
+        return [_entry(part, dim, n) for part, dim in zip(value, dims)]
+    return value if dims is None else value.select(dims, n)
+
+
+_layer.register_autograd(_layer_gradient, setup_context=_save)
+_layer_backward.register_autograd(_second_gradient, setup_context=_save_backward)
+_layer.register_vmap(_each(torch.ops.fusedlstm.layer))
+_layer_backward.register_vmap(_each(torch.ops.fusedlstm.layer_backward))
+
+
+def _apply(
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: Cell,
+    directions: int,
+) -> list[Tensor]:
+    """The output and the final states of one layer."""
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *initial, *weights))
+    args = (x, initial, weights, lengths, reset, _key(cell), directions)
+    if not gradients and _plain(x, *initial, *weights):
+        return _run(*args, False)[0]
+    return cast("list[Tensor]", torch.ops.fusedlstm.layer(*args, gradients)[:-1])
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nobody watches what is done with these tensors, so that the dispatcher has no part in it."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors)
+    )
+
+
+# --- Modules ---------------------------------------------------------------------------------------------
+
+
+class _Stack(nn.Module):
+    """What layers share; their parameters are named by `_all_weights`, for each direction of each layer.
+
+    Call as ``torch.nn``'s layers, with two more arguments:
+
+        lengths: (B,) integers from 1 to T, in any order and on any device: sequences end there.  Outputs past
+            the end are zero, the final state is that at the end, and a reverse direction starts there.
+        reset: (T, B), or (B, T) if batch_first, or (T,), booleans: where true, the state goes back to the
+            initial one before that step.  A reverse direction goes back at the same boundary.
+    """
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    _all_weights: list[list[str]]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # (T, B, I), (B, T, I) or (T, I)
+        hx: Tensor | tuple[Tensor, ...] | None = None,  # (L*D, B, P), others (L*D, B, H)
+        *,
+        lengths: Tensor | Sequence[int] | None = None,  # (B,)
+        reset: Tensor | None = None,  # (T, B), (B, T) or (T,)
+    ) -> Any:
+        """Output and final state, as ``torch.nn`` shapes them.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: for an argument that does not fit; it names the argument.
+        """
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, lengths, reset)
+        self._check_input(input)
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
+        if x.shape[0] == 0:
+            raise RuntimeError(f"input must have one time step at least, got the shape {tuple(input.shape)}")
+        states = [] if hx is None else self._check_state(hx, x.shape[1], batched)
+        if lengths is not None:
+            lengths = self._check_lengths(lengths, x.shape[1], batched)
+        if reset is not None:
+            reset = self._check_reset(reset, input.shape[:-1], batched)
+        y, final = self._run(x, states, lengths, reset)
+        if not batched:
+            y, final = y.squeeze(1), [part.squeeze(1) for part in final]
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        return y, tuple(final) if len(final) > 1 else final[0]
+
+    def _run(
+        self, x: Tensor, states: list[Tensor], lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output (T, B, D*P) and the final states of all layers."""
+        directions = 2 if self.bidirectional else 1
+        cell, results = self.cell, []
+        given = x.dtype
+        for level in range(self.num_layers):
+            rows = slice(level * directions, (level + 1) * directions)
+            weights = [_parameter(self, name) for names in self._all_weights[rows] for name in names]
+            own = states if self.num_layers == 1 else [part[rows] for part in states]
+            if level and self.dropout:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            if not (x.dtype is weights[0].dtype and x.dtype in _KERNEL_DTYPES):
+                x, own, weights = _converted(x, own, weights)
+            x, *final = _apply(x, own, weights, lengths, reset, cell, directions)
+            results.append(final)
+        final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
+        return _as_results(x, final, given, self._autocasts)
+
+    def _run_packed(self, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
+        if lengths is not None or reset is not None:
+            raise ValueError("a PackedSequence has lengths of its own, and cannot be reset: pad it instead")
+        padded, ends = pad_packed_sequence(packed)
+        self._check_input(padded)
+        states = [] if hx is None else self._check_state(hx, padded.shape[1], True)
+        y, final = self._run(padded, states, ends, None)
+        order = packed.sorted_indices
+        if order is not None:
+            y, ends = y.index_select(1, order), ends[order.cpu()]
+        data = pack_padded_sequence(y, ends).data
+        output = PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
+        return output, tuple(final) if len(final) > 1 else final[0]
+
+    _autocasts = True  # whether autocast gives its type to the results
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead, with the "
+                f"shape {tuple(x.shape)}"
+            )
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]} "
+                f"in the shape {tuple(x.shape)}"
+            )
+        _check_dtype(x, _parameter(self, self._all_weights[0][0]))
+
+    def _check_state(self, hx: Any, batch: int, batched: bool) -> list[Tensor]:
+        """The states as (L*D, B, size) each."""
+        names = self.cell.states
+        parts = (hx,) if len(names) == 1 else hx
+        if not isinstance(parts, (tuple, list)) or len(parts) != len(names):
+            raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {_described(hx)}")
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        states = []
+        for n, part in enumerate(parts):
+            size = self.proj_size if self.proj_size and not n else self.hidden_size
+            label = "hx" if len(names) == 1 else f"hidden[{n}]"
+            expected = (rows, batch, size) if batched else (rows, size)
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{label} must be a tensor, got {_described(part)}")
+            if part.shape != expected:
+                raise RuntimeError(f"Expected {label} size {expected}, got {tuple(part.shape)}")
+            _check_dtype(part, _parameter(self, self._all_weights[0][0]), label)
+            states.append(part if batched else part.unsqueeze(1))
+        return states
+
+    def _check_lengths(self, lengths: Any, batch: int, batched: bool) -> Tensor:
+        if not batched:
+            raise ValueError("lengths needs an input with a batch axis; cut one sequence to its length instead")
+        lengths = torch.as_tensor(lengths)
+        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            raise ValueError(
+                f"lengths must have the shape ({batch},), one for each sequence, got {tuple(lengths.shape)}"
+            )
+        return lengths
+
+    def _check_reset(self, reset: Any, shape: torch.Size, batched: bool) -> Tensor:
+        """reset as (T, B)."""
+        if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
+            raise TypeError(f"reset must be a tensor of booleans, got {_described(reset)}")
+        if reset.shape != shape:
+            raise ValueError(
+                f"reset must have the shape {tuple(shape)}, as input without its features, got "
+                f"{tuple(reset.shape)}"
+            )
+        if not batched:
+            return reset.unsqueeze(1)
+        return reset.transpose(0, 1) if self.batch_first else reset
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """What the attribute is; a parametrization or a hook may have put anything there."""
+    parameter = module._parameters.get(name)  # quicker
+    return getattr(module, name) if parameter is None else parameter
+
+
+def _check_dtype(value: Tensor, weight: Tensor, label: str = "input") -> None:
+    if value.dtype is not weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN {label} dtype ({value.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert {label}: {label}.to({weight.dtype}), or convert model: model.to({value.dtype})"
+        )
+    if value.device != weight.device:
+        raise RuntimeError(f"{label} lies on {value.device}, but the weights on {weight.device}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    entries = f" of {len(value)} entries" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{entries}"
+
+
+def _converted(
+    x: Tensor, states: list[Tensor], weights: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """All in the precision in which kernels compute: that of the weights, but float32 at least."""
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    return x.to(dtype), [part.to(dtype) for part in states], [weight.to(dtype) for weight in weights]
+
+
+def _as_results(
+    y: Tensor, final: list[Tensor], given: torch.dtype, autocasts: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Results of the type of the input, or of autocast's."""
+    if y.dtype is torch.float64:
+        return y, final
+    if autocasts and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(y.device.type):
+        given = torch.get_autocast_dtype(y.device.type)
+    return (y, final) if y.dtype is given else (y.to(given), [part.to(given) for part in final])
+
+
+_MODES = {"LSTM": cells.lstm, "GRU": cells.gru, "RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu}
+
+
+class _TorchStack(_Stack, nn.RNNBase):
+    """A layer that PyTorch has: its parameters, settings and texts are PyTorch's own."""
+
+    @property
+    def cell(self) -> Cell:  # type: ignore[override]
+        return _MODES[self.mode]
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the kernels keep a layout of their own, which follows the parameters."""
+
+
+class LSTM(_TorchStack):
+    """``torch.nn.LSTM`` with fused kernels: the same arguments, parameters, shapes and results.
+
+    See :class:`torch.nn.LSTM`, and :meth:`forward` for `lengths` and `reset`.
+
+    Example:
+        >>> lstm = LSTM(3, 5)
+        >>> y, (h, c) = lstm(torch.zeros(7, 2, 3), lengths=[7, 4])
+        >>> y.shape, h.shape, c.shape
+        (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]), torch.Size([1, 2, 5]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.RNNBase.__init__(
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype,
+        )  # fmt: skip
+
+
+class GRU(_TorchStack):
+    """``torch.nn.GRU`` with fused kernels, as :class:`LSTM` is ``torch.nn.LSTM``."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.RNNBase.__init__(
+            self, "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            0, device, dtype,
+        )  # fmt: skip
+
+    @property
+    def _autocasts(self) -> bool:  # type: ignore[override]
+        return bool(_parameter(self, "weight_ih_l0").is_cuda)  # as PyTorch's
+
+
+class RNN(_TorchStack):
+    """``torch.nn.RNN`` with fused kernels, as :class:`LSTM` is ``torch.nn.LSTM``."""
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        mode = f"RNN_{_check_nonlinearity(nonlinearity).upper()}"
+        nn.RNNBase.__init__(
+            self, mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            0, device, dtype,
+        )  # fmt: skip
+        self.nonlinearity = nonlinearity
+
+
+def _check_nonlinearity(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity {nonlinearity!r}. Select from 'tanh' or 'relu'.")
+    return nonlinearity
+
+
+class Recurrent(_Stack):
+    """A stack of recurrent layers that run any cell.
+
+    Parameters are named as in ``torch.nn.LSTM``, and the learned vectors of the cell likewise (``p_i_l0``).
+
+    Args:
+        cell: what :func:`fusedlstm.cell` made of a function, or one of :mod:`fusedlstm.cells`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size: as
+            ``torch.nn.LSTM``'s.  A projection needs a cell that does not read its own output.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: for an argument that is none of the above.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        # the arguments are looked at, and the parameters named and measured, where the array layers do it
+        plan = layers.Recurrent(
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        )
+        self.cell, self.input_size, self.hidden_size = cell, plan.input_size, plan.hidden_size
+        self.num_layers, self.bias, self.batch_first = plan.num_layers, plan.bias, plan.batch_first
+        self.dropout, self.bidirectional, self.proj_size = plan.dropout, plan.bidirectional, plan.proj_size
+        self._all_weights = [storage.flatten(names) for names in plan._names]
+        for name, shape in plan._shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size."""
+        bound = self.hidden_size**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        shown = [self.cell.name, str(self.input_size), str(self.hidden_size)]
+        for name, default in _DEFAULTS.items():
+            if (value := getattr(self, name)) != default:
+                shown.append(f"{name}={value}")
+        return ", ".join(shown)
+
+
+_DEFAULTS = {
+    "proj_size": 0,
+    "num_layers": 1,
+    "bias": True,
+    "batch_first": False,
+    "dropout": 0.0,
+    "bidirectional": False,
+}
+
+
+class _Single(nn.RNNCellBase):
+    """What cells share: one step of one layer; the parameters are PyTorch's."""
+
+    _cell: Cell
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:  # (B, I) or (I,); (B, H) or (H,) each
+        """The new state, as ``torch.nn`` shapes it.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: for an argument that does not fit; it names the argument.
+        """
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
+            )
+        weights = [_parameter(self, name) for name in ("weight_ih", "weight_hh")]
+        if self.bias:
+            weights += [_parameter(self, name) for name in ("bias_ih", "bias_hh")]
+        _check_dtype(input, weights[0])
+        batched = input.dim() == 2
+        x = input.unsqueeze(0) if batched else input[None, None]
+        states = [] if hx is None else self._check_state(hx, x.shape[1], batched, weights[0])
+        if not (x.dtype is weights[0].dtype and x.dtype in _KERNEL_DTYPES):
+            x, states, weights = _converted(x, states, weights)
+        y, *final = _apply(x, states, weights, None, None, self._cell, 1)
+        _, final = _as_results(y, final, input.dtype, y.is_cuda)
+        final = [part.squeeze(0) if batched else part[0, 0] for part in final]
+        return tuple(final) if len(final) > 1 else final[0]
+
+    def _check_state(self, hx: Any, batch: int, batched: bool, weight: Tensor) -> list[Tensor]:
+        """The states as (1, B, H) each."""
+        names = self._cell.states
+        parts = (hx,) if len(names) == 1 else hx
+        if not isinstance(parts, (tuple, list)) or len(parts) != len(names):
+            raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {_described(hx)}")
+        states = []
+        for n, part in enumerate(parts):
+            label = "hidden" if len(names) == 1 else f"hx[{n}]"
+            if part.dim() not in (1, 2):
+                raise ValueError(
+                    f"{type(self).__name__}: Expected {label} to be 1D or 2D, got {part.dim()}D instead"
+                )
+            if part.dim() != 1 + batched:
+                raise RuntimeError(
+                    f"{label} must have as many dimensions as input, {1 + batched}, got {part.dim()}"
+                )
+            if part.shape[-1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{n} has inconsistent hidden_size: got {part.shape[-1]}, expected {self.hidden_size}"
+                )
+            if batched and part.shape[0] != batch:
+                raise RuntimeError(
+                    f"Input batch size {batch} doesn't match hidden{n} batch size {part.shape[0]}"
+                )
+            _check_dtype(part, weight, label)
+            states.append(part.unsqueeze(0) if batched else part[None, None])
+        return states
+
+
+class LSTMCell(_Single, nn.LSTMCell):
+    """``torch.nn.LSTMCell`` with a fused kernel."""
+
+    _cell = cells.lstm
+
+
+class GRUCell(_Single, nn.GRUCell):
+    """``torch.nn.GRUCell`` with a fused kernel."""
+
+    _cell = cells.gru
+
+
+class RNNCell(_Single, nn.RNNCell):
+    """``torch.nn.RNNCell`` with a fused kernel."""
+
+    @property
+    def _cell(self) -> Cell:  # type: ignore[override]
+        return _MODES[f"RNN_{_check_nonlinearity(self.nonlinearity).upper()}"]
+
+
+# --- Models that exist -----------------------------------------------------------------------------------
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNN: RNN,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+    nn.RNNCell: RNNCell,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_MARK = "_fusedlstm_accelerated"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`accelerate` did; prints as text.
+
+    Attributes:
+        replaced: names of the modules that our kernels run now, and what they are.
+        skipped: names of the recurrent modules that were left as they are, and why.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} replaced, {len(self.skipped)} not"]
+        lines += [f"  {name or 'the model itself'}: {text}" for name, text in self.replaced.items()]
+        lines += [f"  {name or 'the model itself'}: left, {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Let our kernels run every ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and cell of a model, in place.
+
+    The modules stay the objects that they are and change their class: parameters, hooks, settings and
+    everything that refers to them go on working.  :func:`restore` undoes it.
+
+    Example:
+        >>> print(accelerate(nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5))))
+        1 replaced, 0 not
+          1: LSTM(4, 5)
+    """
+    report = Report()
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(_OURS)) or type(module) in _THEIRS:
+            continue
+        if reason := _obstacle(module):
+            report.skipped[name] = reason
+        else:
+            module.__class__ = _OURS[type(module)]
+            module.__dict__[_MARK] = True
+            report.replaced[name] = repr(module)
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo :func:`accelerate`; the names of the modules that are PyTorch's again."""
+    names = []
+    for name, module in model.named_modules():
+        if module.__dict__.pop(_MARK, False):
+            module.__class__ = _THEIRS[type(module)]
+            names.append(name)
+    return names
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a recurrent module cannot be run by our kernels, if it cannot."""
+    if type(module) not in _OURS:
+        return f"{type(module).__name__} is a class of its own, which may do something else"
+    for name, parameter in module.named_parameters():
+        if parameter.dtype not in _KERNEL_DTYPES:
+            return f"{name} is {parameter.dtype}, and the kernels compute in float32 or float64"
+        if parameter.device.type not in ("cpu", "cuda"):
+            return f"{name} lies on {parameter.device}, and the kernels run on CPUs and CUDA devices"
+    return None

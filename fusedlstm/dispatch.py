@@ -16,14 +16,19 @@ from .weights import Weights
 States = tuple[Any, ...]
 
 BACKENDS = ("auto", "cpu", "cuda", "reference")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of the products of a float32 layer
+FORMS = ("auto", "persistent", "stepwise")  # of CUDA kernels
 
 _ENGINES = {
     "cpu": ("fusedlstm.kernels.cpu.engine", "CPU"),
     "cuda": ("fusedlstm.kernels.cuda.engine", "CUDA"),
     "reference": ("fusedlstm.kernels.reference", "Reference"),
 }
-_HINTS = {"cuda": ". It needs an NVIDIA GPU, numba-cuda and CuPy: pip install 'fusedlstm[cuda12]'"}
-_loaded: dict[str, Engine] = {}
+_HINTS = {
+    "cuda": ". It needs an NVIDIA GPU, numba-cuda and CuPy, for the driver's version of CUDA: "
+    "pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]'"
+}
+_loaded: dict[tuple[str, str, str], Engine] = {}
 
 
 class Direction(Protocol):
@@ -88,19 +93,29 @@ def simulated() -> bool:
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
-def engine(backend: str, x: Any = None) -> Engine:
+def engine(backend: str, x: Any = None, precision: str = "float32", form: str = "auto") -> Engine:
     """The engine of a backend, loaded when it is first needed; "auto" picks by where x lies.
 
     Raises:
         ImportError: if the backend needs a package that is not installed.
         RuntimeError: if it needs a GPU that is not there.
+        ValueError: if it has no kernels of that precision or form.
     """
     name = backend_for(backend, x)
-    if name in _loaded:
-        return _loaded[name]
+    key = (name, precision, form)
+    if key in _loaded:
+        return _loaded[key]
+    options: dict[str, Any] = {}
+    if name == "cuda":
+        options = {"precision": precision, "form": None if form == "auto" else form}
+    elif (precision, form) != ("float32", "auto"):
+        raise ValueError(
+            f"precision {precision!r} and form {form!r} are for CUDA kernels, but backend {name!r} would "
+            "run: give CuPy arrays, or leave both at their defaults"
+        )
     module, engine_class = _ENGINES[name]
     try:
-        made = cast(Engine, getattr(importlib.import_module(module), engine_class)())
+        made = cast(Engine, getattr(importlib.import_module(module), engine_class)(**options))
     except ImportError as error:
         raise ImportError(f"backend {name!r} cannot be loaded: {error}{_HINTS.get(name, '')}") from error
-    return _loaded.setdefault(name, made)  # of two threads, the first
+    return _loaded.setdefault(key, made)  # of two threads, the first

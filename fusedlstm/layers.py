@@ -73,6 +73,10 @@ class Recurrent:
             cell must not read its own output.
         dtype: "float32" or "float64", of the weights, the input, the states and the output.
         backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for CuPy arrays, else "cpu".
+        precision: of the products of a float32 layer on a GPU: "float32" exactly, or "tf32", "bfloat16"
+            or "float16" on tensor cores; sums and states are float32 in any case.
+        form: of the kernels on a GPU: "persistent" is one launch for a sequence, "stepwise" one for each
+            step; "auto" decides by the sizes and the device.
         seed: of the initial weights and of dropout; None takes fresh entropy.
 
     Raises:
@@ -90,6 +94,8 @@ class Recurrent:
     proj_size: int
     dtype: np.dtype[Any]
     backend: str
+    precision: str
+    form: str
     _names: tuple[Weights, ...]  # for each direction of each layer, as are the places
     _shapes: dict[str, tuple[int, ...]]
     _places: tuple[_Place, ...]
@@ -114,6 +120,8 @@ class Recurrent:
         *,
         dtype: Any = "float32",
         backend: str = "auto",
+        precision: str = "float32",
+        form: str = "auto",
         seed: int | None = None,
     ) -> None:
         if not isinstance(cell, Cell):
@@ -131,6 +139,8 @@ class Recurrent:
             proj_size=_size("proj_size", proj_size, minimum=0),
             dtype=_dtype(dtype),
             backend=backend,
+            precision=precision,
+            form=form,
         )
         self._check_settings()
         directions = 2 if bidirectional else 1
@@ -157,6 +167,14 @@ class Recurrent:
     def _check_settings(self) -> None:
         if self.backend not in dispatch.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {self.backend!r}")
+        if self.precision not in dispatch.PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(dispatch.PRECISIONS)}, got {self.precision!r}"
+            )
+        if self.form not in dispatch.FORMS:
+            raise ValueError(f"form must be one of {', '.join(dispatch.FORMS)}, got {self.form!r}")
+        if self.precision != "float32" and self.dtype != np.float32:
+            raise ValueError(f"precision {self.precision!r} needs dtype 'float32', got {self.dtype.name!r}")
         if self.proj_size >= self.hidden_size:
             raise ValueError(
                 f"proj_size must be smaller than hidden_size {self.hidden_size}, got {self.proj_size}"
@@ -271,7 +289,8 @@ class Recurrent:
             "key": None if _BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
         }
         settings = self._settings()
-        del settings["backend"]  # a matter of the machine
+        for name in ("backend", "form"):  # a matter of the machine
+            del settings[name]
         storage.write(path, self.state_dict(), identity | settings)
 
     def _settings(self) -> dict[str, Any]:
@@ -373,7 +392,9 @@ class Recurrent:
         return y, final[0] if len(final) == 1 else tuple(final), tape
 
     def _prepare(self, place: _Place, x: Any) -> Direction:
-        direction = dispatch.engine(self.backend, x).prepare(self.cell, place.weights)
+        direction = dispatch.engine(self.backend, x, self.precision, self.form).prepare(
+            self.cell, place.weights
+        )
         place.ready[type(x)] = direction
         return direction
 
@@ -561,6 +582,8 @@ class LSTM(Recurrent):
         *,
         dtype: Any = "float32",
         backend: str = "auto",
+        precision: str = "float32",
+        form: str = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -575,6 +598,8 @@ class LSTM(Recurrent):
             proj_size,
             dtype=dtype,
             backend=backend,
+            precision=precision,
+            form=form,
             seed=seed,
         )
 
@@ -594,6 +619,8 @@ class GRU(Recurrent):
         *,
         dtype: Any = "float32",
         backend: str = "auto",
+        precision: str = "float32",
+        form: str = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -607,6 +634,8 @@ class GRU(Recurrent):
             bidirectional,
             dtype=dtype,
             backend=backend,
+            precision=precision,
+            form=form,
             seed=seed,
         )
 
@@ -628,6 +657,8 @@ class RNN(Recurrent):
         *,
         dtype: Any = "float32",
         backend: str = "auto",
+        precision: str = "float32",
+        form: str = "auto",
         seed: int | None = None,
     ) -> None:
         kinds = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
@@ -644,6 +675,8 @@ class RNN(Recurrent):
             bidirectional,
             dtype=dtype,
             backend=backend,
+            precision=precision,
+            form=form,
             seed=seed,
         )
 
@@ -667,6 +700,8 @@ _DEFAULTS: dict[str, Any] = {
     "proj_size": 0,
     "dtype": "float32",
     "backend": "auto",
+    "precision": "float32",
+    "form": "auto",
 }
 
 

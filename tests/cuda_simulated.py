@@ -307,6 +307,21 @@ def test_layers_run_on_it() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"precision": "tf32"}, {"form": "stepwise"}])
+def test_a_layer_runs_in_the_precision_and_form_that_it_was_built_with(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 2, 4)).astype("f4")
+    layer = fusedlstm.LSTM(4, 7, backend="cuda", seed=1, **options)
+    (said,) = fusedlstm.explain(layer, x).places.values()
+    assert all(value in said["forward"] for value in options.values())
+    truth, _ = fusedlstm.LSTM(4, 7, backend="reference", seed=1)(x)
+    error = np.linalg.norm(layer(x)[0] - truth) / np.linalg.norm(truth)
+    assert error < 1e-3
+    assert (error > 1e-6) == ("precision" in options)
+
+
 def test_explain_says_which_kernel_and_why() -> None:
     weights = arrays(Case(cells.lstm, 1, 5, 2, 7)).weights
     said = engine.CUDA().prepare(cells.lstm, weights).explain(3, 5, True)

@@ -56,6 +56,14 @@ def test_an_engine_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
         dispatch.engine("cuda", Device())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_options_of_cuda_kernels_are_refused_elsewhere(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"precision 'tf32'.*CUDA kernels"):
+        dispatch.engine(backend, HOST, "tf32")
+    with pytest.raises(ValueError, match=r"form 'stepwise'.*CUDA kernels"):
+        dispatch.engine(backend, HOST, form="stepwise")
+
+
 def test_importing_the_package_imports_numpy_only() -> None:
     heavy = ("numba", "llvmlite", "safetensors", "tqdm", "sympy", "torch", "cupy")
     code = f"import fusedlstm, sys; assert not set({heavy}) & set(sys.modules)"

@@ -1,0 +1,74 @@
+"""Weights as the kernels read them, against the layouts written with NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import types
+
+from fusedlstm.kernels.cpu import engine, team
+from fusedlstm.kernels.cpu.spec import Registers
+
+DTYPES = pytest.mark.parametrize("scalar", [types.float32, types.float64], ids=str)
+SIZES = [(1, 1, 1), (4, 17, 5), (3, 33, 40), (2, 64, 3), (1, 100, 31)]  # gates, hidden, columns
+GUARD = 9
+
+
+def packed(pack: engine.Kernel, threads: int, size: int, dtype: Any, *arguments: Any) -> np.ndarray:
+    """What a kernel writes, all of it and nothing beyond."""
+    around = np.full(size + 2 * GUARD, np.nan, dtype)
+    target = around[GUARD : GUARD + size]
+    address = team.current().address if threads > 1 else 0
+    pack.entry(address, threads, 1000, pack.address, None, *arguments, target.ctypes.data)
+    assert np.isnan(around[:GUARD]).all()
+    assert np.isnan(around[GUARD + size :]).all()
+    return target
+
+
+def by_gate(weight: np.ndarray, gates: np.ndarray, padded: int) -> np.ndarray:
+    """(gates, padded, columns), the gates in the given order."""
+    split = weight.reshape(gates.size, -1, weight.shape[1])[gates]
+    return np.pad(split, ((0, 0), (0, padded - split.shape[1]), (0, 0)))
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("units", [1, 2, 4])
+def test_panels(units: int, threads: int, scalar: types.Float) -> None:
+    """[panels][k][gates * units][lanes]"""
+    lanes, dtype = Registers(scalar).lanes, np.dtype(str(scalar))
+    for gates, hidden, depth in SIZES:
+        generator = np.random.default_rng(hidden)
+        order = generator.permutation(gates)
+        # the last axis need not be contiguous: NumPy's order of a transposed array
+        weight = generator.normal(size=(depth, gates * hidden)).astype(dtype).T
+        panels = -(-hidden // (units * lanes))
+        pack, _ = engine.packers(scalar)
+        size = panels * units * lanes * gates * depth
+        found = packed(pack, threads, size, dtype, weight, order, units)
+        expected = by_gate(weight, order, panels * units * lanes)
+        expected = expected.reshape(gates, panels, units, lanes, depth).transpose(1, 4, 0, 2, 3)
+        assert np.array_equal(found.reshape(expected.shape), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("units", [1, 2])
+def test_planes(units: int, threads: int, scalar: types.Float) -> None:
+    """[vectors][panels][gates][panel][lanes]"""
+    lanes, dtype = Registers(scalar).lanes, np.dtype(str(scalar))
+    for gates, hidden, columns in SIZES:
+        generator = np.random.default_rng(hidden)
+        order, panel = generator.permutation(gates), units * lanes
+        weight = generator.normal(size=(gates * hidden, columns + 3)).astype(dtype)
+        weight[:, columns:] = np.nan  # rows lie apart; what is between them is not read
+        weight = weight[:, :columns]
+        panels, vectors = -(-hidden // panel), -(-columns // lanes)
+        _, pack = engine.packers(scalar)
+        size = vectors * panels * gates * panel * lanes
+        found = packed(pack, threads, size, dtype, weight, order, panel)
+        expected = by_gate(np.pad(weight, ((0, 0), (0, vectors * lanes - columns))), order, panels * panel)
+        expected = expected.reshape(gates, panels, panel, vectors, lanes).transpose(3, 1, 0, 2, 4)
+        assert np.array_equal(found.reshape(expected.shape), expected)

@@ -1,0 +1,269 @@
+"""Processors of several kinds, constants of kernels, and the cache of compiled code on disk."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checks import five_gates, three_states, unused_state
+from numba import njit, types
+from numba.core import config
+
+from fusedlstm import cells
+from fusedlstm.kernels.cpu import spec as spec_module
+from fusedlstm.kernels.cpu.spec import Machine, Named, Registers, Spec, fingerprint, machine
+
+TESTS = Path(__file__).parent
+PACKAGE = Path(spec_module.__file__).parent
+
+SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt"
+AVX2 = f"{SSE},+avx,+avx2,+fma,+bmi,+bmi2,+f16c"
+AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
+KINDS = {  # Numba's name for a processor, its features, what tiles are cut for
+    "AVX-512": ("skylake-avx512", AVX512, Machine("AVX-512", 512, 32)),
+    "AVX2": ("haswell", AVX2, Machine("AVX2", 256, 16)),
+    "SSE": ("nehalem", SSE, Machine("SSE", 128, 16)),
+}
+X86 = pytest.mark.skipif(spec_module.platform.machine() not in ("x86_64", "AMD64"), reason="x86 alone")
+
+
+def python(script: str, *arguments: str, **environment: str) -> str:
+    """What a fresh Python process prints, which must end well."""
+    result = start(script, *arguments, **environment)
+    output, errors = result.communicate(timeout=300)
+    assert result.returncode == 0, errors
+    return output
+
+
+def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- Processors -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def pretend(text: str | None, architecture: str = "x86_64") -> Machine:
+        monkeypatch.setattr(config, "CPU_FEATURES", text)
+        monkeypatch.setattr(spec_module.platform, "machine", lambda: architecture)
+        machine.cache_clear()
+        return machine()
+
+    yield pretend
+    machine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "architecture", "expected"),
+    [
+        *((text, "x86_64", expected) for _, text, expected in KINDS.values()),
+        ("+avx,+avx2,-fma", "x86_64", Machine("SSE", 128, 16)),
+        ("+avx2,+fma,-avx512f", "AMD64", Machine("AVX2", 256, 16)),
+        ("+neon", "aarch64", Machine("NEON", 128, 32)),
+        ("+neon", "arm64", Machine("NEON", 128, 32)),
+        ("", "x86_64", Machine("SSE", 128, 16)),
+        ("", "riscv64", Machine("128 bits", 128, 16)),
+    ],
+)
+def test_the_widest_registers(features: Any, text: str, architecture: str, expected: Machine) -> None:
+    assert features(text, architecture) == expected
+
+
+def test_the_processor_at_hand(features: Any) -> None:
+    assert features(None, spec_module.platform.machine()).bits in (128, 256, 512)
+
+
+KIND = """
+import sys
+import numpy as np
+from fusedlstm import cells
+from fusedlstm.kernels.cpu.spec import machine
+from test_cpu_engine import SIZES, check
+
+assert tuple(machine()) == eval(sys.argv[1]), machine()
+for case in SIZES:
+    check(cells.lstm, case, np.float32)
+"""
+
+
+@X86
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != machine().name])
+def test_kernels_for_another_processor(kind: str) -> None:
+    """Forward and backward are right; AVX-512 cannot be tried where there is none."""
+    processor, features, expected = KINDS[kind]
+    if expected.bits > machine().bits:
+        pytest.skip(f"this processor has no {kind}")
+    python(KIND, repr(tuple(expected)), NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES=features)
+
+
+FMA = """
+from numba import types
+from fusedlstm.kernels.cpu.tile import Tile, write_addresses
+
+signature = (Tile(types.float32, "panel", 4), types.int64)
+write_addresses.compile(signature)
+print(write_addresses.inspect_asm(signature))
+"""
+
+
+@X86
+def test_no_calls_in_a_tile(tmp_path: Path) -> None:
+    """A processor without multiply-add instructions multiplies and adds; it calls no fma() for each lane."""
+    processor, features, _ = KINDS["SSE"]
+    cache = str(tmp_path)  # assembly is shown only of what was just compiled
+    text = python(FMA, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=cache)
+    assert "mulps" in text
+    assert "fma" not in text
+
+
+# --- What a kernel is compiled for ----------------------------------------------------------
+
+
+def test_constants_of_a_cell() -> None:
+    lanes = machine().bits // 32
+    found = Spec(cells.lstm, types.float32, False)
+    assert (found.gates, found.inputs, found.splits, found.units, found.width) == (4, 4, 0, 1, 4)
+    assert (found.lanes, found.size, found.panel, found.states, found.vectors) == (lanes, 4, lanes, 1, 0)
+    found = Spec(three_states, types.float64, True)
+    assert (found.gates, found.inputs, found.splits, found.units, found.width) == (2, 3, 1, 2, 4)
+    assert (found.lanes, found.size, found.panel) == (lanes // 2, 8, lanes)
+    assert (found.states, found.vectors, found.reads_output, found.projected) == (2, 1, False, True)
+    assert Spec(five_gates, types.float32, False).reads_output
+    assert Spec(unused_state, types.float32, False).units == 4
+
+
+def test_compiled_code_reads_the_constants() -> None:
+    spec = Spec(cells.gru, types.float64, False)
+    names = spec.constants
+    scope: dict[str, Any] = {}
+    exec(f"def read(spec): return ({', '.join(f'spec.{name}' for name in names)})", scope)
+    read = njit(scope["read"])
+    read.compile((spec,))
+    values = read.overloads[(spec,)].entry_point(0)
+    assert values == tuple(getattr(spec, name) for name in names)
+
+
+def test_types_are_equal_by_what_they_are_for() -> None:
+    spec = Spec(cells.lstm, types.float32, False)
+    assert spec is Spec(cells.lstm, types.float32, False)
+    others = [
+        Spec(cells.lstm, types.float64, False),
+        Spec(cells.lstm, types.float32, True),
+        Spec(cells.coupled_lstm, types.float32, False),
+        Registers(types.float32),
+    ]
+    assert len({spec, *others}) == 5
+
+
+def test_types_are_pickled_by_name() -> None:
+    spec = Spec(cells.lstm, types.float32, False)
+    assert pickle.loads(pickle.dumps(spec)) is spec
+    stranger = object.__new__(Spec)
+    stranger.name = "Spec(of another process)"
+    read = pickle.loads(pickle.dumps(stranger))
+    assert read == stranger
+    assert read != spec
+    assert "Spec(of another process)" not in Named._known
+
+
+# --- The cache on disk ----------------------------------------------------------------------
+
+RUN = """
+import sys, time
+import numpy as np
+from fusedlstm import cells
+from fusedlstm.kernels.cpu import engine
+from fusedlstm.weights import Weights
+
+for name in sys.argv[1:]:
+    cell = getattr(cells, name)
+    generator = np.random.default_rng(1)
+    weights = Weights(*(generator.normal(size=(len(cell.gates) * 5, n)) for n in (3, 5)))
+    made = engine.CPU().prepare(cell, weights)
+    final = tuple(np.empty((2, 5)) for _ in cell.states)
+    y = np.empty((4, 2, 5))
+    made.forward(generator.normal(size=(4, 2, 3)), None, y, final, None, None, False, False)
+    print(repr(y.sum()))
+"""
+
+
+def files(folder: Path) -> dict[str, int]:
+    """When each file was written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.nb*")}
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A cache that three processes filled at the same time, and what the first printed."""
+    folder = tmp_path_factory.mktemp("cache")
+    running = [start(RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) for _ in range(3)]
+    ends = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], ends
+    assert len({output for output, _ in ends}) == 1
+    return folder, ends[0][0]
+
+
+def test_concurrent_first_runs_do_not_corrupt_the_cache(filled: tuple[Path, str]) -> None:
+    """A later process needs to compile nothing, and finds the same."""
+    folder, output = filled
+    before = files(folder)
+    assert before
+    assert python(RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) == output
+    assert files(folder) == before
+
+
+def test_the_cache_of_other_cells_does_no_harm(filled: tuple[Path, str]) -> None:
+    """A process finds what one with other cells left, adds its own, and both stay."""
+    folder, output = filled
+    other = python(RUN, "rnn_relu", NUMBA_CACHE_DIR=str(folder))
+    before = files(folder)
+    assert python(RUN, "rnn_tanh", "rnn_relu", NUMBA_CACHE_DIR=str(folder)) == output + other
+    assert python(RUN, "rnn_relu", "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) == other + output
+    assert files(folder) == before
+
+
+CHANGED = """
+from fusedlstm.kernels.cpu import spec
+
+spec.fingerprint = lambda: "anotherversion"
+"""
+
+
+def test_other_sources_use_other_entries(filled: tuple[Path, str]) -> None:
+    """Machine code does not outlive what it was made of; the old entries do no harm."""
+    folder, output = filled
+    before = files(folder)
+    assert python(CHANGED + RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) == output
+    after = files(folder)
+    assert {path: after[path] for path in before} == before
+    # all but those of the team, which depend on no other module
+    new = {Path(path).name.split(".")[1] for path in after if path not in before}
+    assert new
+    assert all(entry.split("-")[0].endswith("_anotherversion") for entry in new)
+    ours = {Path(path).name.split(".")[1].split("-")[0] for path in before}
+    renamed = {entry.replace(fingerprint(), "anotherversion") for entry in ours if fingerprint() in entry}
+    assert renamed <= {entry.split("-")[0] for entry in new}
+
+
+def test_the_fingerprint_is_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {fingerprint.__wrapped__()}
+    read = Path.read_bytes
+    for path in PACKAGE.glob("*.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda p, path=path: read(p) + (b" " if p == path else b""))
+            found.add(fingerprint.__wrapped__())
+    assert len(found) == len(list(PACKAGE.glob("*.py"))) + 1

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fusedlstm.kernels.reference import schedule
 
@@ -49,7 +50,7 @@ __all__ = [
     "restore",
 ]
 
-_KERNEL_DTYPES = (torch.float32, torch.float64)
+_NUMPY = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}  # what kernels compute in
 _cells: dict[str, Cell] = {}  # by key: an operator takes a text, not a cell
 
 
@@ -92,7 +93,9 @@ class _Packed(NamedTuple):
     cell: Cell
     owners: tuple[weakref.ref[Tensor], ...]  # the weights
     places: tuple[int, ...]  # where they lie
-    words: tuple[np.ndarray, ...]  # their memory, which is kept so that nothing else can lie there; none on a GPU
+    words: tuple[
+        np.ndarray, ...
+    ]  # their memory, which is kept so that nothing else can lie there; none on a GPU
     stamp: tuple[int, ...]
     direction: Direction
 
@@ -138,16 +141,20 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     return direction
 
 
-_LOOKED_AT = 1 << 18  # words of the weights that are looked at in a call, some 15 microseconds
+_LOOKED_AT = (
+    1 << 16
+)  # words of the weights that are looked at in a call: more would push others out of the cache
 
 
 def _stamp(words: tuple[np.ndarray, ...], weights: Sequence[Tensor]) -> tuple[int, ...]:
     """Version counters, and a number for the bits: of all, or of evenly spread parts of large weights."""
-    counted = not any([weight.is_inference() for weight in weights])  # those have no counters
-    versions = [weight._version for weight in weights] if counted else []
+    try:
+        versions = [weight._version for weight in weights]
+    except RuntimeError:  # tensors made in inference mode have no counters
+        return (_fingerprint()(words, 1),) if words else ()
     if not words:
         return tuple(versions)
-    every = 1 + sum([part.size for part in words]) // _LOOKED_AT if counted else 1
+    every = 1 + (words[0].size + words[1].size) // _LOOKED_AT
     return (*versions, _fingerprint()(words, every))
 
 
@@ -220,18 +227,21 @@ class _Shape(NamedTuple):
         """Of the states."""
         return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
 
+    @property
+    def results(self) -> list[tuple[int, int, int]]:
+        """Shapes of the output and of the final states."""
+        y = (self.steps, self.batch, self.directions * self.outputs)
+        return [y, *[(self.directions, self.batch, size) for size in self.sizes]]
+
 
 def _shape(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> _Shape:
     cell = _cells[key]
     steps, batch, _ = x.shape
-    return _Shape(
-        cell, directions, steps, batch, weights[1].shape[1], weights[0].shape[0] // len(cell.gates)
-    )
+    return _Shape(cell, directions, steps, batch, weights[1].shape[1], weights[0].shape[0] // len(cell.gates))
 
 
 def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
-    y = x.new_empty((shape.steps, shape.batch, shape.directions * shape.outputs))
-    return [y, *[x.new_empty((shape.directions, shape.batch, size)) for size in shape.sizes]]
+    return [x.new_empty(sizes) for sizes in shape.results]
 
 
 def _host_lengths(lengths: Tensor | None, steps: int) -> np.ndarray | None:
@@ -280,13 +290,16 @@ def _run(
     training: bool,
 ) -> tuple[list[Tensor], _Record | None]:
     shape = _shape(x, weights, cell, directions)
-    results = _empty_results(x, shape)
     if not shape.batch:
-        return results, None
+        return _empty_results(x, shape), None
     if x.is_cuda:
         with _on_stream(x):
-            return results, _fill(x, initial, weights, lengths, reset, shape, results, training)
-    return results, _fill(x, initial, weights, lengths, reset, shape, results, training)
+            results = _empty_results(x, shape)
+            arrays = [_array(result) for result in results]
+            return results, _fill(x, initial, weights, lengths, reset, shape, arrays, training)
+    arrays = [np.empty(sizes, _NUMPY[x.dtype]) for sizes in shape.results]  # quicker than tensors
+    record = _fill(x, initial, weights, lengths, reset, shape, arrays, training)
+    return [torch.from_numpy(array) for array in arrays], record
 
 
 def _fill(
@@ -296,11 +309,11 @@ def _fill(
     lengths: Tensor | None,
     reset: Tensor | None,
     shape: _Shape,
-    results: list[Tensor],
+    results: list[Any],
     training: bool,
 ) -> _Record | None:
     masks = (None, None) if lengths is None and reset is None else _masks(lengths, reset, x)
-    source, (y, *final) = _array(x), map(_array, results)
+    source, (y, *final) = _array(x), results
     given = [_array(part) for part in initial]
     used, tapes = [], []
     each = len(weights) // shape.directions
@@ -478,7 +491,9 @@ def _replay_direction(
 
 # --- The operators ---------------------------------------------------------------------------------------
 
-_SHARED = "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
+_SHARED = (
+    "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
+)
 _layer = torch.library.custom_op(
     "fusedlstm::layer", _forward, mutates_args=(), schema=f"({_SHARED}, bool training) -> Tensor[]"
 )
@@ -498,9 +513,7 @@ def _(x, initial, weights, lengths, reset, cell, directions, training):  # type:
 
 @_layer_backward.register_fake
 def _(grads, handle, y, x, initial, weights, *rest):  # type: ignore[no-untyped-def]
-    return [
-        torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, *initial, *weights)
-    ]
+    return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, *initial, *weights)]
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -513,8 +526,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _layer_gradient(ctx: Any, grads: list[Tensor]) -> Any:
     lengths, reset, handle, y, x, *rest = ctx.saved_tensors
     initial, weights = rest[: ctx.states], rest[ctx.states :]
-    dx, *others = torch.ops.fusedlstm.layer_backward(
-        grads[:-1], handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions
+    dx, *others = _call(
+        "layer_backward", grads[:-1], handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions
     )
     return dx, others[: ctx.states], others[ctx.states :], None, None, None, None, None
 
@@ -543,30 +556,55 @@ def _second_gradient(ctx: Any, seeds: list[Tensor]) -> Any:
     return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
 
 
-def _each(operator: Any) -> Callable[..., Any]:
-    """A batching rule: one call for each entry, each of them a fused kernel."""
+def _transformable(name: str, save: Any, gradient: Any) -> Any:
+    """The operator for the transforms of ``torch.func``, which take no registered formulas."""
 
-    def rule(info: Any, dims: tuple[Any, ...], *args: Any) -> Any:
-        calls = [operator(*_entry(args, dims, n)) for n in range(info.batch_size)]
-        results = [torch.stack(parts) for parts in zip(*calls)]
-        if operator is torch.ops.fusedlstm.layer:
-            results[-1] = _handle([_records.get(int(call[-1])) for call in calls])[:, None]
-        return results, [0] * len(results)
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(spec: Any, *flat: Any) -> Any:
+            return tuple(_call(name, *tree_unflatten(flat, spec)))
 
-    return rule
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            save(ctx, tree_unflatten(inputs[1:], inputs[0]), output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return None, *tree_leaves(gradient(ctx, list(grads)))
+
+        @staticmethod
+        def vmap(info: Any, dims: Any, spec: Any, *flat: Any) -> Any:
+            """One call for each entry, each of them a fused kernel."""
+            calls = []
+            for n in range(info.batch_size):
+                entry = [value if dim is None else value.select(dim, n) for value, dim in zip(flat, dims[1:])]
+                calls.append(_call(name, *tree_unflatten(entry, spec)))
+            results = [torch.stack(parts) for parts in zip(*calls)]
+            if name == "layer" and not _transforming():
+                results[-1] = _handle([_records.get(int(call[-1])) for call in calls])[:, None]
+            return tuple(results), (0,) * len(results)
+
+    return Transformable
 
 
-def _entry(value: Any, dims: Any, n: int) -> Any:
-    """Entry n of every tensor that has a dimension for it."""
-    if isinstance(value, (list, tuple)) and dims is not None:
-        return [_entry(part, dim, n) for part, dim in zip(value, dims)]
-    return value if dims is None else value.select(dims, n)
+def _call(name: str, *args: Any) -> list[Tensor]:
+    """The results of an operator, whatever watches."""
+    if not torch.compiler.is_compiling() and _transforming():
+        flat, spec = tree_flatten(list(args))
+        return list(_TRANSFORMABLE[name].apply(spec, *flat))
+    return cast("list[Tensor]", getattr(torch.ops.fusedlstm, name)(*args))
+
+
+def _transforming() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 _layer.register_autograd(_layer_gradient, setup_context=_save)
 _layer_backward.register_autograd(_second_gradient, setup_context=_save_backward)
-_layer.register_vmap(_each(torch.ops.fusedlstm.layer))
-_layer_backward.register_vmap(_each(torch.ops.fusedlstm.layer_backward))
+_TRANSFORMABLE = {
+    "layer": _transformable("layer", _save, _layer_gradient),
+    "layer_backward": _transformable("layer_backward", _save_backward, _second_gradient),
+}
 
 
 def _apply(
@@ -579,20 +617,24 @@ def _apply(
     directions: int,
 ) -> list[Tensor]:
     """The output and the final states of one layer."""
-    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *initial, *weights))
+    tensors = [x, *initial, *weights]
+    gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
     args = (x, initial, weights, lengths, reset, _key(cell), directions)
-    if not gradients and _plain(x, *initial, *weights):
+    if not gradients and _plain(tensors):
         return _run(*args, False)[0]
-    return cast("list[Tensor]", torch.ops.fusedlstm.layer(*args, gradients)[:-1])
+    return _call("layer", *args, gradients)[:-1]
 
 
-def _plain(*tensors: Tensor) -> bool:
+_TENSORS = {Tensor, nn.Parameter}
+
+
+def _plain(tensors: list[Tensor]) -> bool:
     """Whether nobody watches what is done with these tensors, so that the dispatcher has no part in it."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _transforming()
         and not torch._C._len_torch_dispatch_stack()
-        and not any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors)
+        and _TENSORS.issuperset(map(type, tensors))
     )
 
 
@@ -668,7 +710,7 @@ class _Stack(nn.Module):
             own = states if self.num_layers == 1 else [part[rows] for part in states]
             if level and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
-            if not (x.dtype is weights[0].dtype and x.dtype in _KERNEL_DTYPES):
+            if not (x.dtype is weights[0].dtype and x.dtype in _NUMPY):
                 x, own, weights = _converted(x, own, weights)
             x, *final = _apply(x, own, weights, lengths, reset, cell, directions)
             results.append(final)
@@ -726,7 +768,9 @@ class _Stack(nn.Module):
 
     def _check_lengths(self, lengths: Any, batch: int, batched: bool) -> Tensor:
         if not batched:
-            raise ValueError("lengths needs an input with a batch axis; cut one sequence to its length instead")
+            raise ValueError(
+                "lengths needs an input with a batch axis; cut one sequence to its length instead"
+            )
         lengths = torch.as_tensor(lengths)
         if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
@@ -986,7 +1030,7 @@ class _Single(nn.RNNCellBase):
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input[None, None]
         states = [] if hx is None else self._check_state(hx, x.shape[1], batched, weights[0])
-        if not (x.dtype is weights[0].dtype and x.dtype in _KERNEL_DTYPES):
+        if not (x.dtype is weights[0].dtype and x.dtype in _NUMPY):
             x, states, weights = _converted(x, states, weights)
         y, *final = _apply(x, states, weights, None, None, self._cell, 1)
         _, final = _as_results(y, final, input.dtype, y.is_cuda)
@@ -1115,7 +1159,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if type(module) not in _OURS:
         return f"{type(module).__name__} is a class of its own, which may do something else"
     for name, parameter in module.named_parameters():
-        if parameter.dtype not in _KERNEL_DTYPES:
+        if parameter.dtype not in _NUMPY:
             return f"{name} is {parameter.dtype}, and the kernels compute in float32 or float64"
         if parameter.device.type not in ("cpu", "cuda"):
             return f"{name} lies on {parameter.device}, and the kernels run on CPUs and CUDA devices"

@@ -21,10 +21,12 @@ def fingerprint(arrays, every):
     for words in arrays:
         lanes[:] = 0
         whole = words.size // LANES * LANES
-        for start in range(0, whole, LANES * every):
+        for number in range((whole // LANES + every - 1) // every):
+            start = number * every * LANES
+            block = words[start : start + LANES]  # contiguous, so that this loop becomes SIMD
             for n in range(LANES):
                 lane = lanes[n]
-                lanes[n] = (lane << np.uint32(5) | lane >> np.uint32(27)) + words[start + n]
+                lanes[n] = (lane << np.uint32(5) | lane >> np.uint32(27)) + block[n]
         for n in range(LANES):
             total = (total ^ np.uint64(lanes[n])) * _PRIME
             total ^= total >> np.uint64(29)

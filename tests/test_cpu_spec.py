@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,20 +113,21 @@ def test_kernels_for_another_processor(kind: str) -> None:
 
 FMA = """
 from numba import types
+from numba import njit
 from fusedlstm.kernels.cpu.tile import Tile, write_addresses
 
 signature = (Tile(types.float32, "panel", 4), types.int64)
-write_addresses.compile(signature)
-print(write_addresses.inspect_asm(signature))
+compiled = njit(write_addresses)
+compiled.compile(signature)
+print(compiled.inspect_asm(signature))
 """
 
 
 @X86
-def test_no_calls_in_a_tile(tmp_path: Path) -> None:
+def test_no_calls_in_a_tile() -> None:
     """A processor without multiply-add instructions multiplies and adds; it calls no fma() for each lane."""
     processor, features, _ = KINDS["SSE"]
-    cache = str(tmp_path)  # assembly is shown only of what was just compiled
-    text = python(FMA, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=cache)
+    text = python(FMA, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES=features)
     assert "mulps" in text
     assert "fma" not in text
 
@@ -250,13 +252,62 @@ def test_other_sources_use_other_entries(filled: tuple[Path, str]) -> None:
     assert python(CHANGED + RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) == output
     after = files(folder)
     assert {path: after[path] for path in before} == before
-    # all but those of the team, which depend on no other module
-    new = {Path(path).name.split(".")[1] for path in after if path not in before}
-    assert new
-    assert all(entry.split("-")[0].endswith("_anotherversion") for entry in new)
-    ours = {Path(path).name.split(".")[1].split("-")[0] for path in before}
-    renamed = {entry.replace(fingerprint(), "anotherversion") for entry in ours if fingerprint() in entry}
-    assert renamed <= {entry.split("-")[0] for entry in new}
+    stamped = re.compile(r"(\w+)_[0-9a-f]{16}-")  # all but the team's, which use no other module
+    again = [path for path in after if path not in before]
+    assert all(stamped.search(path) for path in again)
+    names = [set(stamped.findall(" ".join(paths))) for paths in (before, again)]
+    assert names[0] == names[1]
+
+
+MEET = """
+import time
+from pathlib import Path
+from numba.core.caching import IndexDataCacheFile
+
+me, other = {me!r}, {other!r}
+save_index, save_data = IndexDataCacheFile._save_index, IndexDataCacheFile._save_data
+
+
+def note(path, what):
+    Path(f"{{path}}.{{what}}").touch()
+
+
+def wait(path, what):
+    end = time.monotonic() + 2
+    while not Path(f"{{path}}.{{what}}").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def slow_index(self, overloads):  # both have read the index; the second is the last to write it
+    path = self._index_path
+    note(path, "read by " + me)
+    wait(path, "read by " + other)
+    if me == "second":
+        wait(path, "written by " + other)
+    save_index(self, overloads)
+    note(path, "written by " + me)
+
+
+def slow_data(self, name, data):  # the first is the last to write the code
+    if me == "first":
+        wait(self._index_path, "data of " + other)
+    save_data(self, name, data)
+    note(self._index_path, "data of " + me)
+
+
+IndexDataCacheFile._save_index, IndexDataCacheFile._save_data = slow_index, slow_data
+"""
+
+
+def test_processes_that_save_different_cells_at_once(tmp_path: Path, filled: tuple[Path, str]) -> None:
+    """However their reading and writing of the cache's files falls, no cell gets the code of another."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first = start(MEET.format(me="first", other="second") + RUN, "rnn_tanh", **cache)
+    second = start(MEET.format(me="second", other="first") + RUN, "rnn_relu", **cache)
+    ends = [process.communicate(timeout=300) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], ends
+    for cell, (output, _) in zip(("rnn_tanh", "rnn_relu"), ends):
+        assert python(RUN, cell, **cache) == output
 
 
 def test_the_fingerprint_is_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

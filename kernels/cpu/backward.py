@@ -33,7 +33,6 @@ from .memory import (
     zero_padding,
 )
 from .simd import address, inlined, load, load_row, part, read, read_int, splat, store, store_row, write_int
-from .spec import kernel
 from .team import barrier
 from .tile import PLANES, outer_product, plane_rows, rows_times_planes, share, thin_outer_product
 from .work import captured, run
@@ -373,7 +372,6 @@ def backward_work(thread, threads, sync, arguments):
         barrier(sync, threads)
 
 
-@kernel
 def backward(
     team,  # address of a team of threads
     threads,  # how many to use at most

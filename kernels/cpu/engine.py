@@ -18,7 +18,7 @@ from .backward import Gradients, Transposed, Workspace, backward, backward_work,
 from .forward import Packed, forward, forward_work
 from .memory import LINE, layout
 from .pack import pack_panels, pack_planes, panels_work, planes_work
-from .spec import Registers, Spec, machine
+from .spec import Registers, Spec, entry_point, machine
 from .tile import panel_rows, tile_table
 from .work import Compiled, compiled
 
@@ -90,14 +90,9 @@ MEMORY = types.uint8[::1]
 SEQUENCES = (INTS, INTS, INTS, types.Array(FLAG, 2, "A"), FLAG)
 
 
-def _entry(function: Any, *signature: Any) -> Any:
-    function.compile(signature)
-    return function.overloads[signature].entry_point
-
-
 def _kernel(entry: Any, work: Any, captured: types.Tuple, *signature: Any) -> Kernel:
     part = compiled(work, captured)
-    return Kernel(_entry(entry, INT, INT, INT, part.type, *signature), part, part.address)
+    return Kernel(entry_point(entry, INT, INT, INT, part.type, *signature), part, part.address)
 
 
 def _arrays(spec: Spec) -> tuple[Any, Any, Any, Any]:

@@ -30,7 +30,6 @@ from .memory import (
     zero_padding,
 )
 from .simd import inlined, load, part, read, read_int, store, write_int
-from .spec import kernel
 from .team import barrier
 from .tile import panel_product, panel_rows, rows_times_planes, share
 from .work import captured, run
@@ -176,7 +175,6 @@ def get_final(spec, y, final, sequences, memory, parts, taped):
                 final[n + 1][sequence, k] = read(spec, start + k * spec.size)
 
 
-@kernel
 def forward(
     team,  # address of a team of threads
     threads,  # how many to use at most

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from .memory import round_up
 from .simd import address, load_row, splat, store, write
-from .spec import kernel
 from .tile import share
 from .work import captured, run
 
@@ -36,7 +35,6 @@ def panels_work(thread, threads, sync, arguments):
                     write(registers, weight[row + lane, k], to + lane * registers.size)
 
 
-@kernel
 def pack_panels(team, threads, patience, work, registers, weight, gates, units, target):
     """Lay out `weight` (gates*H, K), with the gates in the given order, as panels."""
     run(team, threads, patience, work, (registers, weight, gates, units, target))
@@ -63,7 +61,6 @@ def planes_work(thread, threads, sync, arguments):
                     to += vector
 
 
-@kernel
 def pack_planes(team, threads, patience, work, registers, weight, gates, panel, target):
     """Lay out `weight` (gates*H, columns) as planes, its rows in the order [panels][gates][panel]."""
     run(team, threads, patience, work, (registers, weight, gates, panel, target))

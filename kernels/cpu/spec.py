@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -59,18 +60,24 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def stamped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a function a name of its own in Numba's cache on disk for each state of the kernels.
+def stamped(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+    """A copy with a name of its own in Numba's cache on disk, for a signature and a state of the kernels.
 
     Numba looks at the file of a function alone, and machine code must not outlive what it was made of.
+    And were there one index for all signatures, processes that add to it at the same time could leave
+    each other's code under their names.
     """
-    function.__qualname__ = f"{function.__name__}_{fingerprint()}"
-    return function
+    stamp = hashlib.sha256(f"{fingerprint()} {signature}".encode()).hexdigest()[:16]
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = f"{function.__name__}_{stamp}"
+    return copy
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """A compiled function that Python calls; cached on disk."""
-    return njit(nogil=True, cache=True, error_model="numpy")(stamped(function))
+def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
+    """A function compiled for Python to call, without Numba's look at its arguments; cached on disk."""
+    compiled = njit(nogil=True, cache=True, error_model="numpy")(stamped(function, signature))
+    compiled.compile(signature)
+    return compiled.overloads[signature].entry_point
 
 
 class Named(types.Type):

@@ -23,7 +23,7 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
 from .simd import INT64, call_ir, inlined, load, load_row, part, read_int, splat, splat_ir, store, store_row
-from .spec import MOST_ROWS, Registers, Spec, kernel
+from .spec import MOST_ROWS, Registers, Spec, entry_point
 
 UNROLL = 4
 PLANES = 4  # vectors of a tile over planes; what is left is done one by one
@@ -171,7 +171,6 @@ def _write_addresses(typingctx: Any, tile: Any, table: Any) -> Any:
     return types.void(tile, types.int64), codegen
 
 
-@kernel
 def write_addresses(tile, table):
     """Write the addresses of a tile's functions, for 1, 2, ... rows, to a table."""
     _write_addresses(tile, table)
@@ -187,12 +186,14 @@ TILES: tuple[tuple[str, Callable[[Spec], int]], ...] = (
 )
 
 
-@cache
+@cache  # as long as the function is kept, those that it gives the addresses of are
+def _writer(tile: Tile) -> Any:
+    return entry_point(write_addresses, tile, types.int64)
+
+
 def _addresses(tile: Tile) -> np.ndarray:
-    signature = (tile, types.int64)
-    write_addresses.compile(signature)
     table = np.zeros(MOST_ROWS, np.int64)
-    write_addresses.overloads[signature].entry_point(None, table.ctypes.data)
+    _writer(tile)(None, table.ctypes.data)
     return table
 
 

@@ -97,7 +97,6 @@ def _member(thread, threads, sync, work, arguments):
     _call_work(work, (thread, threads, sync, arguments))
 
 
-@stamped
 def launch(team, threads, patience, work, arguments):
     """Call the C function `work` on several threads of a team, as :func:`team.fork` does."""
     fork(team, threads, _member, (work, arguments), patience)
@@ -105,7 +104,8 @@ def launch(team, threads, patience, work, arguments):
 
 @cache
 def _launch() -> Any:
-    return cfunc(types.void(*[types.int64] * 5), cache=True, error_model="numpy")(launch)
+    signature = types.void(*[types.int64] * 5)
+    return cfunc(signature, cache=True, error_model="numpy")(stamped(launch, signature))
 
 
 @intrinsic
@@ -145,5 +145,5 @@ def compiled(function: Callable[..., None], arguments: types.Tuple) -> Compiled:
     It calls `captured(address)` for its other arguments, a tuple of the given types.
     """
     signature = types.void(types.int64, types.int64, types.int64, Captured(arguments))
-    made = cfunc(signature, cache=True, **OPTIONS)(stamped(function))
+    made = cfunc(signature, cache=True, **OPTIONS)(stamped(function, signature))
     return Compiled(made, np.array([_launch().address, made.address]), Work(arguments))

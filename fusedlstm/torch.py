@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -65,8 +66,8 @@ def _key(cell: Cell) -> str:
 def _unflatten(cell: Cell, flat: Sequence[Any]) -> Weights:
     """The inverse of :func:`fusedlstm.weights.flatten`."""
     own = len(flat) - len(cell.weights)  # 2, and 2 more with biases, and 1 more with a projection
-    bias = tuple(flat[2:4]) if own >= 4 else (None, None)
-    return Weights(flat[0], flat[1], *bias, flat[own - 1] if own % 2 else None, tuple(flat[own:]))
+    bias_ih, bias_hh = flat[2:4] if own >= 4 else (None, None)
+    return Weights(flat[0], flat[1], bias_ih, bias_hh, flat[own - 1] if own % 2 else None, tuple(flat[own:]))
 
 
 def _array(tensor: Tensor) -> Any:
@@ -93,9 +94,7 @@ class _Packed(NamedTuple):
     cell: Cell
     owners: tuple[weakref.ref[Tensor], ...]  # the weights
     places: tuple[int, ...]  # where they lie
-    words: tuple[
-        np.ndarray, ...
-    ]  # their memory, which is kept so that nothing else can lie there; none on a GPU
+    words: tuple[np.ndarray, ...]  # their memory, so that nothing else can lie there; none on a GPU
     stamp: tuple[int, ...]
     direction: Direction
 
@@ -115,12 +114,16 @@ def _direction(cell: Cell, weights: Sequence[Tensor]) -> Direction:
         known is not None
         and known.cell is cell
         and len(known.owners) == len(weights)
-        and all([owner() is weight for owner, weight in zip(known.owners, weights)])
+        and not any(map(_differs, known.owners, weights))
         and known.places == tuple([weight.data_ptr() for weight in weights])
         and known.stamp == _stamp(known.words, weights)
     ):
         return known.direction
     return _pack(cell, weights)
+
+
+def _differs(owner: weakref.ref[Tensor], weight: Tensor) -> bool:
+    return owner() is not weight
 
 
 def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
@@ -141,9 +144,8 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     return direction
 
 
-_LOOKED_AT = (
-    1 << 16
-)  # words of the weights that are looked at in a call: more would push others out of the cache
+# Words of the weights that are looked at in a call: more would push others out of the cache.
+_LOOKED_AT = 1 << 16
 
 
 def _stamp(words: tuple[np.ndarray, ...], weights: Sequence[Tensor]) -> tuple[int, ...]:
@@ -312,7 +314,7 @@ def _fill(
     results: list[Any],
     training: bool,
 ) -> _Record | None:
-    masks = (None, None) if lengths is None and reset is None else _masks(lengths, reset, x)
+    ends, marks = (None, None) if lengths is None and reset is None else _masks(lengths, reset, x)
     source, (y, *final) = _array(x), results
     given = [_array(part) for part in initial]
     used, tapes = [], []
@@ -324,7 +326,8 @@ def _fill(
             tuple([part[d] for part in given]) if given else None,
             y if shape.directions == 1 else y[..., d * shape.outputs : (d + 1) * shape.outputs],
             tuple([part[d] for part in final]),
-            *masks,
+            ends,
+            marks,
             d == 1,
             training,
         )
@@ -618,13 +621,14 @@ def _apply(
 ) -> list[Tensor]:
     """The output and the final states of one layer."""
     tensors = [x, *initial, *weights]
-    gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    gradients = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))
     args = (x, initial, weights, lengths, reset, _key(cell), directions)
     if not gradients and _plain(tensors):
         return _run(*args, False)[0]
     return _call("layer", *args, gradients)[:-1]
 
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _TENSORS = {Tensor, nn.Parameter}
 
 
@@ -797,7 +801,7 @@ class _Stack(nn.Module):
 def _parameter(module: nn.Module, name: str) -> Tensor:
     """What the attribute is; a parametrization or a hook may have put anything there."""
     parameter = module._parameters.get(name)  # quicker
-    return getattr(module, name) if parameter is None else parameter
+    return cast(Tensor, getattr(module, name)) if parameter is None else parameter
 
 
 def _check_dtype(value: Tensor, weight: Tensor, label: str = "input") -> None:
@@ -1056,7 +1060,8 @@ class _Single(nn.RNNCellBase):
                 )
             if part.shape[-1] != self.hidden_size:
                 raise RuntimeError(
-                    f"hidden{n} has inconsistent hidden_size: got {part.shape[-1]}, expected {self.hidden_size}"
+                    f"hidden{n} has inconsistent hidden_size: got {part.shape[-1]}, "
+                    f"expected {self.hidden_size}"
                 )
             if batched and part.shape[0] != batch:
                 raise RuntimeError(
@@ -1149,12 +1154,12 @@ def restore(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         if module.__dict__.pop(_MARK, False):
-            module.__class__ = _THEIRS[type(module)]
+            module.__class__ = _THEIRS[cast("type[nn.Module]", type(module))]
             names.append(name)
     return names
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: Any) -> str | None:
     """Why a recurrent module cannot be run by our kernels, if it cannot."""
     if type(module) not in _OURS:
         return f"{type(module).__name__} is a class of its own, which may do something else"

@@ -1,0 +1,770 @@
+"""The PyTorch modules against those of ``torch.nn``, and against their definition where PyTorch has none."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import checks
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import fusedlstm
+import fusedlstm.torch as fused
+from fusedlstm import cells
+
+KINDS = ("LSTM", "GRU", "RNN")
+TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-12}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
+STEPS, BATCH, INPUTS, HIDDEN = 5, 3, 4, 7
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def pair(kind: str, *args: Any, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """PyTorch's module and ours, built from the same seed."""
+    modules = []
+    for home in (nn, fused):
+        torch.manual_seed(1)
+        modules.append(getattr(home, kind)(*(args or (INPUTS, HIDDEN)), **settings))
+    return modules[0], modules[1]
+
+
+def leaves(result: Any) -> list[Tensor]:
+    """The tensors of a result."""
+    if isinstance(result, Tensor):
+        return [result]
+    parts = (result.data,) if isinstance(result, nn.utils.rnn.PackedSequence) else result
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    pairs = list(itertools.zip_longest(leaves(actual), leaves(expected)))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, **TOLERANCE.get(ours.dtype, {}))
+
+
+def gradients(module: nn.Module, run: Callable[[], Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Results of `run`, and gradients of a loss in which every result has a part."""
+    results = leaves(run())
+    generator = torch.Generator().manual_seed(5)
+    loss = sum(
+        (r * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum() + r.square().sum()
+        for r in results
+    )
+    return [*results, *torch.autograd.grad(loss, [*inputs, *module.parameters()])]
+
+
+def state(kind: str, rows: int, batch: int, dtype: torch.dtype, outputs: int = HIDDEN) -> Any:
+    sizes = (outputs, HIDDEN) if kind == "LSTM" else (outputs,)
+    parts = tuple(torch.randn(rows, batch, size, dtype=dtype, requires_grad=True) for size in sizes)
+    return parts if kind == "LSTM" else parts[0]
+
+
+# --- The drop-in --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, "relu", "projected"])
+def test_layers_are_pytorchs(
+    kind: str, num_layers: int, bidirectional: bool, bias: bool, batch_first: bool, dtype: torch.dtype
+) -> None:
+    outputs = HIDDEN
+    settings: dict[str, Any] = {
+        "num_layers": num_layers, "bidirectional": bidirectional, "bias": bias, "batch_first": batch_first,
+    }  # fmt: skip
+    if kind == "relu":
+        kind, settings["nonlinearity"] = "RNN", "relu"
+    elif kind == "projected":
+        kind, outputs = "LSTM", 2
+        settings["proj_size"] = outputs
+    theirs, ours = pair(kind, dtype=dtype, **settings)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert repr(ours) == repr(theirs)
+    shape = (BATCH, STEPS) if settings["batch_first"] else (STEPS, BATCH)
+    x = torch.randn(*shape, INPUTS, dtype=dtype, requires_grad=True)
+    rows = settings["num_layers"] * (1 + settings["bidirectional"])
+    hx = state(kind, rows, BATCH, dtype, outputs)
+    for given in (None, hx):
+        inputs = [x, *([] if given is None else leaves(given))]
+        expected = gradients(theirs, lambda: theirs(x, given), inputs)  # noqa: B023
+        assert_same(gradients(ours, lambda: ours(x, given), inputs), expected)  # noqa: B023
+        with torch.no_grad():
+            assert_same(ours(x, given), leaves(theirs(x, given)))
+    one = x.detach()[0] if settings["batch_first"] else x.detach()[:, 0]
+    assert_same(ours(one), theirs(one))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell", "relu"])
+def test_cells_are_pytorchs(kind: str, bias: bool) -> None:
+    settings: dict[str, Any] = {"bias": bias, "dtype": torch.float64}
+    if kind == "relu":
+        kind, settings["nonlinearity"] = "RNNCell", "relu"
+    theirs, ours = pair(kind, **settings)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    for shape in ((BATCH,), ()):
+        x = torch.randn(*shape, INPUTS, dtype=torch.float64, requires_grad=True)
+        h, c = torch.randn(2, *shape, HIDDEN, dtype=torch.float64).requires_grad_().unbind()
+        for hx in (None, (h, c) if kind == "LSTMCell" else h):
+            inputs = [x, *([] if hx is None else leaves(hx))]
+            expected = gradients(theirs, lambda: theirs(x, hx), inputs)  # noqa: B023
+            assert_same(gradients(ours, lambda: ours(x, hx), inputs), expected)  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_goes_both_ways(kind: str) -> None:
+    theirs = getattr(nn, kind)(INPUTS, HIDDEN, 2)
+    ours = getattr(fused, kind)(INPUTS, HIDDEN, 2)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    assert_same(ours(x), theirs(x))
+    getattr(nn, kind)(INPUTS, HIDDEN, 2).load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_dropout_is_pytorchs() -> None:
+    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 3, dropout=0.5, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(3)
+        results.append(gradients(module, lambda: module(x), []))  # noqa: B023
+    assert_same(results[1], results[0])
+    assert_same(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_pytorchs(kind: str, enforce_sorted: bool) -> None:
+    theirs, ours = pair(kind, INPUTS, HIDDEN, 2, bidirectional=True, dtype=torch.float64)
+    lengths = [5, 4, 1] if enforce_sorted else [1, 5, 4]
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+    for hx in (None, state(kind, 4, BATCH, torch.float64)):
+        expected, actual = (
+            gradients(m, lambda: m(packed, hx), [x])  # noqa: B023
+            for m in (theirs, ours)
+        )
+        assert_same(actual, expected)
+    y, _ = ours(packed)
+    reference, _ = theirs(packed)
+    assert all(torch.equal(a, b) for a, b in zip(y[1:], reference[1:]) if a is not None)
+    assert_same(pad_packed_sequence(y)[0], pad_packed_sequence(reference)[0])
+
+
+def test_lengths_are_those_of_a_packed_sequence() -> None:
+    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    x = torch.randn(BATCH, STEPS, INPUTS, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([2, 5, 3])
+
+    def packed() -> Any:
+        y, final = theirs(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+        return pad_packed_sequence(y, batch_first=True)[0], final
+
+    expected = gradients(theirs, packed, [x])
+    for given in (lengths, lengths.to(torch.int32), [2, 5, 3]):
+        assert_same(gradients(ours, lambda: ours(x, lengths=given), [x]), expected)  # noqa: B023
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_reset_is_a_new_sequence(bidirectional: bool) -> None:
+    theirs, ours = pair("GRU", INPUTS, HIDDEN, bidirectional=bidirectional, dtype=torch.float64)
+    x = torch.randn(STEPS, 1, INPUTS, dtype=torch.float64, requires_grad=True)
+    reset = torch.tensor([False, False, True, False, False])
+
+    def two() -> Any:
+        return torch.cat([theirs(x[:2])[0], theirs(x[2:])[0]])
+
+    expected = gradients(theirs, two, [x])
+    assert_same(gradients(ours, lambda: ours(x, reset=reset[:, None])[0], [x]), expected)
+    assert_same(ours(x[:, 0], reset=reset)[0], two()[:, 0])
+
+
+def test_batch_of_none() -> None:
+    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 2, dtype=torch.float64)
+    x = torch.randn(STEPS, 0, INPUTS, dtype=torch.float64, requires_grad=True)
+    assert_same(gradients(ours, lambda: ours(x), [x]), gradients(theirs, lambda: theirs(x), [x]))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "stepped", "one feature"])
+def test_any_layout_of_memory(layout: str) -> None:
+    inputs = 1 if layout == "one feature" else INPUTS
+    theirs, ours = pair("LSTM", inputs, HIDDEN)
+    x = {
+        "transposed": lambda: torch.randn(INPUTS, BATCH, STEPS).permute(2, 1, 0),
+        "expanded": lambda: torch.randn(1, 1, INPUTS).expand(STEPS, BATCH, INPUTS),
+        "stepped": lambda: torch.randn(STEPS, BATCH, 2 * INPUTS)[..., ::2],
+        "one feature": lambda: torch.randn(STEPS, BATCH, 3)[..., 1:2],
+    }[layout]()
+    for run in (theirs, ours):
+        run.zero_grad()
+        run(x)[0].sum().backward()  # whose gradient is an expanded number
+    assert_same(ours(x), theirs(x))
+    assert_same([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+
+
+@pytest.mark.parametrize("cell", checks.ALL, ids=checks.name)
+def test_any_cell_is_the_array_layer(cell: fusedlstm.Cell) -> None:
+    proj = 3 if cell in checks.PROJECTED else 0
+    module = fused.Recurrent(cell, INPUTS, HIDDEN, 2, bidirectional=True, proj_size=proj, dtype=torch.float64)
+    array = fusedlstm.Recurrent(
+        cell, INPUTS, HIDDEN, 2, bidirectional=True, proj_size=proj, dtype="float64", backend="reference"
+    )
+    array.load_state_dict({name: p.detach() for name, p in module.named_parameters()})
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    y, final = module(x)
+    y_array, final_array, tape = array.forward(x.detach().numpy(), training=True)
+    assert_same([y, *leaves(final)], [torch.from_numpy(np.array(a)) for a in np_leaves(y_array, final_array)])
+    dy = torch.randn_like(y)
+    dx, _, grads = tape.backward(dy.numpy())
+    found = torch.autograd.grad(y, [x, *module.parameters()], dy, materialize_grads=True)
+    expected = [dx, *(grads[name] for name, _ in module.named_parameters())]
+    assert_same(found, [torch.from_numpy(np.array(a)) for a in expected])
+
+
+def np_leaves(y: np.ndarray, final: Any) -> list[np.ndarray]:
+    return [y, *(final if isinstance(final, tuple) else (final,))]
+
+
+# --- Autograd -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    "cell", [cells.lstm, cells.gru, cells.peephole_lstm, checks.three_states], ids=checks.name
+)
+def test_gradients_of_gradients(cell: fusedlstm.Cell, bidirectional: bool) -> None:
+    module = fused.Recurrent(cell, 2, 3, bidirectional=bidirectional, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    rows = 1 + bidirectional
+    hx = tuple(torch.randn(rows, 2, 3, dtype=torch.float64, requires_grad=True) for _ in cell.states)
+    names = [name for name, _ in module.named_parameters()]
+    reset = torch.tensor([[False, False], [False, True], [True, False], [False, False]])
+
+    def run(x: Tensor, *rest: Tensor) -> Any:
+        states, weights = rest[: len(hx)], dict(zip(names, rest[len(hx) :]))
+        options = {"lengths": torch.tensor([4, 3]), "reset": reset}
+        given = states if len(states) > 1 else states[0]
+        return tuple(leaves(torch.func.functional_call(module, weights, (x, given), options)))
+
+    inputs = (x, *hx, *module.parameters())
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+def test_gradient_penalty_is_pytorchs() -> None:
+    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 2, dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (theirs, ours):
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        results.append(
+            torch.autograd.grad((dx.norm() - 1) ** 2, [x, *module.parameters()], allow_unused=True)
+        )
+    kept = [n for n, part in enumerate(results[0]) if part is not None]
+    assert_same([results[1][n] for n in kept], [results[0][n] for n in kept])
+
+
+def test_gradients_of_samples() -> None:
+    theirs, ours = pair("LSTM", dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+    samples = torch.randn(6, STEPS, INPUTS, dtype=torch.float64)
+
+    def loss(parameters: Any, sample: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, parameters, (sample,))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, samples)
+    for n, sample in enumerate(samples):
+        expected = torch.autograd.grad(theirs(sample)[0].square().sum(), list(theirs.parameters()))
+        assert_same([found[name][n] for name in parameters], expected)
+
+
+def test_vmap_over_weights_and_sequences() -> None:
+    models = [fused.GRU(INPUTS, HIDDEN) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(models)
+    x = torch.randn(3, STEPS, BATCH, INPUTS)
+    run = torch.func.vmap(lambda p, x: torch.func.functional_call(models[0], p, (x,)))
+    assert_same(run(parameters, x)[0], torch.stack([m(part)[0] for m, part in zip(models, x)]))
+
+
+def test_second_derivative_by_transforms() -> None:
+    theirs, ours = pair("GRU", 2, 3, dtype=torch.float64)
+    x = torch.randn(3, 1, 2, dtype=torch.float64)
+    found = torch.func.jacrev(torch.func.jacrev(lambda x: ours(x)[0].square().sum()))(x)
+    expected = torch.autograd.functional.hessian(lambda x: theirs(x)[0].square().sum(), x)
+    assert_same(found, expected)
+
+
+def test_backward_twice_and_in_eval_mode() -> None:
+    theirs, ours = pair("LSTM", dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    loss = ours.eval()(x)[0].square().sum()
+    expected = torch.autograd.grad(theirs(x)[0].square().sum(), x)
+    for _ in range(2):
+        assert_same(torch.autograd.grad(loss, x, retain_graph=True), expected)
+
+
+@pytest.mark.parametrize("what", ["input", "output", "weight"])
+def test_changed_before_backward_is_an_error(what: str) -> None:
+    ours = fused.LSTM(INPUTS, HIDDEN)
+    x = torch.randn(STEPS, BATCH, INPUTS) * torch.ones((), requires_grad=True)
+    y, _ = ours(x)
+    loss = y.sum()
+    with torch.no_grad():
+        {"input": x, "output": y, "weight": ours.weight_hh_l0}[what].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_saved_tensors_may_be_moved() -> None:
+    """Then what the kernels kept is gone, and is computed again."""
+    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        found = gradients(ours, lambda: ours(x), [x])
+    assert_same(found, gradients(theirs, lambda: theirs(x), [x]))
+
+
+def test_checkpointing() -> None:
+    theirs, ours = pair("GRU", dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    run = torch.utils.checkpoint.checkpoint
+    found = gradients(ours, lambda: run(ours, x, use_reentrant=False), [x])
+    assert_same(found, gradients(theirs, lambda: theirs(x), [x]))
+
+
+def test_memory_for_backward_is_freed() -> None:
+    ours = fused.LSTM(INPUTS, HIDDEN, 2)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    before = len(fused._records)
+    results = [ours(x)[0].sum() for _ in range(3)]
+    assert len(fused._records) == before + 6
+    del results
+    gc.collect()
+    assert len(fused._records) == before
+    number = len(fused._packed)
+    del ours
+    gc.collect()
+    assert len(fused._packed) == number - 2
+
+
+# --- Compiled -----------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(2 * HIDDEN, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, final = self.layer(torch.sin(x) * 2)
+        return self.head(torch.relu(y)).square().mean() + sum(part.sum() for part in leaves(final))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_compiled_in_one_graph(kind: str, backend: str) -> None:
+    torch._dynamo.reset()
+    theirs, ours = map(Model, pair(kind, INPUTS, HIDDEN, 2, bidirectional=True))
+    ours.load_state_dict(theirs.state_dict())
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    for steps in (STEPS, STEPS + 1):
+        x = torch.randn(steps, BATCH, INPUTS, requires_grad=True)
+        expected = gradients(theirs, lambda: theirs(x), [x])  # noqa: B023
+        assert_same(gradients(ours, lambda: compiled(x), [x]), expected)  # noqa: B023
+        with torch.no_grad():
+            assert_same(compiled(x), expected[0])
+
+
+def test_operators_keep_the_rules() -> None:
+    ours = fused.LSTM(2, 3, bidirectional=True)
+    x = torch.randn(4, 2, 2, requires_grad=True)
+    states = [torch.randn(2, 2, 3, requires_grad=True) for _ in range(2)]
+    args = (x, states, list(ours.parameters()), torch.tensor([4, 2]), None, fused._key(cells.lstm), 2, True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.fusedlstm.layer.default, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors(device: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        ours = fused.LSTM(INPUTS, HIDDEN, 2, proj_size=2, bidirectional=True, device=device)
+        x = torch.empty(STEPS, BATCH, INPUTS, device=device, requires_grad=True)
+        y, (h, c) = ours(x, lengths=torch.empty(BATCH, dtype=torch.int64, device=device))
+        assert [part.shape for part in (y, h, c)] == [(STEPS, BATCH, 4), (4, BATCH, 2), (4, BATCH, HIDDEN)]
+        y.sum().backward()
+        assert all(p.grad.shape == p.shape and p.grad.device.type == device for p in (x, *ours.parameters()))
+
+
+# --- A stale layout is impossible ---------------------------------------------------------------------
+
+
+def swap_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+def swap_data_and_back_to_the_same_place(weight: nn.Parameter) -> None:
+    for _ in range(8):  # the allocator gives freed memory again
+        weight.data = torch.randn(weight.shape)
+
+
+CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "add_": lambda w: w.detach().add_(1),
+    "copy_": lambda w: w.detach().copy_(torch.randn(w.shape)),
+    "one entry": lambda w: w.detach()[-1].fill_(3),
+    "swap .data": swap_data,
+    "swap .data often": swap_data_and_back_to_the_same_place,
+    "write to .data": lambda w: w.data.mul_(2),
+    "one entry of .data": lambda w: w.data.view(-1)[w.numel() // 2].fill_(5.0),
+    "init on .data": lambda w: nn.init.normal_(w.data),
+    "by NumPy": lambda w: np.multiply(w.detach().numpy(), 2, out=w.detach().numpy()),
+    "in inference mode": lambda w: torch.inference_mode()(lambda: w.mul_(2))(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_seen(change: str) -> None:
+    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 2)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    for name in list(dict(ours.named_parameters())):
+        with torch.no_grad():
+            ours(x)
+        CHANGES[change](getattr(ours, name))
+        theirs.load_state_dict(ours.state_dict())
+        with torch.no_grad():
+            assert_same(ours(x), theirs(x))
+        assert_same(ours(x), theirs(x))
+
+
+def test_large_weights_written_unseen_by_counters() -> None:
+    theirs, ours = pair("LSTM", 300, 300)
+    x = torch.randn(2, 1, 300)
+    with torch.no_grad():
+        ours(x)
+        ours.weight_ih_l0.data.mul_(2)
+        theirs.weight_ih_l0.mul_(2)
+        assert_same(ours(x), theirs(x))
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        theirs, ours = pair("LSTM")
+        x = torch.randn(STEPS, BATCH, INPUTS)
+        for _ in range(2):
+            assert_same(ours(x), theirs(x))
+            for module in (theirs, ours):
+                module.weight_hh_l0.mul_(2)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_optimizers(optimizer: Any) -> None:
+    theirs, ours = pair("LSTM", dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    for module in (theirs, ours):
+        steps = optimizer(module.parameters(), lr=0.1)
+        for _ in range(5):
+            steps.zero_grad()
+            module(x)[0].square().sum().backward()
+            steps.step()
+    assert_same(list(ours.parameters()), list(theirs.parameters()))
+
+
+def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    pack = fused._pack
+    monkeypatch.setattr(fused, "_pack", lambda *args: made.append(1) or pack(*args))
+    ours = fused.LSTM(INPUTS, HIDDEN)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    for _ in range(3):
+        ours(x)[0].sum().backward()
+        with torch.no_grad():
+            ours(x)
+    assert len(made) == 1
+
+
+def test_parametrized_weights() -> None:
+    theirs, ours = pair("LSTM", dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    results = []
+    for module in (theirs, ours):
+        parametrizations.weight_norm(module, "weight_hh_l0")
+        steps = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(3):
+            steps.zero_grad()
+            module(x)[0].square().sum().backward()
+            steps.step()
+        results.append([module(x)[0], *module.parameters()])
+    assert_same(results[1], results[0])
+
+
+def test_weight_drop() -> None:
+    """AWD-LSTM: the recurrent weights are a plain tensor, made before each call."""
+    ours = fused.LSTM(INPUTS, HIDDEN, dtype=torch.float64)
+    raw = nn.Parameter(ours.weight_hh_l0.detach().clone())
+    del ours.weight_hh_l0
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    for scale in (1.0, 0.5):
+        ours.weight_hh_l0 = raw * scale
+        reference = nn.LSTM(INPUTS, HIDDEN, dtype=torch.float64)
+        reference.load_state_dict({**ours.state_dict(), "weight_hh_l0": raw.detach() * scale})
+        y, _ = ours(x)
+        assert_same(y, reference(x)[0])
+        expected = torch.autograd.grad(reference(x)[0].sum(), reference.weight_hh_l0)[0] * scale
+        assert_same(torch.autograd.grad(y.sum(), raw), [expected])
+
+
+# --- A module like others -----------------------------------------------------------------------------
+
+
+def test_copies_and_files() -> None:
+    ours = fused.LSTM(INPUTS, HIDDEN, 2, bidirectional=True)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    expected = ours(x)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(file, weights_only=False),
+        copy.deepcopy(ours).double().float(),
+        copy.deepcopy(ours).to("cpu"),
+    ):
+        assert_same(other(x), expected)
+        with torch.no_grad():
+            other.weight_hh_l0.zero_()
+        assert_same(ours(x), expected)
+
+
+def test_a_cell_of_ones_own_can_be_pickled() -> None:
+    ours = fused.Recurrent(cells.peephole_lstm, INPUTS, HIDDEN)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    assert_same(pickle.loads(pickle.dumps(ours))(x), ours(x))
+    assert repr(fused.Recurrent(cells.gru, 2, 3, 2, bidirectional=True)) == (
+        "Recurrent(gru, 2, 3, num_layers=2, bidirectional=True)"
+    )
+
+
+def test_hooks_and_flatten_parameters() -> None:
+    ours = fused.GRU(INPUTS, HIDDEN)
+    seen = []
+    ours.register_forward_hook(lambda module, args, result: seen.append(result[0].shape))
+    ours.flatten_parameters()
+    ours(torch.randn(STEPS, BATCH, INPUTS))
+    assert seen == [(STEPS, BATCH, HIDDEN)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_types_are_pytorchs(kind: str, given: torch.dtype) -> None:
+    theirs, ours = pair(kind)
+    x = torch.randn(BATCH, INPUTS) if kind.endswith("Cell") else torch.randn(STEPS, BATCH, INPUTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = leaves(theirs(x.to(given))), leaves(ours(x.to(given)))
+    assert [part.dtype for part in found] == [part.dtype for part in expected]
+    for ours_part, exact in zip(found, leaves(theirs(x.to(given).float()))):
+        torch.testing.assert_close(ours_part.float(), exact, rtol=1e-2, atol=1e-2)
+    sum(part.float().sum() for part in found).backward()
+    assert all(p.grad.dtype is torch.float32 for p in ours.parameters())
+
+
+def test_weights_of_low_precision() -> None:
+    theirs, ours = pair("LSTM", dtype=torch.bfloat16)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.bfloat16)
+    y, _ = ours(x)
+    torch.testing.assert_close(y, theirs.float()(x.float())[0].bfloat16(), rtol=1e-2, atol=1e-2)
+    y.sum().backward()
+    assert ours.weight_hh_l0.grad.dtype is torch.bfloat16
+
+
+# --- Threads and processes ----------------------------------------------------------------------------
+
+
+def test_runs_on_pytorchs_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert fusedlstm.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_threads_at_once() -> None:
+    theirs, ours = pair("LSTM", 8, 64)
+    inputs = [torch.randn(20, 2, 8) for _ in range(4)]
+    expected = [theirs(x)[0].detach() for x in inputs]
+    wrong: list[int] = []
+
+    def work(n: int) -> None:
+        for _ in range(10):
+            y, _ = ours(inputs[n])
+            if not torch.allclose(y, expected[n], atol=1e-5):
+                wrong.append(n)
+            torch.autograd.grad(y.sum(), ours.weight_hh_l0)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Encoded(torch.utils.data.Dataset[Tensor]):
+    """Sequences that an LSTM has seen in the process that loads them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.x = layer, torch.randn(8, STEPS, INPUTS)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, n: int) -> Tensor:
+        return self.layer(self.x[n])[0].detach()
+
+
+def test_in_workers_of_a_data_loader() -> None:
+    data = Encoded(fused.LSTM(INPUTS, 32))
+    expected = torch.stack([data[n] for n in range(8)])  # and so the parent has run kernels before it forks
+    loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context="fork")
+    assert_same(torch.cat(list(loader)), expected)
+
+
+# --- Models that exist --------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, INPUTS)
+        self.encoder = nn.LSTM(INPUTS, HIDDEN, 2, bidirectional=True)
+        self.decoder = nn.ModuleDict({"gru": nn.GRU(2 * HIDDEN, 3), "step": nn.LSTMCell(3, 3)})
+        self.shared = self.encoder
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y, _ = self.encoder(self.embed(tokens))
+        y, _ = self.decoder["gru"](y)
+        return self.decoder["step"](y[-1])[0]
+
+
+class OwnLSTM(nn.LSTM):
+    pass
+
+
+def test_accelerate_and_restore() -> None:
+    model = Tagger()
+    model.own, model.half = OwnLSTM(2, 3), nn.GRU(2, 3, dtype=torch.bfloat16)
+    steps = torch.optim.Adam(model.parameters())
+    before, texts = [id(p) for p in model.parameters()], repr(model)
+    tokens = torch.randint(11, (STEPS, BATCH))
+    expected = model(tokens)
+    report = fused.accelerate(model)
+    assert list(report.replaced) == ["encoder", "decoder.gru", "decoder.step"]
+    assert list(report.skipped) == ["own", "half"]
+    assert "OwnLSTM" in report.skipped["own"]
+    assert "bfloat16" in report.skipped["half"]
+    assert "3 replaced, 2 not" in str(report)
+    assert type(model.encoder) is fused.LSTM
+    assert model.shared is model.encoder
+    assert [id(p) for p in model.parameters()] == before
+    assert_same(model(tokens), expected)
+    assert not fused.accelerate(model).replaced
+    model(tokens).sum().backward()
+    steps.step()
+    changed = model(tokens)
+    assert fused.restore(model) == list(report.replaced)
+    assert type(model.encoder) is nn.LSTM
+    assert repr(model) == texts
+    assert_same(model(tokens), changed)
+    assert fused.restore(model) == []
+
+
+def test_accelerate_takes_the_model_itself() -> None:
+    model = nn.GRU(2, 3)
+    assert str(fused.accelerate(model)) == "1 replaced, 0 not\n  the model itself: GRU(2, 3)"
+    assert type(model) is fused.GRU
+    assert fused.restore(fused.LSTM(2, 3)) == []  # it never was PyTorch's
+
+
+# --- Bad input ----------------------------------------------------------------------------------------
+
+X = torch.zeros(2, 2, 4)
+BAD: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
+    "dimensions": (ValueError, r"2D or 3D, got 4D", lambda m: m(torch.zeros(2, 2, 2, 4))),
+    "features": (RuntimeError, r"Expected 4, got 5", lambda m: m(torch.zeros(2, 2, 5))),
+    "dtype": (ValueError, r"float64.*float32", lambda m: m(X.double())),
+    "no steps": (RuntimeError, r"one time step", lambda m: m(torch.zeros(0, 2, 4))),
+    "state of one": (
+        TypeError,
+        r"tuple \(h, c\), got a tensor",
+        lambda m: m(X, torch.zeros(1)),
+    ),
+    "state size": (
+        RuntimeError,
+        r"hidden\[1\] size \(1, 2, 7\), got \(1, 2, 6\)",
+        lambda m: m(X, (torch.zeros(1, 2, 7), torch.zeros(1, 2, 6))),
+    ),
+    "state dtype": (
+        ValueError,
+        r"hidden\[0\] dtype",
+        lambda m: m(X, (torch.zeros(1, 2, 7).double(), torch.zeros(1, 2, 7))),
+    ),
+    "lengths shape": (
+        ValueError,
+        r"lengths.*\(2,\).*\(3,\)",
+        lambda m: m(X, lengths=[1, 2, 2]),
+    ),
+    "lengths range": (
+        ValueError,
+        r"from 1 to 2, got 0 to 3",
+        lambda m: m(X, lengths=[0, 3]),
+    ),
+    "lengths dtype": (TypeError, r"integers", lambda m: m(X, lengths=[1.0, 2.0])),
+    "lengths unbatched": (ValueError, r"batch axis", lambda m: m(torch.zeros(2, 4), lengths=[1])),
+    "reset dtype": (TypeError, r"booleans", lambda m: m(X, reset=torch.zeros(2, 2))),
+    "reset shape": (
+        ValueError,
+        r"\(2, 3\).*\(3, 2\)",
+        lambda m: m(torch.zeros(2, 3, 4), reset=torch.zeros(3, 2, dtype=torch.bool)),
+    ),
+    "packed lengths": (
+        ValueError,
+        r"PackedSequence",
+        lambda m: m(pack_sequence([torch.zeros(2, 4)]), lengths=[2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    error, message, call = BAD[case]
+    with pytest.raises(error, match=message):
+        call(fused.LSTM(4, 7))
+
+
+def test_bad_cell() -> None:
+    with pytest.raises(TypeError, match="cell must be made with"):
+        fused.Recurrent(torch.tanh, 2, 3)
+    with pytest.raises(ValueError, match="read its own output"):
+        fused.Recurrent(cells.gru, 2, 3, proj_size=2)

@@ -65,10 +65,12 @@ def gpu() -> str:
 
 
 def cache() -> str:
-    """Where Numba keeps compiled kernels, and how many there are."""
+    """Where Numba keeps compiled kernels, and how many files they are."""
+    from numba import njit
+
     from .kernels.cpu.forward import forward
 
-    folder = Path(forward.stats.cache_path)
+    folder = Path(njit(cache=True)(forward).stats.cache_path)  # as for all functions of its file's folder
     files = list(folder.glob("*.nb[ci]")) if folder.is_dir() else []
     size = sum(file.stat().st_size for file in files) / 2**20
     chosen = " (set by NUMBA_CACHE_DIR)" if os.environ.get("NUMBA_CACHE_DIR") else ""

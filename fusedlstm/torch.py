@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
-from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -441,8 +440,8 @@ def _replay(
     x: Tensor,
     initial: Sequence[Tensor],
     weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    lengths: np.ndarray | None,
+    reset: np.ndarray | None,
     shape: _Shape,
 ) -> list[Tensor]:
     """What `_forward` computes, without the handle."""
@@ -462,13 +461,12 @@ def _replay_direction(
     weights: Weights,
     x: Tensor,  # (T, B, I)
     initial: list[Tensor],  # (B, size)
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    lengths: np.ndarray | None,  # (B,)
+    reset: np.ndarray | None,  # (T, B)
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     steps, batch, _ = x.shape
-    marks = None if reset is None else reset.cpu().numpy()
-    active, boundary, order = schedule(steps, batch, _host_lengths(lengths, steps), marks, reverse)
+    active, boundary, order = schedule(steps, batch, lengths, reset, reverse)
     running, anew = (torch.from_numpy(mask).to(x.device)[..., None] for mask in (active, boundary))
     from_input = nn.functional.linear(x, weights.ih, weights.bias_ih)
     step, count, states = _step(cell), len(cell.gates), initial
@@ -547,10 +545,11 @@ def _second_gradient(ctx: Any, seeds: list[Tensor]) -> Any:
     first, second = ctx.counts[0], sum(ctx.counts)
     grads, initial, weights = rest[:first], rest[first:second], rest[second:]
     shape = _shape(x, weights, ctx.cell, ctx.directions)
+    ends, marks = _host_lengths(lengths, shape.steps), None if reset is None else reset.cpu().numpy()
 
     def gradient(grads: list[Tensor], x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> Any:
         def layer(x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-            return _replay(x, initial, weights, lengths, reset, shape)
+            return _replay(x, initial, weights, ends, marks, shape)
 
         dx, dinitial, dweights = torch.func.vjp(layer, x, initial, weights)[1](grads)
         return [dx, *dinitial, *dweights]
@@ -621,14 +620,21 @@ def _apply(
 ) -> list[Tensor]:
     """The output and the final states of one layer."""
     tensors = [x, *initial, *weights]
-    gradients = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))
+    gradients = torch.is_grad_enabled() and _wanted(tensors)
     args = (x, initial, weights, lengths, reset, _key(cell), directions)
     if not gradients and _plain(tensors):
         return _run(*args, False)[0]
     return _call("layer", *args, gradients)[:-1]
 
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+def _wanted(tensors: list[Tensor]) -> bool:
+    """Whether one of them wants a gradient."""
+    for tensor in tensors:  # noqa: SIM110 (this is quicker, and can be traced)
+        if tensor.requires_grad:
+            return True
+    return False
+
+
 _TENSORS = {Tensor, nn.Parameter}
 
 
@@ -775,14 +781,14 @@ class _Stack(nn.Module):
             raise ValueError(
                 "lengths needs an input with a batch axis; cut one sequence to its length instead"
             )
-        lengths = torch.as_tensor(lengths)
-        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
-            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-        if lengths.shape != (batch,):
+        given: Tensor = torch.as_tensor(lengths)
+        if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
+            raise TypeError(f"lengths must be integers, got {given.dtype}")
+        if given.shape != (batch,):
             raise ValueError(
-                f"lengths must have the shape ({batch},), one for each sequence, got {tuple(lengths.shape)}"
+                f"lengths must have the shape ({batch},), one for each sequence, got {tuple(given.shape)}"
             )
-        return lengths
+        return given
 
     def _check_reset(self, reset: Any, shape: torch.Size, batched: bool) -> Tensor:
         """reset as (T, B)."""
@@ -1143,7 +1149,7 @@ def accelerate(model: nn.Module) -> Report:
         if reason := _obstacle(module):
             report.skipped[name] = reason
         else:
-            module.__class__ = _OURS[type(module)]
+            module.__class__ = _OURS[cast("type[nn.Module]", type(module))]
             module.__dict__[_MARK] = True
             report.replaced[name] = repr(module)
     return report

@@ -1,0 +1,104 @@
+"""PyTorch's own samples of its recurrent modules, run on ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import checks
+import numpy as np
+import pytest
+import torch
+from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db
+
+import fusedlstm.torch as fused
+
+KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+INFOS: dict[str, ModuleInfo] = {
+    info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in KINDS
+}
+DTYPES = (torch.float32, torch.float64)
+
+
+def samples(kind: str, dtype: torch.dtype, training: bool = True, **options: Any) -> list[Any]:
+    info = INFOS[kind]
+    found = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=training, **options
+    )
+    assert found
+    return list(found)
+
+
+def modules(kind: str, sample: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """PyTorch's module and ours with the same weights."""
+    made = []
+    for home in (torch.nn, fused):
+        torch.manual_seed(0)
+        arguments = sample.constructor_input
+        made.append(getattr(home, kind)(*arguments.args, **arguments.kwargs, dtype=dtype))
+    return made[0], made[1]
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+        return [value.data]
+    return [value] if isinstance(value, torch.Tensor) else [leaf for part in value for leaf in leaves(part)]
+
+
+def packed_options(kind: str) -> dict[str, Any]:
+    return {"with_packed_sequence": True} if kind in ("GRU", "RNN") else {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_backward(kind: str, dtype: torch.dtype) -> None:
+    for sample in samples(kind, dtype, **packed_options(kind)):
+        theirs, ours = modules(kind, sample, dtype)
+        given = sample.forward_input
+        inputs = [t for t in leaves([*given.args, *given.kwargs.values()]) if t.requires_grad]
+        results = []
+        for module in (theirs, ours):
+            found = leaves(module(*given.args, **given.kwargs))
+            loss = sum(part.square().sum() for part in found)
+            wanted = [*inputs, *module.parameters()]
+            results.append([*found, *torch.autograd.grad(loss, wanted, retain_graph=True)])
+        for ours_part, theirs_part in zip(*results[::-1], strict=True):
+            limit = checks.GRADIENT_TOLERANCE[np.dtype(str(dtype).removeprefix("torch."))]
+            assert checks.error(ours_part.detach().numpy(), theirs_part.detach().numpy()) < limit
+
+
+def check_gradients(kind: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    flat, names = leaves(args), [name for name, _ in module.named_parameters()]
+
+    def run(*tensors: torch.Tensor) -> Any:
+        x, *states = tensors[: len(flat)]
+        hx = tuple(states) if kind.startswith("LSTM") else (*states, None)[0]
+        weights = dict(zip(names, tensors[len(flat) :]))
+        return tuple(leaves(torch.func.functional_call(module, weights, (x, hx) if states else (x,))))
+
+    inputs = (*flat, *module.parameters())
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_and_second_gradients(kind: str) -> None:
+    for sample in samples(kind, torch.float64)[::3]:
+        check_gradients(kind, modules(kind, sample, torch.float64)[1], sample.forward_input.args)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_pytorch_refuses_is_refused(kind: str) -> None:
+    info = INFOS[kind]
+    found = info.module_error_inputs_func(
+        info, device="cpu", dtype=torch.float64, requires_grad=False, training=True
+    )
+    for error in found:
+        arguments, given = error.module_error_input.constructor_input, error.module_error_input.forward_input
+        ours = getattr(fused, kind)
+        if error.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(error.error_type, match=error.error_regex):
+                ours(*arguments.args, **arguments.kwargs)
+        else:
+            module = ours(*arguments.args, **{"dtype": torch.float64, **arguments.kwargs})
+            with pytest.raises(error.error_type, match=error.error_regex):
+                module(*given.args, **given.kwargs)

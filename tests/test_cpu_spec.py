@@ -273,7 +273,7 @@ def note(path, what):
 
 
 def wait(path, what):
-    end = time.monotonic() + 2
+    end = time.monotonic() + 1
     while not Path(f"{{path}}.{{what}}").exists() and time.monotonic() < end:
         time.sleep(0.01)
 

@@ -481,7 +481,8 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     for function in ("asarray", "ascontiguousarray", "empty", "zeros", "arange", "stack"):
         setattr(module, function, on_device(getattr(np, function)))
     monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setitem(dispatch._loaded, "cuda", dispatch.engine("reference", X))
+    stand_in = dispatch.engine("reference", X)
+    monkeypatch.setitem(dispatch._loaded, ("cuda", "float32", "auto"), stand_in)
     return module
 
 

@@ -12,11 +12,13 @@ vectors and CUDA scalars all run it, each with its own versions of these functio
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from typing import Any
 
+from . import math
 from .math import DERIVATIVES
 
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -70,6 +72,8 @@ class Graph:
         numbers = [arg.number for arg in args]
         if op in OPERATORS and None not in numbers:
             return self.constant(_fold(op, *numbers))
+        if op in DERIVATIVES and None not in numbers:
+            return self.constant(float(getattr(math, op)(*numbers)))
         if op == "add":
             if numbers[0] == 0:
                 return args[1]
@@ -88,9 +92,26 @@ class Graph:
                     return self.apply("where", mask.args[0], *chosen)
         elif op == "div" and (numbers[1] == 1 or numbers[0] == 0):
             return args[0]
-        elif op == "where" and args[1] is args[2]:
-            return args[1]
+        elif op == "where":
+            holds = _decided(args[0])
+            if args[1] is args[2] or holds is not None:
+                return args[2] if holds is False else args[1]
         return None
+
+
+def _decided(condition: Expression) -> bool | None:
+    """Whether a comparison of constants holds; None if it depends on values."""
+    numbers = [arg.number for arg in condition.args]
+    if condition.op in COMPARISONS and None not in numbers:
+        return bool(getattr(operator, condition.op)(*numbers))
+    known = [_decided(arg) for arg in condition.args]
+    if condition.op == "not":
+        return None if known[0] is None else not known[0]
+    if condition.op in LOGIC:
+        decisive = condition.op == "or"  # one that holds decides an or, one that does not an and
+        if decisive in known or None not in known:
+            return decisive if decisive in known else not decisive
+    return None
 
 
 def _fold(op: str, x: Any, y: Any) -> float:

@@ -160,3 +160,18 @@ def test_a_value_of_another_cell_is_refused() -> None:
     stray = Graph().symbol("stray")
     with pytest.raises(CellError, match="another cell"):
         cell(gates=("a",))(lambda a: a + stray)
+
+
+def test_what_depends_on_constants_alone_is_worked_out() -> None:
+    @cell(gates=("a",))
+    def with_constants(a: Any, h: Any, *, k: float = 0.0) -> Any:
+        zero = k * h
+        gain = where((zero + 1 > 0) & ~(zero > 0), 2.0, k)
+        return tanh(a) * gain + tanh(zero) + where((zero > 1) | (zero == 0), h, a)
+
+    assert "where" not in with_constants.source
+    a, h = np.array([0.3]), np.array([-0.7])
+    assert np.allclose(with_constants.numpy.step(a, h), 2 * np.tanh(a) + h, rtol=1e-15)
+    assert np.allclose(
+        with_constants.numpy.adjoint(a, h, np.ones(1)), [2 * (1 - np.tanh(a) ** 2), [1.0]], rtol=1e-15
+    )

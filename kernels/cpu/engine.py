@@ -181,6 +181,8 @@ class CPUDirection:
     """One direction of one layer on the CPU; see dispatch.Direction."""
 
     def __init__(self, cell: Cell, weights: Weights) -> None:
+        if weights.hr is not None and cell.reads_output:
+            raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
         self.cell, self.weights = cell, weights
         self.dtype = weights.ih.dtype
         self.hidden = weights.ih.shape[0] // len(cell.gates)
@@ -340,10 +342,14 @@ class CPUDirection:
         scratch = empty_bytes(room.threads + threads * space(spec, 0, chunk * batch, batch).end)
         sizes = [self.outputs] + [self.hidden] * spec.states
         dinitial = tuple(np.empty((batch, size), dtype) for size in sizes)
-        ih, hh, vectors = np.empty_like(weights.ih), np.empty_like(weights.hh), [spec.vectors, self.hidden]
+        ih, hh, vectors = (
+            np.empty(weights.ih.shape, dtype),
+            np.empty(weights.hh.shape, dtype),
+            [spec.vectors, self.hidden],
+        )
         bias_ih, bias_hh = np.empty(len(ih), dtype), np.empty(len(ih), dtype)
         hr = np.empty(NOTHING.shape if weights.hr is None else weights.hr.shape, dtype)
-        dvectors = np.empty(vectors, dtype)
+        dvectors = np.empty((spec.vectors, self.hidden), dtype)
         kernel = backward_kernel(spec)
         kernel.entry(
             team.current().address if threads > 1 else 0, threads, patience, kernel.address, self._tiles,

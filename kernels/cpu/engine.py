@@ -342,11 +342,7 @@ class CPUDirection:
         scratch = empty_bytes(room.threads + threads * space(spec, 0, chunk * batch, batch).end)
         sizes = [self.outputs] + [self.hidden] * spec.states
         dinitial = tuple(np.empty((batch, size), dtype) for size in sizes)
-        ih, hh, vectors = (
-            np.empty(weights.ih.shape, dtype),
-            np.empty(weights.hh.shape, dtype),
-            [spec.vectors, self.hidden],
-        )
+        ih, hh = np.empty(weights.ih.shape, dtype), np.empty(weights.hh.shape, dtype)
         bias_ih, bias_hh = np.empty(len(ih), dtype), np.empty(len(ih), dtype)
         hr = np.empty(NOTHING.shape if weights.hr is None else weights.hr.shape, dtype)
         dvectors = np.empty((spec.vectors, self.hidden), dtype)

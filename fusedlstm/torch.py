@@ -524,12 +524,14 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(lengths, reset, output[-1], output[0], x, *initial, *weights)
 
 
-def _layer_gradient(ctx: Any, grads: list[Tensor]) -> Any:
+def _layer_gradient(ctx: Any, grads: Sequence[Any]) -> Any:
     lengths, reset, handle, y, x, *rest = ctx.saved_tensors
     initial, weights = rest[: ctx.states], rest[ctx.states :]
-    dx, *others = _call(
-        "layer_backward", grads[:-1], handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions
-    )
+    args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
+    if torch.is_grad_enabled() or not _plain([x, *grads[:-1], *rest]):
+        dx, *others = _call("layer_backward", *args)
+    else:
+        dx, *others = _backward(*args)
     return dx, others[: ctx.states], others[ctx.states :], None, None, None, None, None
 
 
@@ -622,9 +624,30 @@ def _apply(
     tensors = [x, *initial, *weights]
     gradients = torch.is_grad_enabled() and _wanted(tensors)
     args = (x, initial, weights, lengths, reset, _key(cell), directions)
-    if not gradients and _plain(tensors):
-        return _run(*args, False)[0]
+    if _plain(tensors):
+        return (
+            list(cast(Any, _Eager).apply(*args, *initial, *weights)) if gradients else _run(*args, False)[0]
+        )
     return _call("layer", *args, gradients)[:-1]
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher, which takes longer than a short sequence.
+
+    Tensors that want a gradient must be arguments by themselves, so lists are given once more, flat.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Any:
+        inputs: Any = (x, *args[:6], True)
+        results = _forward(*inputs)
+        _save(ctx, inputs, results)
+        return tuple(results[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dx, dinitial, dweights, *_ = _layer_gradient(ctx, [*grads, None])
+        return dx, *[None] * 6, *dinitial, *dweights
 
 
 def _wanted(tensors: list[Tensor]) -> bool:

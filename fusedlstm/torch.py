@@ -51,12 +51,8 @@ __all__ = [
 ]
 
 _NUMPY = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}  # what kernels compute in
-_cells: dict[str, Cell] = {}  # by key: an operator takes a text, not a cell
-
-
-def _key(cell: Cell) -> str:
-    _cells[cell.key] = cell
-    return cell.key
+# By key, since an operator takes a text, not a cell.  Entries are made before anything is traced.
+_cells: dict[str, Cell] = {cell.key: cell for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)}
 
 
 # --- Weights as the kernels want them --------------------------------------------------------------------
@@ -623,7 +619,7 @@ def _apply(
     """The output and the final states of one layer."""
     tensors = [x, *initial, *weights]
     gradients = torch.is_grad_enabled() and _wanted(tensors)
-    args = (x, initial, weights, lengths, reset, _key(cell), directions)
+    args = (x, initial, weights, lengths, reset, cell.key, directions)
     if _plain(tensors):
         return (
             list(cast(Any, _Eager).apply(*args, *initial, *weights)) if gradients else _run(*args, False)[0]
@@ -1005,6 +1001,7 @@ class Recurrent(_Stack):
         plan = layers.Recurrent(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
+        _cells[cell.key] = cell
         self.cell, self.input_size, self.hidden_size = cell, plan.input_size, plan.hidden_size
         self.num_layers, self.bias, self.batch_first = plan.num_layers, plan.bias, plan.batch_first
         self.dropout, self.bidirectional, self.proj_size = plan.dropout, plan.bidirectional, plan.proj_size
@@ -1012,6 +1009,10 @@ class Recurrent(_Stack):
         for name, shape in plan._shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _cells[self.cell.key] = self.cell
 
     def reset_parameters(self) -> None:
         """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["FUSEDLSTM_POISON"] = "1"  # the CPU engine fills its workspaces with NaN
@@ -27,6 +29,14 @@ hypothesis.settings.load_profile("fusedlstm")
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A number of threads that a test has set ends with it."""
+    yield
+    if team := sys.modules.get("fusedlstm.kernels.cpu.team"):
+        team._requested = team._team = None
 
 
 class _Poisoned:

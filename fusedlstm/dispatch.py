@@ -72,6 +72,16 @@ class Engine(Protocol):
         """Lay out weights for the kernels; they are not modified afterwards."""
 
 
+def check_projection(cell: Cell, weights: Weights) -> None:
+    """Refuse a projection for a cell that reads its own output, which has another size then.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if weights.hr is not None and cell.reads_output:
+        raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
+
+
 def backend_for(backend: str, x: Any) -> str:
     """The backend that takes the array x: "cpu", "cuda" or "reference".
 

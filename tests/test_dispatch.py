@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from fusedlstm import LSTM, dispatch
+from fusedlstm import LSTM, cells, dispatch
 from fusedlstm.kernels.reference import Reference
+from fusedlstm.weights import Weights
 
 HOST = np.zeros((2, 1, 3), np.float32)
 
@@ -62,6 +63,14 @@ def test_options_of_cuda_kernels_are_refused_elsewhere(backend: str) -> None:
         dispatch.engine(backend, HOST, "tf32")
     with pytest.raises(ValueError, match=r"form 'stepwise'.*CUDA kernels"):
         dispatch.engine(backend, HOST, form="stepwise")
+
+
+def test_a_projection_of_a_cell_that_reads_its_output_is_refused() -> None:
+    hr, nothing = np.zeros((2, 3)), np.zeros((0, 0))
+    with pytest.raises(ValueError, match="cell gru reads its own output"):
+        dispatch.engine("cpu", HOST).prepare(cells.gru, Weights(nothing, nothing, hr=hr))
+    dispatch.check_projection(cells.gru, Weights(nothing, nothing))
+    dispatch.check_projection(cells.lstm, Weights(nothing, nothing, hr=hr))
 
 
 def test_importing_the_package_imports_numpy_only() -> None:

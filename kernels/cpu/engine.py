@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 
 from fusedlstm.cells import Cell
-from fusedlstm.dispatch import States
+from fusedlstm.dispatch import States, check_projection
 from fusedlstm.weights import Weights
 
 from . import memory, team
@@ -181,8 +181,7 @@ class CPUDirection:
     """One direction of one layer on the CPU; see dispatch.Direction."""
 
     def __init__(self, cell: Cell, weights: Weights) -> None:
-        if weights.hr is not None and cell.reads_output:
-            raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
+        check_projection(cell, weights)
         self.cell, self.weights = cell, weights
         self.dtype = weights.ih.dtype
         self.hidden = weights.ih.shape[0] // len(cell.gates)
@@ -218,9 +217,9 @@ class CPUDirection:
     def _pack_panels(self, weight: np.ndarray, gates: np.ndarray) -> np.ndarray:
         packed = empty(self._padded * self.spec.gates * weight.shape[1], self.dtype)
         pack, _ = packers(self.spec.scalar)
-        threads, address = _team(weight.nbytes / 4e3)
+        threads, address, patience = _team(weight.nbytes / 4e3)
         args = (None, weight, gates, self.spec.units, packed.ctypes.data)
-        pack.entry(address, threads, 0, pack.address, *args)
+        pack.entry(address, threads, patience, pack.address, *args)
         return packed
 
     def _pack_planes(self, weight: np.ndarray, gates: np.ndarray, panel: int) -> np.ndarray:
@@ -228,9 +227,9 @@ class CPUDirection:
         depth = -(-weight.shape[0] // gates.size // panel) * panel * gates.size
         packed = empty(depth * -(-weight.shape[1] // self.spec.lanes) * self.spec.lanes, self.dtype)
         _, pack = packers(self.spec.scalar)
-        threads, address = _team(weight.nbytes / 8e3)
+        threads, address, patience = _team(weight.nbytes / 8e3)
         args = (None, weight, gates, panel, packed.ctypes.data)
-        pack.entry(address, threads, 0, pack.address, *args)
+        pack.entry(address, threads, patience, pack.address, *args)
         return packed
 
     def _pack_bias(self) -> np.ndarray:
@@ -377,10 +376,11 @@ class CPUDirection:
         }
 
 
-def _team(work: float) -> tuple[int, int]:
-    """How many threads do `work` microseconds of work without barriers best, and their team."""
+def _team(work: float) -> tuple[int, int, int]:
+    """How many threads do `work` microseconds of work without barriers best, their team, and the
+    microseconds for which to wait for them."""
     threads = team.get_num_threads() if work > 10 * START else 1
-    return threads, team.current().address if threads > 1 else 0
+    return threads, team.current().address if threads > 1 else 0, int(min(work / 2, 1000))
 
 
 class CPU:

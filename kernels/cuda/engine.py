@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedlstm.cells import Cell
-from fusedlstm.dispatch import States
+from fusedlstm.dispatch import States, check_projection
 from fusedlstm.weights import Weights
 
 from .gemm import matmul
@@ -67,8 +67,7 @@ class Direction:
     """One direction of one layer on CUDA devices; see dispatch.Direction."""
 
     def __init__(self, cell: Cell, weights: Weights, precision: Precision, form: Form | None) -> None:
-        if weights.hr is not None and cell.reads_output:
-            raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
+        check_projection(cell, weights)
         self.cell, self._weights, self._form = cell, weights, form
         self._precision: Precision = "float64" if weights.ih.dtype == np.float64 else precision
         self._resident: dict[int, Resident] = {}

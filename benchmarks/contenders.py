@@ -69,7 +69,7 @@ CONTENDERS: dict[str, type[Contender]] = {
         NumPy,
     )
 }
-OURS = ("fusedlstm", "fusedlstm-torch")
+OURS = tuple(name for name in CONTENDERS if name.startswith("fusedlstm"))
 
 
 def best_peer(seconds: Mapping[str, float]) -> str | None:

@@ -56,8 +56,13 @@ def _threads(count: int) -> str:
 
 
 def text(record: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """The whole record as Markdown, with pictures at the addresses `images`."""
-    parts = ["# fusedlstm beside its peers", heading(record)]
+    """The whole record as a page in Markdown, with pictures at the addresses `images`."""
+    return f"# fusedlstm beside its peers\n\n{results(record, images)}"
+
+
+def results(record: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """The whole record in Markdown: where it was made, pictures, tables."""
+    parts = [heading(record)]
     parts += [f"![{Path(image).stem}]({image})" for image in images]
     for title, rows in groups(record):
         parts += [f"## {title}", table(record, rows), *problems(record, rows)]
@@ -78,7 +83,8 @@ def heading(record: dict[str, Any]) -> str:
     load = machine["load"]
     busy = f"; others were busy: load {load:.1f} before" if load and load > BUSY * machine["cores"] else ""
     caches = "cold" if settings["cold"] else "hot"
-    return (
+    command = f"    {record['command']}\n\n" if "command" in record else ""
+    return command + (
         f"{machine['processor']}, {machine['cores']} cores, {limits['registers']}; "
         f"{caches} caches, {record['date']}, commit {record['commit']}{busy}\n\n"
         f"Limits of {_threads(int(threads))}, measured: {rates}; reads in GB/s: {reads}; "
@@ -131,6 +137,37 @@ def means(rows: list[dict[str, Any]], names: list[str], ours: str) -> list[str]:
     shares = [bound / mine for mine, _, bound in pairs if mine]
     cells.append(f"{geometric_mean(ratios):.2f}" if ratios else "")
     return [*cells, "", f"{geometric_mean(shares):.0%}" if shares else ""]
+
+
+SAME = 0.1  # how far a ratio may be from that of another record to count as the same
+
+
+def against(record: dict[str, Any], other: dict[str, Any]) -> str:
+    """How far each ratio of a peer's time to ours is from that in another record, as Markdown."""
+    before = {Case(**row["case"]): row for row in other["rows"]}
+    names = [name for name in record["contenders"] if name not in OURS]
+    lines, changes = [], []
+    for row in record["rows"]:
+        case = Case(**row["case"])
+        if case not in before:
+            continue
+        cells = []
+        for name in names:
+            now, then = ratio_of(row, name), ratio_of(before[case], name)
+            cells.append(f"{then:.2f} to {now:.2f}, {now / then - 1:+.0%}" if now and then else "-")
+            changes += [abs(now / then - 1)] if now and then else []
+        lines.append([str(case), *cells])
+    near = sum(change <= SAME for change in changes)
+    header = ["case", *(record["contenders"][name]["title"] for name in names)]
+    summary = f"{near} of {len(changes)} ratios to ours are within {SAME:.0%} of those of {other['date']}"
+    return f"{markdown(header, lines)}\n\n{summary}"
+
+
+def ratio_of(row: dict[str, Any], name: str) -> float | None:
+    """A contender's time over ours."""
+    ours = next((seconds for mine in OURS if (seconds := seconds_of(row, mine))), None)
+    seconds = seconds_of(row, name)
+    return seconds / ours if seconds and ours else None
 
 
 def milliseconds(seconds: float) -> str:

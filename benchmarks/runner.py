@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,9 +71,16 @@ def compare(
     settings: Settings,
     progress: Callable[[Case, str], None] = lambda case, name: None,
 ) -> list[dict[str, Any]]:
-    """The results of all contenders for all cases, as in the schema; `progress` hears of every sample."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_workers:
+    """The results of all contenders for all cases, as in the schema; `progress` hears of every sample.
+
+    If the user interrupts, the rows that are done are what there is.
+    """
+    rows: list[dict[str, Any]] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ExitStack() as open_workers,
+        suppress(KeyboardInterrupt),
+    ):
         workers: dict[str, Worker] = {}
         threads = None
         right = Path(folder) / "expected.npz"
@@ -244,6 +253,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="report a record, run nothing"
     )
+    results.add_argument(
+        "--against", type=Path, metavar="FILE", help="say how far the ratios are from those of another record"
+    )
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
@@ -272,13 +284,18 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the options ask for; 1 if a contender failed, else 0."""
-    if arguments.source is not None:
-        results = json.loads(arguments.source.read_text(encoding="utf-8"))
-    else:
-        results = _run_with_progress(arguments)
+    results = read(arguments.source) if arguments.source is not None else _run_with_progress(arguments)
     write(results, arguments)
     print(report.text(results))
+    if arguments.against is not None:
+        print("\n" + report.against(results, read(arguments.against)))
     return int(any("failed" in result for row in results["rows"] for result in row["results"].values()))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record from a file."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -309,7 +326,18 @@ def _run_with_progress(arguments: argparse.Namespace) -> dict[str, Any]:
             bar.set_postfix_str(f"row {len(asked)} of {len(cases)}: {case}, {name}", refresh=False)
             bar.update(0)
 
-        return record(cases, contenders, settings, progress)
+        results = record(cases, contenders, settings, progress)
+    if len(results["rows"]) < len(cases):
+        print(f"interrupted: the record holds {len(results['rows'])} of {len(cases)} rows", file=sys.stderr)
+    return {"command": command(arguments), **results}
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What measures the same again."""
+    options = ("set", "shapes", "mode", "cell", "dtype", "contenders", "threads", "rounds", "seconds")
+    given = {f"--{name}": getattr(arguments, name) for name in options}
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    return shlex.join(["fusedlstm", "bench", *words, *["--cold"] * arguments.cold])
 
 
 BAR = "{percentage:3.0f}% {bar:20} {remaining} left{postfix}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from importlib.resources import files
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from jsonschema import ValidationError, validate
 
-from fusedlstm.benchmarks import limits, machine, report, runner, worker
+from fusedlstm.benchmarks import documents, limits, machine, report, runner, worker
 from fusedlstm.benchmarks.cases import (
     Case,
     WrongResult,
@@ -606,6 +607,68 @@ def test_a_failure_is_shown_with_its_reason() -> None:
     assert report.problems(record, record["rows"]) == [
         "Failed:\n\n* Torch, T=3 B=2 I=4 H=5: y has the relative error 1"
     ]
+
+
+def test_the_command_of_a_record_measures_the_same_again(record_file: Path) -> None:
+    command = json.loads(record_file.read_text())["command"]
+    assert command.startswith("fusedlstm bench --shapes '3,2,4,5;5,1,4,5' --mode forward,train ")
+    assert "--json" not in command
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    arguments = parser.parse_args(shlex.split(command)[2:])
+    assert runner.command(arguments) == command
+    assert len(runner.chosen_cases(arguments)) == 4
+
+
+def test_an_interrupted_run_keeps_the_rows_that_are_done(capsys: pytest.CaptureFixture[str]) -> None:
+    second = Case(5, 1, 4, 5)
+
+    def interrupt(case: Case, name: str) -> None:
+        if case == second:
+            raise KeyboardInterrupt
+
+    rows = runner.compare([SMALL, second], [FusedLSTM], QUICK, interrupt)
+    assert [row["case"] for row in rows] == [SMALL.to_json()]
+    assert "median" in rows[0]["results"]["fusedlstm"]
+
+
+def test_ratios_of_two_records_are_compared() -> None:
+    before = made_record(
+        {"fusedlstm": {"median": 1e-3}, "torch": {"median": 2e-3}, "numpy": {"failed": "why"}}
+    )
+    after = made_record({"fusedlstm": {"median": 2e-3}, "torch": {"median": 5e-3}, "numpy": {"median": 1}})
+    text = report.against(after, {**before, "date": "yesterday"})
+    assert "2.00 to 2.50, +25%" in text
+    assert "0 of 1 ratios to ours are within 10% of those of yesterday" in text
+    assert "2 of 2 ratios" in report.against(after, {**after, "date": "today"})
+
+
+# --- the documents ---------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_us_against_peers_and_drop_ins_against_originals() -> None:
+    record = made_record(
+        {"fusedlstm": {"median": 1.0}, "torch": {"median": 3.0}, "fusedlstm-torch": {"median": 2.0}},
+        {"fusedlstm": {"median": 2.0}, "torch": {"median": 1.5}, "fusedlstm-torch": {"median": 1.0}},
+    )
+    record["contenders"]["fusedlstm-torch"] = {"title": "Module", "versions": {}}
+    lines = documents.summary([{**record, "command": "fusedlstm bench"}]).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
+    assert rows[0][1:] == ["fusedlstm", "best of 2 peers", "1 of 2", "1.50 (0.75 to 3.00)"]
+    assert rows[1][1:] == ["Module", "Torch", "2 of 2", "1.50 (1.50 to 1.50)"]
+    assert lines[-1] == "1. `fusedlstm bench`"
+
+
+def test_results_are_filled_in_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results: begin, by a command -->\nold\n<!-- results: end -->\nafter\n")
+    documents.fill(page, r"new \1")
+    assert page.read_text() == (
+        "before\n<!-- results: begin, by a command -->\nnew \\1\n<!-- results: end -->\nafter\n"
+    )
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="needs one"):
+        documents.fill(page, "new")
 
 
 def test_a_failed_contender_gives_exit_status_1(tmp_path: Path, record_file: Path) -> None:

@@ -76,8 +76,14 @@ def shape_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 def cases_of_set(name: str) -> list[Case]:
-    """The cases of a set, or of "all" of them, in forward mode."""
+    """The cases of a set, or of "all" of them, in forward mode.
+
+    Raises:
+        ValueError: if there is no such set.
+    """
     names = list(shape_sets()) if name == "all" else [name]
+    if not set(names) <= set(shape_sets()):
+        raise ValueError(f"there is no set {name!r}; there are {', '.join(shape_sets())} and all")
     rows = [row for name in names for row in shape_sets()[name]]
     return unique(
         Case(row["T"], row["B"], row["I"], row["H"], row["cell"], row.get("layers", 1)) for row in rows

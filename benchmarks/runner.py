@@ -35,6 +35,7 @@ from .cases import (
     make_data,
     parse_shapes,
     shape_sets,
+    unique,
 )
 from .contender import Contender, Unsupported
 from .contenders import OURS, best_peer, choose
@@ -214,8 +215,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to compare")
     what.add_argument(
         "--set",
-        choices=[*shape_sets(), "all"],
-        help="a set of shapes (default: cpu, or streaming for --mode step)",
+        metavar="NAME,...",
+        help=f"sets of shapes: {', '.join(shape_sets())}, all (default: cpu, or streaming for --mode step)",
     )
     what.add_argument("--shapes", metavar="T,B,I,H;...", help="shapes of your own")
     what.add_argument(
@@ -274,7 +275,8 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         if arguments.shapes is not None:
             shapes = parse_shapes(arguments.shapes, arguments.cell or "lstm")
         else:
-            shapes = cases_of_set(arguments.set or ("streaming" if mode == "step" else "cpu"))
+            names = arguments.set or ("streaming" if mode == "step" else "cpu")
+            shapes = unique(case for name in names.split(",") for case in cases_of_set(name))
             shapes = [case for case in shapes if arguments.cell in (None, case.cell)]
         cases += [case for count in threads for case in in_mode(shapes, mode, arguments.dtype, int(count))]
     if not cases:

@@ -52,6 +52,16 @@ def test_the_set_of_the_cpu() -> None:
     assert len(cases) == 14
 
 
+def test_several_sets_are_taken() -> None:
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    options = parser.parse_args(["--set", "cpu,text"])
+    threads = int(options.threads)
+    assert runner.chosen_cases(options) == in_mode(
+        [*cases_of_set("cpu"), *cases_of_set("text")], "forward", "float32", threads
+    )
+
+
 def test_layers_of_a_set_are_kept() -> None:
     assert {case.layers for case in cases_of_set("lm")} == {2}
 
@@ -692,6 +702,7 @@ def test_times_have_three_digits(seconds: float, text: str) -> None:
         (["--shapes", "1,2"], "four positive numbers"),
         (["--threads", "0"], "--threads must be from 1"),
         (["--cell", "gru", "--set", "cpu"], "no case"),
+        (["--set", "cpu,gpu"], "no set 'gpu'"),
         (["--contenders", "nobody"], "no contender"),
     ],
 )

@@ -1,0 +1,177 @@
+"""Run the Keras programs of this folder and write a page about each to docs/programs.
+
+    python examples/pages.py                             # all of them
+    python examples/pages.py sentiment text_generation   # these
+
+What a program has to offer for its page:
+
+- its docstring: a title in the first line, then what it shows, its data and where they come from;
+- functions named ``*_model``, which build its models and are shown;
+- ``main(argv)``, which takes ``--picture FILE`` and returns its figures by name, of which the first is the
+  figure of merit and the second that of the baseline;
+- what it prints.
+
+Every program runs in a process of its own, with its default settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+EXAMPLES = Path(__file__).parent
+PROGRAMS = (
+    "text_generation",
+    "sentiment",
+    "text_classification",
+    "sequence_labelling",
+    "translation",
+    "dialogue",
+    "forecasting",
+    "speech",
+    "compare_cells",
+)
+
+
+class Page(NamedTuple):
+    """What is known about a program that has run."""
+
+    title: str
+    about: str  # the rest of its docstring
+    models: str  # source code of the functions that build its models
+    figures: dict[str, float]  # the first is the figure of merit, the second that of the baseline
+    seconds: float
+    printed: str
+
+
+class Tee(io.StringIO):
+    """Keeps what is printed, and shows it."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)
+        return super().write(text)
+
+
+def load(program: str) -> ModuleType:
+    """The module of a program."""
+    spec = importlib.util.spec_from_file_location(program, EXAMPLES / f"{program}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[program] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(program: str, arguments: Sequence[str]) -> Page:
+    """Run a program and return what its page says."""
+    start = time.perf_counter()
+    with redirect_stdout(Tee()) as printed:
+        module = load(program)
+        figures = module.main(arguments)
+    seconds = time.perf_counter() - start
+    title, _, about = inspect.getdoc(module).partition("\n")
+    models = [
+        inspect.getsource(function)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.endswith("_model") and function.__module__ == program
+    ]
+    return Page(title, about.strip(), "\n\n".join(models), figures, seconds, printed.getvalue().strip())
+
+
+def markdown(program: str, page: Page, picture: bool) -> str:
+    """The page of a program."""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in page.figures.items())
+    # Indented blocks of a docstring are code in Markdown too.
+    parts = [
+        f"# {page.title}",
+        page.about,
+        f"![{page.title}](../pictures/program-{program}.png)" if picture else "",
+        f"| figure | value |\n|---|---|\n{rows}\n| seconds on {os.cpu_count()} cores | {page.seconds:.0f} |",
+        "## The model",
+        f"From [{program}.py](../../examples/{program}.py):",
+        f"```python\n{page.models.strip()}\n```",
+        "## What it prints",
+        f"```text\n{page.printed}\n```",
+        f"Made by `python examples/pages.py {program}`.",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table(records: dict[str, dict], folder: str) -> str:
+    """One row a program, with links to pages in a folder."""
+    lines = ["| program | figure of merit | baseline | seconds |", "|---|---|---|---|"]
+    for program in filter(records.__contains__, PROGRAMS):
+        record = records[program]
+        (name, value), (baseline, reached) = list(record["figures"].items())[:2]
+        lines.append(
+            f"| [{record['title']}]({folder}{program}.md) | {name}: {value:.4g} | {baseline}: {reached:.4g} "
+            f"| {record['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(docs: Path, program: str, page: Page) -> None:
+    """Write the page of a program, and its row in the tables of the index and of the README."""
+    picture = (docs / "pictures" / f"program-{program}.png").exists()
+    (docs / "programs" / f"{program}.md").write_text(markdown(program, page, picture), encoding="utf-8")
+    path = docs / "programs" / "figures.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    records[program] = {"title": page.title, "figures": page.figures, "seconds": page.seconds}
+    path.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    index = f"""\
+        # The programs
+
+        The programs that people write with LSTMs, in [examples](../../examples): models of `keras` whose
+        recurrent layers come from `fusedlstm.keras`. Each figure comes from running the program with its
+        default settings; seconds are of the whole program, on {os.cpu_count()} cores.
+
+        """
+    (docs / "programs" / "README.md").write_text(
+        textwrap.dedent(index) + table(records, "") + "\n", encoding="utf-8"
+    )
+    readme = docs.parent / "README.md"
+    if readme.exists():
+        replaced = re.sub(
+            "(?<=<!-- programs: begin -->\n).*(?=<!-- programs: end -->)",
+            table(records, "docs/programs/") + "\n",
+            readme.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
+        readme.write_text(replaced, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("program", nargs="*", help="default: all of them")
+    parser.add_argument("--docs", type=Path, default=EXAMPLES.parent / "docs", help="folder to write to")
+    options = parser.parse_args(argv)
+    if unknown := set(options.program) - set(PROGRAMS):
+        parser.error(f"no such program: {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")
+
+    for folder in ("programs", "pictures"):
+        (options.docs / folder).mkdir(parents=True, exist_ok=True)
+    for program in options.program or PROGRAMS:
+        print(f"\n=== {program}", flush=True)
+        picture = options.docs / "pictures" / f"program-{program}.png"
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            page = process.apply(run, (program, ["--picture", str(picture)]))
+        write(options.docs, program, page)
+
+
+if __name__ == "__main__":
+    main()

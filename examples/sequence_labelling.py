@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     keras.utils.set_random_seed(options.seed)
 
     sources = read_modules(options.characters)
-    held_out = max(1, len(sources) // 8)
+    ends = np.cumsum([len(source) for source in sources])
+    held_out = int(np.searchsorted(ends, ends[-1] / 8)) + 1  # modules with an eighth of all characters
     x, y = windows(sources[held_out:], options.window)
     x_test, y_test = windows(sources[:held_out], options.window)
     print(f"{len(sources)} modules of the standard library: {x.size:,} characters to learn from,")

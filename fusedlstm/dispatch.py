@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any, Protocol, cast
+
+import numpy as np
 
 from .cells import Cell
 from .weights import Weights
@@ -29,6 +32,8 @@ _HINTS = {
     "pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]'"
 }
 _loaded: dict[tuple[str, str, str], Engine] = {}
+
+_ON_GPU = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
 
 
 class Direction(Protocol):
@@ -82,18 +87,80 @@ def check_projection(cell: Cell, weights: Weights) -> None:
         raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
 
 
+def taken(name: str, value: Any) -> Any:
+    """The array `value` as one of NumPy or CuPy over the same memory; theirs are returned as they are.
+
+    Any other array on a GPU becomes CuPy's, by DLPack or ``__cuda_array_interface__``; one on the host
+    becomes NumPy's, by DLPack.  Of the two protocols DLPack comes first: with it the producer makes
+    CuPy's current stream wait for the array, where the other one has the host wait.
+
+    Raises:
+        TypeError: if it is no array, or cannot be taken without a copy; it names the argument.
+        ImportError: if it lies on a GPU and CuPy is not installed.
+    """
+    if _is_cupy(value):
+        return value
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        return value
+    on_gpu = lies_on_gpu(value)
+    by_dlpack = hasattr(value, "__dlpack_device__") and not isinstance(value, np.ndarray)
+    if not by_dlpack and not on_gpu:
+        raise TypeError(
+            f"{name} must be a NumPy or CuPy array, got {type(value).__name__}, which has neither DLPack nor "
+            "__cuda_array_interface__"
+        )
+    xp = _cupy() if on_gpu else np
+    try:
+        return xp.from_dlpack(value) if by_dlpack else xp.asarray(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name}, a {type(value).__name__}, cannot be taken as an array: {error}") from error
+
+
+def lies_on_gpu(value: Any) -> bool:
+    """Whether `value` is an array in the memory of a GPU."""
+    if hasattr(value, "__cuda_array_interface__"):
+        return True
+    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in _ON_GPU
+
+
+def on_host(name: str, value: Any) -> np.ndarray:
+    """Anything like an array as one of NumPy; what lies on a GPU is copied, and waited for."""
+    return np.asarray(taken(name, value).get() if lies_on_gpu(value) else value)
+
+
+def device_of(array: Any) -> Any:
+    """The GPU that an array of CuPy lies on; None for one of NumPy."""
+    return array.device if _is_cupy(array) else None
+
+
+def elsewhere(device: Any) -> bool:
+    """Whether `device` is a GPU, and not the current one, where CuPy would put new arrays."""
+    return device is not None and bool(device != sys.modules["cupy"].cuda.Device())
+
+
+def _is_cupy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "cupy"
+
+
+def _cupy() -> Any:
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise ImportError(f"arrays on a GPU cannot be taken: {error}{_HINTS['cuda']}") from error
+
+
 def backend_for(backend: str, x: Any) -> str:
     """The backend that takes the array x: "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: if x does not lie where the backend's kernels run.
     """
-    device = hasattr(x, "__cuda_array_interface__")
+    on_gpu = lies_on_gpu(x)
     if backend == "auto":
-        return "cuda" if device else "cpu"
-    if backend == "cuda" and not device and not simulated():
+        return "cuda" if on_gpu else "cpu"
+    if backend == "cuda" and not on_gpu and not simulated():
         raise TypeError("backend 'cuda' takes CuPy arrays, got a NumPy array; use cupy.asarray")
-    if backend != "cuda" and device:
+    if backend != "cuda" and on_gpu:
         raise TypeError(f"backend {backend!r} takes NumPy arrays, got a CuPy array; use cupy.asnumpy")
     return backend
 

@@ -72,7 +72,7 @@ class Recurrent:
         proj_size: P, the size to which each output is projected (Sak et al., 2014); 0 for none.  The
             cell must not read its own output.
         dtype: "float32" or "float64", of the weights, the input, the states and the output.
-        backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for CuPy arrays, else "cpu".
+        backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for arrays on a GPU, else "cpu".
         precision: of the products of a float32 layer on a GPU: "float32" exactly, or "tf32", "bfloat16"
             or "float16" on tensor cores; sums and states are float32 in any case.
         form: of the kernels on a GPU: "persistent" is one launch for a sequence, "stepwise" one for each
@@ -243,7 +243,7 @@ class Recurrent:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy weights from a mapping of names to arrays (NumPy, CuPy, PyTorch on the CPU).
+        """Copy weights from a mapping of names to arrays (NumPy, CuPy, PyTorch).
 
         Floating-point arrays of another precision are converted.
 
@@ -259,7 +259,7 @@ class Recurrent:
 
     def _parameter(self, name: str, value: Any) -> np.ndarray:
         """A copy of `value` of the layer's dtype, if it fits the parameter `name`."""
-        array = np.asarray(value.get() if hasattr(value, "__cuda_array_interface__") else value)
+        array = dispatch.on_host(name, value)
         if array.dtype.kind != "f":
             raise TypeError(f"{name} must be an array of floating-point numbers, got {array.dtype}")
         if array.shape != self._shapes[name]:
@@ -327,8 +327,10 @@ class Recurrent:
         """Run the layers over a batch of sequences, or over one.
 
         Args:
-            x: (T, B, I), or (B, T, I) if batch_first, or one sequence (T, I); a NumPy or CuPy array of
-                the layer's dtype.
+            x: (T, B, I), or (B, T, I) if batch_first, or one sequence (T, I); an array of NumPy or CuPy
+                of the layer's dtype, or any other that has DLPack or ``__cuda_array_interface__``, which
+                is used where it lies.  Results are CuPy's on the same device for an array on a GPU,
+                NumPy's for others.
             state: initial state, zero if None: an array (L*D, B, P) for a cell with one state, else a
                 tuple of the states, of which those after the first are (L*D, B, H).  Without the axis B
                 for one sequence.
@@ -348,9 +350,14 @@ class Recurrent:
         Raises:
             TypeError, ValueError: for an argument that is none of the above; it names the argument.
         """
+        if type(x) is not np.ndarray:
+            x = dispatch.taken("x", x)
+            if dispatch.elsewhere(device := dispatch.device_of(x)):
+                with device:
+                    return self.forward(x, state, lengths, reset, training, draw=draw)
         x, batched = self._input(x)
         kind = type(x)
-        xp = np if kind is np.ndarray else _array_module("x", x)
+        xp = np if kind is np.ndarray else _array_module(x)
         steps, batch, _ = x.shape
         initial = None if state is None else self._state("state", state, batch, batched, xp)
         if lengths is not None:
@@ -364,7 +371,7 @@ class Recurrent:
             final.append(empty((len(places), batch, size), dtype))
         tape = None
         if training:
-            tape = Tape(self, places, kind, (steps, batch), batched)
+            tape = Tape(self, places, x, (steps, batch), batched)
             if self._drops:
                 tape.draw = next(self._draws) if draw is None else _size("draw", draw, minimum=0)
         y = x
@@ -401,7 +408,7 @@ class Recurrent:
     def _input(self, x: Any) -> tuple[Any, bool]:
         """x as (T, B, I), and whether it has a batch axis."""
         if type(x) is not np.ndarray or x.dtype is not self.dtype or not x.flags.carray:
-            x = _laid_out("x", x, self.dtype, _array_module("x", x))
+            x = _laid_out("x", x, self.dtype, _array_module(x))
         shape = x.shape
         if len(shape) not in (2, 3) or shape[-1] != self.input_size or 0 in shape:
             axes = "(B, T, {0})" if self.batch_first else "(T, B, {0})"
@@ -449,6 +456,8 @@ class Recurrent:
 
     def _reset(self, reset: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
         """reset as (T, B)."""
+        if dispatch.lies_on_gpu(reset):
+            reset = _beside_x("reset", reset, xp)
         flags = xp.asarray(reset)
         expected: tuple[int, ...] = (steps,)
         if batched:
@@ -473,17 +482,18 @@ class Tape:
         draw: number of the dropout masks of this pass, None if there was no dropout.
     """
 
-    __slots__ = ("batched", "draw", "kind", "layer", "places", "records", "sizes")
+    __slots__ = ("batched", "device", "draw", "kind", "layer", "places", "records", "sizes")
 
     def __init__(
         self,
         layer: Recurrent,
         places: tuple[_Place, ...],
-        kind: type,
+        x: Any,
         sizes: tuple[int, int],
         batched: bool,
     ) -> None:
-        self.layer, self.places, self.kind, self.sizes, self.batched = layer, places, kind, sizes, batched
+        self.layer, self.places, self.sizes, self.batched = layer, places, sizes, batched
+        self.kind, self.device = type(x), dispatch.device_of(x)
         self.records: list[Any] = []  # of the engine, for each place
         self.draw: int | None = None
 
@@ -508,8 +518,11 @@ class Tape:
         Raises:
             TypeError, ValueError: for a gradient that is not shaped as what it belongs to.
         """
+        if dispatch.elsewhere(self.device):
+            with self.device:
+                return self.backward(dy, dstate)
         layer, (steps, batch) = self.layer, self.sizes
-        xp = np if self.kind is np.ndarray else sys.modules["cupy"]
+        xp = np if self.device is None else sys.modules["cupy"]
         d_output = self._output_gradient(dy, xp)
         d_final = None if dstate is None else layer._state("dstate", dstate, batch, self.batched, xp)
         directions, outputs = layer._directions, layer._sizes[0]
@@ -813,6 +826,10 @@ def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
         TypeError, ValueError: as the call would.
     """
     given = x.shape if hasattr(x, "shape") else None
+    x = dispatch.taken("x", x)
+    if dispatch.elsewhere(device := dispatch.device_of(x)):
+        with device:
+            return explain(layer, x, training)
     x, _ = layer._input(x)
     steps, batch, _ = x.shape
     name = dispatch.backend_for(layer.backend, x)
@@ -876,21 +893,25 @@ def _entries(parts: Sequence[Any], n: int) -> tuple[Any, ...]:
     return tuple([part[n] for part in parts])
 
 
-def _array_module(name: str, value: Any) -> Any:
+def _array_module(array: Any) -> Any:
     """numpy or cupy, whichever the array belongs to; cupy is there if an array of it is."""
-    if type(value).__module__.partition(".")[0] == "cupy":
-        return sys.modules["cupy"]
-    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-        return np
-    raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(value).__name__}")
+    return np if dispatch.device_of(array) is None else sys.modules["cupy"]
+
+
+def _beside_x(name: str, value: Any, xp: Any) -> Any:
+    """Any array as one of the module of x, if it lies where x does."""
+    array = dispatch.taken(name, value)
+    if _array_module(array) is not xp:
+        kind = "NumPy" if xp is np else "CuPy"
+        raise TypeError(f"{name} must be a {kind} array, as x is, got {type(value).__name__}")
+    if dispatch.elsewhere(device := dispatch.device_of(array)):
+        raise ValueError(f"{name} must lie on the device of x, {xp.cuda.Device()}, got {device}")
+    return array
 
 
 def _laid_out(name: str, value: Any, dtype: np.dtype[Any], xp: Any) -> Any:
     """The array itself if its last axis is contiguous and native, else a copy that is."""
-    if _array_module(name, value) is not xp:
-        kind = "NumPy" if xp is np else "CuPy"
-        raise TypeError(f"{name} must be a {kind} array, as x is, got {type(value).__name__}")
-    value = xp.asarray(value)  # a plain array of a subclass
+    value = xp.asarray(_beside_x(name, value, xp))  # a plain array of a subclass
     if value.dtype.newbyteorder("=") != dtype:
         other = str(value.dtype)
         advice = f" or build the layer with dtype={other!r}" if other in ("float32", "float64") else ""
@@ -907,7 +928,7 @@ def _lengths(lengths: Any, steps: int, batch: int, batched: bool, xp: Any) -> An
     """lengths as (B,) int64."""
     if not batched:
         raise ValueError("lengths needs an input with a batch axis; cut one sequence to its length instead")
-    host = np.asarray(lengths.get() if hasattr(lengths, "__cuda_array_interface__") else lengths)
+    host = dispatch.on_host("lengths", lengths)
     if host.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {host.dtype}")
     if host.shape != (batch,):

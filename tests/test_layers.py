@@ -480,6 +480,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.ndarray = DeviceArray
     for function in ("asarray", "ascontiguousarray", "empty", "zeros", "arange", "stack"):
         setattr(module, function, on_device(getattr(np, function)))
+    module.cuda = types.SimpleNamespace(Device=lambda: "cpu")  # NumPy's arrays say that they lie there
     monkeypatch.setitem(sys.modules, "cupy", module)
     stand_in = dispatch.engine("reference", X)
     monkeypatch.setitem(dispatch._loaded, ("cuda", "float32", "auto"), stand_in)
@@ -565,7 +566,7 @@ class FakeTensor:
         (X.tolist(), TypeError, "x must be a NumPy or CuPy array, got list"),
         (None, TypeError, "x must be a NumPy or CuPy array, got NoneType"),
         (FakeTensor(), TypeError, "x must be a NumPy or CuPy array, got FakeTensor"),
-        (torch.zeros(4, 2, 3), TypeError, "x must be a NumPy or CuPy array, got Tensor"),
+        (torch.zeros(4, 2, 3, requires_grad=True), TypeError, "x, a Tensor, cannot be taken .*detach"),
         (np.ma.masked_array(X), TypeError, "x must be a NumPy or CuPy array, got MaskedArray"),
     ],
 )

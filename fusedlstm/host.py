@@ -1,0 +1,274 @@
+"""A recurrent layer as two functions of NumPy arrays, for frameworks that call the host.
+
+:func:`forward` and :func:`backward` run one layer over a batch of sequences, batch first, with masks as Keras
+defines them.  A framework carries nothing but arrays from one to the other: what backward needs besides stays
+here, and a number tells which it is.  Sizes in the comments:
+
+    B  batch        I  features of the input
+    T  time steps   H  units
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import count
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import dispatch
+from . import weights as storage
+from .cells import Cell
+from .dispatch import Direction
+from .weights import Weights
+
+
+class Run(NamedTuple):
+    """What is the same in every call of a layer."""
+
+    cell: Cell
+    backwards: bool  # from the last step to the first; outputs are in the order of the run
+    sequences: bool  # whether the outputs of all steps are asked for, or the last one
+    zeros: bool  # whether the output of a step that is masked is zero, or that of the step before
+    carries: bool  # whether, if there is no step before, it is the initial one, or zero
+    masked: bool  # whether there is a mask
+
+
+class Steps:
+    """Which steps of each sequence count.
+
+    Kernels know sequences that end, not steps that are left out: those that count move to the front.  A
+    sequence in which none does is run for one step, and nothing of that is used.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask = mask  # (B, T)
+        counts = mask.sum(1)
+        self.lengths, self.empty = np.maximum(counts, 1), counts == 0
+        ends_only = (mask == (np.arange(mask.shape[1]) < counts[:, None])).all()
+        self.moves = bool(self.empty.any() or not ends_only)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(B, T, 1): the steps, those that count first."""
+        return np.argsort(~self.mask, axis=1, kind="stable")[..., None]
+
+    @cached_property
+    def shown(self) -> np.ndarray:
+        """(B, T): which of the steps that count was the latest at each step; -1 before the first."""
+        return np.cumsum(self.mask, axis=1) - 1
+
+    def front(self, x: np.ndarray) -> np.ndarray:
+        """The steps (B, T, I) that count at the front."""
+        if not self.moves:
+            return x
+        moved = np.take_along_axis(x, self.order, 1)
+        moved[self.empty] = 0  # may have been anything
+        return moved
+
+    def back(self, dx: np.ndarray) -> np.ndarray:
+        """The gradient of what was moved to the front."""
+        if not self.moves:
+            return dx
+        moved = np.empty_like(dx)
+        np.put_along_axis(moved, self.order, dx, 1)
+        moved[~self.mask] = 0
+        return moved
+
+    def spread(self, y: np.ndarray, last: np.ndarray, before: np.ndarray | None, zeros: bool) -> np.ndarray:
+        """What Keras shows at every step, of the outputs (B, T, H) of those that count."""
+        if not self.moves:
+            if not zeros:
+                np.copyto(y, last[:, None], where=~self.mask[..., None])
+            return y
+        shown = np.take_along_axis(y, np.maximum(self.shown, 0)[..., None], 1)
+        hidden = ~self.mask if zeros else self.shown < 0
+        np.copyto(shown, 0 if zeros or before is None else before[:, None], where=hidden[..., None])
+        return shown
+
+    def gather(self, dy: np.ndarray, zeros: bool) -> tuple[np.ndarray, np.ndarray | int, np.ndarray | int]:
+        """The gradients of y, last and before, as `spread` takes them."""
+        if not self.moves:
+            return dy, 0 if zeros else np.where(self.mask[..., None], 0, dy).sum(1), 0
+        gathered, before = np.zeros_like(dy), np.zeros_like(dy[:, 0])
+        rows = np.nonzero(self.mask)[0]
+        if zeros:
+            gathered[rows, self.shown[self.mask]] = dy[self.mask]
+            return gathered, 0, 0
+        starts = self.mask.copy()
+        starts[:, 0] = True  # sums of the steps that show the same output
+        sums = np.add.reduceat(dy.reshape(-1, dy.shape[-1]), np.flatnonzero(starts), axis=0)
+        counts = self.mask[starts]
+        gathered[rows, self.shown[self.mask]] = sums[counts]
+        before[np.nonzero(starts)[0][~counts]] = sums[~counts]
+        return gathered, 0, before
+
+
+# --- What backward needs ---------------------------------------------------------------------------------
+
+
+class _Record(NamedTuple):
+    """Of one forward pass."""
+
+    direction: Direction
+    tape: Any  # without the input, whose memory is the framework's
+
+    @property
+    def size(self) -> int:
+        return int(self.tape.memory.nbytes + self.tape.y.nbytes)
+
+
+_numbers = count(1)
+_records: OrderedDict[int, _Record] = OrderedDict()
+_lock = Lock()
+MOST = 2 << 30  # bytes of all records; a framework does not tell when it has no use for one
+
+
+def _keep(record: _Record) -> int:
+    """The number of a record; the oldest go when there are too many."""
+    number = next(_numbers) % (1 << 31)
+    with _lock:
+        _records[number] = record
+        size = sum(kept.size for kept in _records.values())
+        while size > MOST and len(_records) > 1:
+            size -= _records.popitem(last=False)[1].size
+    return number
+
+
+def _take(number: Any) -> _Record | None:
+    with _lock:
+        return _records.pop(int(number), None)
+
+
+# --- Forward and backward --------------------------------------------------------------------------------
+
+
+class _Arguments:
+    """The arguments of both functions, in the order of the run."""
+
+    def __init__(self, run: Run, flat: Sequence[Any]) -> None:
+        x, *rest = [np.asarray(array) for array in flat]
+        mask = rest.pop(0) if run.masked else None
+        if run.backwards:
+            x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
+        self.x = x  # (B, T, I)
+        self.steps = None if mask is None else Steps(mask)
+        states = len(run.cell.states)
+        self.initial = tuple(rest[:states])  # (B, H) each
+        self.weights = rest[states:]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the outputs."""
+        return (*self.x.shape[:2], self.initial[0].shape[1])
+
+    @property
+    def run_steps(self) -> np.ndarray:
+        """(T, B, I): the input as kernels take it."""
+        x = self.x if self.steps is None else self.steps.front(self.x)
+        return x.swapaxes(0, 1)
+
+
+def forward(run: Run, training: bool, *flat: Any) -> list[np.ndarray]:
+    """The outputs (B, T, H), or the last (B, H); the final states (B, H); the number of the record, or 0.
+
+    Args:
+        run: what is the same in every call.
+        training: whether to keep a record, which makes backward quicker.
+        flat: the input (B, T, I); the mask (B, T) if there is one; the initial states (B, H); the weights,
+            as :func:`fusedlstm.weights.flatten` gives them.
+    """
+    given = _Arguments(run, flat)
+    y, finals, record = _forward(run, training, given)
+    number = 0 if record is None else _keep(record)
+    return [_shown(run, given, y, finals), *finals, np.array(number, np.int32)]
+
+
+def _forward(
+    run: Run, training: bool, given: _Arguments
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], _Record | None]:
+    """The outputs (B, T, H) of the steps that count, the final states, and the record if training."""
+    x, steps = given.run_steps, given.steps
+    y = np.empty(given.shape, x.dtype)
+    finals = tuple([np.empty_like(state) for state in given.initial])
+    # the memory of the framework is ours during this call only
+    weights = [np.array(weight) for weight in given.weights] if training else given.weights
+    direction = dispatch.engine("cpu").prepare(run.cell, _weights(run.cell, weights))
+    lengths = None if steps is None else steps.lengths
+    tape = direction.forward(x, given.initial, y.swapaxes(0, 1), finals, lengths, None, False, training)
+    if steps is not None and steps.moves:
+        for final, state in zip(finals, given.initial):
+            final[steps.empty] = state[steps.empty]
+    return y, finals, _Record(direction, tape._replace(x=None)) if training else None
+
+
+def _weights(cell: Cell, flat: Sequence[np.ndarray]) -> Weights:
+    own = len(flat) - len(cell.weights)  # 2, and 2 more with biases
+    bias_ih, bias_hh = flat[2:4] if own == 4 else (None, None)
+    return Weights(flat[0], flat[1], bias_ih, bias_hh, vectors=tuple(flat[own:]))
+
+
+def _shown(run: Run, given: _Arguments, y: np.ndarray, finals: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The outputs that Keras shows, of all steps or of the last."""
+    steps = given.steps
+    if steps is None:
+        return y if run.sequences else finals[0]
+    if run.sequences:
+        return steps.spread(y, finals[0], given.initial[0] if run.carries else None, run.zeros)
+    return np.where(_hidden(run, steps), 0, finals[0])
+
+
+def _hidden(run: Run, steps: Steps) -> np.ndarray:
+    """(B, 1): where the last output is zero, and not the final state."""
+    hidden = ~steps.mask[:, -1] if run.zeros else steps.empty & (not run.carries)
+    return hidden[:, None]
+
+
+def backward(run: Run, number: Any, *flat: Any) -> list[np.ndarray]:
+    """The gradients of the input, the initial states and the weights.
+
+    Args:
+        run: as for :func:`forward`.
+        number: of the record.  Where it is gone, the layer is run again.
+        flat: as for :func:`forward`; then the gradients of the outputs and of the final states.
+    """
+    states = len(run.cell.states)
+    given = _Arguments(run, flat[: -1 - states])
+    dshown, *dfinals = [np.asarray(gradient) for gradient in flat[-1 - states :]]
+    record = _take(number) or _forward(run, True, given)[2]
+    assert record is not None
+    dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
+    x, steps = given.run_steps, given.steps
+    dx = np.empty(given.x.shape, x.dtype)
+    dinitial, dweights = record.direction.backward(
+        record.tape._replace(x=x), dy.swapaxes(0, 1), tuple(dfinals), dx.swapaxes(0, 1), False
+    )
+    if steps is not None:
+        dx = steps.back(dx)
+        dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
+    return [dx[:, ::-1] if run.backwards else dx, *dinitial, *storage.flatten(dweights)]
+
+
+def _seeds(
+    run: Run, given: _Arguments, dshown: np.ndarray, dfinals: list[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
+    """Gradients of the outputs (B, T, H) and final states of the run, and what goes past the run to the
+    initial states."""
+    steps = given.steps
+    direct: list[Any] = [0] * len(dfinals)
+    if run.sequences:
+        dy, last, before = (dshown, 0, 0) if steps is None else steps.gather(dshown, run.zeros)
+        if run.carries:
+            direct[0] = before
+    else:
+        dy = np.broadcast_to(np.zeros(given.shape[2:], dshown.dtype), given.shape)
+        last = dshown if steps is None else np.where(_hidden(run, steps), 0, dshown)
+    dfinals[0] = dfinals[0] + last
+    if steps is not None and steps.moves:
+        empty = steps.empty[:, None]
+        direct = [more + np.where(empty, part, 0) for more, part in zip(direct, dfinals)]
+        dfinals = [np.where(empty, 0, part) for part in dfinals]
+    return dy, dfinals, direct

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import ALL, BUILT_IN, five_gates, name, three_states
-from cuda_cases import Case, actual, arrays, check, expected
+from checks import ALL, BUILT_IN, error, five_gates, name, three_states
+from cuda_cases import TOLERANCE, Case, actual, arrays, check, expected
 from cuda_simulator import Stuck, concurrent_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,6 +108,21 @@ def test_tensor_cores(
 def test_tensor_cores_with_projection(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
     check(Case(cells.lstm, 2, 5, 3, 19, proj=7, precision=precision, reverse=True, lengths=True))
+
+
+@pytest.mark.parametrize("precision", TENSOR)
+def test_small_gradients_are_not_lost(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the mean over a large batch, say; float16 has no numbers between 0 and 6e-8."""
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
+    case = Case(cells.lstm, 3, 5, 3, 19, precision=precision)
+    given_arrays = arrays(case)
+    small = np.float32(1e-9)
+    dfinal = tuple(small * d for d in given_arrays.dfinal)
+    given_arrays = replace(given_arrays, dy=small * given_arrays.dy, dfinal=dfinal)
+    wanted, found = expected(case, given_arrays), actual(case, given_arrays)
+    for what in wanted:
+        scale = 1e9 if what.startswith(("d", "gradient")) else 1
+        assert error(found[what] * scale, wanted[what] * scale) < TOLERANCE[precision], what
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", *TENSOR])

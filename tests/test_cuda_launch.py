@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,11 +29,42 @@ def arguments(plan: Plan, address: int = 4096) -> list[Any]:
     return [array(address, int(kind.split()[1])) for kind in kinds if " " in kind]
 
 
+class Driver:
+    """Reads the arguments of a launch as the driver does; 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], list[int]]] = []  # how, and with which numbers
+        self.parameters = 0  # of the kernel
+        self.cooperative = False
+
+    def launchKernel(self, *how: int) -> None:
+        *how_, addresses, extra = how
+        assert extra == 0
+        self._launch(how_, addresses)
+        self.cooperative = False
+
+    def launchCooperativeKernel(self, *how: int) -> None:
+        *how_, addresses = how
+        self._launch(how_, addresses)
+        self.cooperative = True
+
+    def _launch(self, how: list[int], addresses: int) -> None:
+        pointers = (ctypes.POINTER(ctypes.c_int64) * self.parameters).from_address(addresses)
+        self.launches.append((tuple(how), [pointer[0] for pointer in pointers]))
+
+
+FUNCTION, STREAM = 11, 12
+
+
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
     module = mock.MagicMock()
     module.cuda.Device.return_value.id = 0
     module.cuda.Stream.return_value.__enter__.return_value = module.cuda.Stream.return_value
+    module.cuda.driver = Driver()
+    module.cuda.get_current_stream.return_value.ptr = STREAM
+    module.cuda.get_current_stream.return_value.is_capturing.return_value = False
+    module.RawModule.return_value.get_function.return_value.kernel.ptr = FUNCTION
     monkeypatch.setattr(launch, "array_module", lambda: module)
     return module
 
@@ -43,7 +76,9 @@ def plan(request: pytest.FixtureRequest) -> Plan:
 
 def compiled(plan: Plan) -> launch._Compiled:
     with without_gpu((7, 5)):
-        return launch._Compiled(launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)), plan)
+        kernel = launch._Compiled(launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)), plan, (7, 5))
+    launch.array_module().cuda.driver.parameters = kernel._loaded._parameters
+    return kernel
 
 
 RUNS = [(0, 1, 0, 0), (1, 2, 0, 0)]
@@ -52,25 +87,24 @@ RUNS = [(0, 1, 0, 0), (1, 2, 0, 0)]
 def test_a_kernel_gets_as_many_numbers_as_it_takes(plan: Plan, cupy: mock.MagicMock) -> None:
     """Numba's way to pass arrays, which launch.py follows, is that of the compiled kernel."""
     kernel, grid = compiled(plan), plan.grid(16)
-    kernel(plan, grid, arguments(plan), RUNS[:1])
-    function = cupy.RawModule.return_value.get_function.return_value
-    ((where, threads, numbers), options) = function.call_args
-    assert (where, threads) == ((*grid, 1), (plan.threads, 1, 1))
-    assert options == {"shared_mem": plan.shared}
-    assert function.max_dynamic_shared_size_bytes == plan.shared
-    assert numbers[-4:] == RUNS[0]
+    arrays = arguments(plan)
+    kernel(plan, grid, arrays, RUNS[:1])
+    ((how, numbers),) = cupy.cuda.driver.launches
+    assert how == (FUNCTION, *grid, 1, plan.threads, 1, 1, plan.shared, STREAM)
+    flat = [number for array in arrays for number in launch._flattened(array)]
+    assert numbers == [*flat, *RUNS[0]]
+    assert cupy.RawModule.return_value.get_function.return_value.max_dynamic_shared_size_bytes == plan.shared
     with pytest.raises(RuntimeError, match="passes arrays to kernels in another way"):
         kernel(plan, grid, arguments(plan)[1:], RUNS[:1])
 
 
 def test_many_runs_are_one_graph_as_long_as_the_arrays_stay(plan: Plan, cupy: mock.MagicMock) -> None:
     kernel, grid = compiled(plan), plan.grid(16)
-    function = cupy.RawModule.return_value.get_function.return_value
     stream = cupy.cuda.Stream.return_value
     for address, captured in ((4096, 1), (4096, 1), (8192, 2), (4096, 2)):
         kernel(plan, grid, arguments(plan, address), RUNS)
         assert stream.end_capture.call_count == captured
-        assert function.call_count == captured * len(RUNS)
+        assert len(cupy.cuda.driver.launches) == captured * len(RUNS)
     assert stream.end_capture.return_value.launch.call_count == 4
 
 
@@ -81,11 +115,45 @@ def test_graphs_are_not_kept_for_ever(plan: Plan, cupy: mock.MagicMock) -> None:
     assert len(kernel._graphs) == launch._GRAPHS
 
 
+def test_very_many_runs_are_launched_one_by_one(
+    plan: Plan, cupy: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_NODES", 3)
+    runs = [(n, n + 1, 0, 0) for n in range(4)]
+    compiled(plan)(plan, plan.grid(16), arguments(plan), runs)
+    assert [tuple(numbers[-4:]) for _, numbers in cupy.cuda.driver.launches] == runs
+    assert not cupy.cuda.Stream.called
+
+
+def test_a_capture_by_the_caller_is_refused(plan: Plan, cupy: mock.MagicMock) -> None:
+    kernel = compiled(plan)
+    cupy.cuda.get_current_stream.return_value.is_capturing.return_value = True
+    with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
+        kernel(plan, plan.grid(16), arguments(plan), RUNS)
+    assert not cupy.cuda.driver.launches
+
+
 def test_a_persistent_kernel_is_launched_cooperatively(cupy: mock.MagicMock) -> None:
     for form in ("persistent", "stepwise"):
         plan = choose(DEVICES["sm_90"], cells.lstm, "float32", 512, 0, 16, False, form)  # type: ignore[arg-type]
-        compiled(plan)
-        assert cupy.RawModule.call_args.kwargs["enable_cooperative_groups"] == (form == "persistent")
+        compiled(plan)(plan, plan.grid(16), arguments(plan), RUNS[:1])
+        assert cupy.cuda.driver.cooperative == (form == "persistent")
+
+
+def test_kernels_are_assembled_once_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(".version 7.0\n.target sm_75\n.address_size 64\n.visible .entry nothing() { ret; }\n")
+    cubin = launch.cached_cubin(ptx, (9, 0))
+    assert cubin.name == "kernel.sm_90.cubin"
+    assert cubin.read_bytes().startswith(b"\x7fELF")
+    assert launch.cached_cubin(ptx, (10, 0)) != cubin
+    monkeypatch.setattr(launch, "assemble", None)
+    assert launch.cached_cubin(ptx, (9, 0)) == cubin
+
+
+def test_what_cannot_be_assembled_is_said() -> None:
+    with pytest.raises(RuntimeError, match=r"nvJitLink .* cannot assemble a kernel: .*nonsense"):
+        launch.assemble(".version 7.0\n.target sm_75\n.address_size 64\nnonsense\n", (9, 0))
 
 
 def test_missing_cupy_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,8 @@ class CUDA:
 
     Args:
         precision: of products in a float32 layer: "float32" exactly, or "tf32", "bfloat16" or
-            "float16" on tensor cores, with sums and states in float32.  A float64 layer is exact.
+            "float16" on tensor cores, with sums and states in float32; the backward pass of "float16" is
+            in bfloat16, which has the range of gradients.  A float64 layer is exact.
         form: "persistent" or "stepwise" forces a kernel; by default the sizes and the device decide.
 
     Raises:
@@ -157,7 +158,7 @@ class Resident:
         self.biased = weights.bias_ih is not None
         self.plan = lru_cache(maxsize=32)(self._plan)
         self._packed = lru_cache(maxsize=4)(self._pack)
-        self._no_padding = lru_cache(maxsize=64)(self._full_lengths)
+        self._endless = lru_cache(maxsize=64)(self._without_end)
         self._settle()
 
     def _settle(self) -> None:
@@ -165,8 +166,9 @@ class Resident:
         if self.xp is not np:
             self.xp.cuda.get_current_stream().synchronize()
 
-    def _full_lengths(self, steps: int, batch: int) -> Any:
-        lengths = self.xp.full(batch, steps, np.int64)
+    def _without_end(self, batch: int) -> Any:
+        """Lengths of sequences that run to the last step, however many there are."""
+        lengths = self.xp.full(batch, np.iinfo(np.int64).max, np.int64)
         self._settle()
         return lengths
 
@@ -238,7 +240,7 @@ class Resident:
         if reset is not None:
             initial_output, initial_states = output.copy(), states.copy()
             reset = xp.ascontiguousarray(reset)
-        lengths = self._no_padding(steps, batch) if lengths is None else xp.ascontiguousarray(lengths)
+        lengths = self._endless(batch) if lengths is None else xp.ascontiguousarray(lengths)
         taped = (steps, batch) if training else (0, 0)
         in_place = training and not cell.split  # each thread writes what it alone has read
         pre = fed.reshape(*fed.shape[:2], gates, hidden) if in_place else self._empty(*taped, inputs, hidden)
@@ -274,6 +276,8 @@ class Resident:
         xp, cell, hidden = self.xp, self.cell, self.hidden
         steps, batch, _ = tape.x.shape
         gates, inputs = len(cell.gates), len(cell.preactivations)
+        plan = self.plan(batch, True)
+        precision = plan.recurrent.precision
         doutput, dstates = self._states(dfinal, batch)
         total_output, total_states = self._states(None, batch)
         dlearned = xp.zeros((len(cell.weights), batch, hidden), self.dtype)
@@ -285,23 +289,30 @@ class Resident:
             dy, doutput, dstates, total_output, total_states, dlearned, d, dprojected,
         )  # fmt: skip
         options = (tape.reset is not None, True)
-        self._run(self.plan(batch, True), batch, steps, tape.reverse, options, arrays)
+        self._run(plan, batch, steps, tape.reverse, options, arrays)
 
         rows = d.reshape(steps * batch, inputs * hidden)
         d_input, d_output = rows[:, : gates * hidden], rows[:, (inputs - gates) * hidden :]
         x = xp.ascontiguousarray(tape.x).reshape(steps * batch, self.inputs)
-        here = matmul(d_input, self.ih, self.precision, xp).reshape(tape.x.shape)
+        here = matmul(d_input, self.ih, precision, xp).reshape(tape.x.shape)
         if accumulate:
             dx += here
         else:
             dx[...] = here
-        grads = self._weight_gradients(x, d_input, d_output, tape, dprojected, dlearned)
+        grads = self._weight_gradients(x, d_input, d_output, tape, dprojected, dlearned, precision)
         return (doutput + total_output, *(dstates + total_states)), grads
 
     def _weight_gradients(
-        self, x: Any, d_input: Any, d_output: Any, tape: Tape, dprojected: Any, dlearned: Any
+        self,
+        x: Any,
+        d_input: Any,
+        d_output: Any,
+        tape: Tape,
+        dprojected: Any,
+        dlearned: Any,
+        precision: Precision,
     ) -> Weights:
-        xp, cell, precision = self.xp, self.cell, self.precision
+        xp, cell = self.xp, self.cell
         entering = tape.entering.reshape(len(x), self.outputs)
         ih = matmul(d_input.T, x, precision, xp)
         hh = matmul(d_output.T, entering, precision, xp)

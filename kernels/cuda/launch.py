@@ -1,7 +1,7 @@
 """From a plan to a launch: compiling, caching on disk, shared memory, streams and graphs.
 
-On a GPU, Numba compiles the kernel to PTX, which is kept on disk; CuPy loads and launches it.  In a
-simulator, Numba runs the Python function on NumPy arrays.
+On a GPU, Numba compiles the kernel to PTX and nvJitLink assembles it; both are kept on disk.  CuPy loads and
+launches it.  In a simulator, Numba runs the Python function on NumPy arrays.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ SIMULATED_DEVICE = Device("Numba's simulator", (0, 0), 1, 1 << 20, threads=8, co
 simulated_device = SIMULATED_DEVICE
 
 _GRAPHS = 16  # that a kernel keeps
+_NODES = 4096  # launches in one of them, at most; more are launched one by one
 
 
 class Kernel(Protocol):
@@ -94,11 +95,11 @@ def kernel(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tup
     """The kernel of a plan, compiled or taken from the cache on disk."""
     if SIMULATED:
         return _Simulated(build(cell, plan, resets, training), plan)
-    return _Compiled(cached_ptx(cell, plan, resets, training, target(capability)), plan)
+    return _Compiled(cached_ptx(cell, plan, resets, training, target(capability)), plan, capability)
 
 
 def target(capability: tuple[int, int]) -> tuple[int, int]:
-    """The compute capability to compile for; the driver takes its PTX to newer GPUs.
+    """The compute capability to compile for; its PTX is assembled for newer GPUs too.
 
     For 10.0 and later NVVM has another LLVM inside, which leaves loops over registers rolled; the
     kernels use nothing that is newer than 9.0.
@@ -164,29 +165,84 @@ def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability:
     folder = Path(os.environ.get("FUSEDLSTM_CACHE", Path.home() / ".cache" / "fusedlstm"))
     path = folder / f"{cell.name}_{digest.hexdigest()[:24]}.ptx"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-        partial.write_text(compile_ptx(cell, plan, resets, training, capability))
-        partial.replace(path)
+        _write(path, compile_ptx(cell, plan, resets, training, capability).encode())
     return path
 
 
-class Loaded:
-    """A kernel that CuPy has loaded from PTX, and launches on its current stream."""
+def cached_cubin(ptx: Path, capability: tuple[int, int]) -> Path:
+    """The file with the machine code of a kernel for a GPU; assembled if it is not there.
 
-    def __init__(self, path: Path, threads: int, shared: int = 0, cooperative: bool = False) -> None:
+    The driver could assemble PTX too, but may be older than the compiler and not know its version of PTX;
+    machine code of the same major version of CUDA it takes.
+    """
+    path = ptx.with_suffix(f".sm_{capability[0]}{capability[1]}.cubin")
+    if not path.exists():
+        _write(path, assemble(ptx.read_text(), capability))
+    return path
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
+    """Machine code from PTX, by nvJitLink.  Needs no GPU.
+
+    Raises:
+        RuntimeError: if nvJitLink refuses the PTX, with its reasons.
+    """
+    from cuda.bindings import nvjitlink  # type: ignore[import-untyped]
+
+    text = ptx.encode() + b"\0"
+    link = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"])
+    try:
+        nvjitlink.add_data(link, nvjitlink.InputType.PTX, text, len(text), "kernel")
+        nvjitlink.complete(link)
+        code = bytearray(nvjitlink.get_linked_cubin_size(link))
+        nvjitlink.get_linked_cubin(link, code)
+    except nvjitlink.nvJitLinkError as error:
+        log = bytearray(nvjitlink.get_error_log_size(link))
+        nvjitlink.get_error_log(link, log)
+        reasons = log.rstrip(b"\0").decode(errors="replace").strip()
+        raise RuntimeError(f"nvJitLink {nvjitlink.version()} cannot assemble a kernel: {reasons}") from error
+    finally:
+        nvjitlink.destroy(link)
+    return bytes(code)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that other threads and processes see whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+class Loaded:
+    """A kernel for GPUs of one capability, which CuPy loads, and launches on its current stream.
+
+    The driver is called directly: to convert the arguments of one launch, of which there are two hundred,
+    takes CuPy's kernel objects longer than some of our kernels run.
+    """
+
+    def __init__(
+        self,
+        ptx: Path,
+        capability: tuple[int, int],
+        threads: int,
+        shared: int = 0,
+        cooperative: bool = False,
+    ) -> None:
         self._cupy = array_module()
-        match = re.search(r"\.visible \.entry (\w+)\((.*?)\)", path.read_text(), re.DOTALL)
+        match = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx.read_text(), re.DOTALL)
         if match is None:
-            raise RuntimeError(f"no kernel in {path}; delete this file")
+            raise RuntimeError(f"no kernel in {ptx}; delete this file")
         self._parameters = match[2].count(".param")
-        module = self._cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
-        self._function = module.get_function(match[1])
-        self._threads, self._shared = threads, shared
+        self._function = self._cupy.RawModule(path=str(cached_cubin(ptx, capability))).get_function(match[1])
+        self._threads, self._shared, self._cooperative = threads, shared, cooperative
         self._prepared: set[int] = set()  # devices
 
-    def prepare(self, arrays: Sequence[Any], numbers: int) -> list[int]:
-        """Load the kernel on the current device; the arrays as the kernel takes them."""
+    def prepare(self, arrays: Sequence[Any], numbers: int) -> np.ndarray:
+        """The arguments of a launch, of which the last `numbers` are still to be filled in.
+
+        Loads the kernel on the current device.
+        """
         device = self._cupy.cuda.Device().id
         if device not in self._prepared:
             self._function.max_dynamic_shared_size_bytes = self._shared
@@ -197,50 +253,69 @@ class Loaded:
                 f"this version of numba-cuda passes arrays to kernels in another way: the kernel takes "
                 f"{self._parameters} numbers, {len(flat) + numbers} were prepared"
             )
-        return flat
+        return np.array(flat + [0] * numbers, np.int64)
 
-    def __call__(self, grid: tuple[int, int], flat: Sequence[int], numbers: Sequence[int]) -> None:
-        self._function((*grid, 1), (self._threads, 1, 1), (*flat, *numbers), shared_mem=self._shared)
+    def __call__(self, grid: tuple[int, int], arguments: np.ndarray) -> None:
+        driver, stream = self._cupy.cuda.driver, self._cupy.cuda.get_current_stream()
+        addresses = arguments.ctypes.data + arguments.itemsize * np.arange(len(arguments))
+        launch = (
+            self._function.kernel.ptr, *grid, 1, self._threads, 1, 1, self._shared, stream.ptr,
+            addresses.ctypes.data,
+        )  # fmt: skip
+        if self._cooperative:
+            driver.launchCooperativeKernel(*launch)
+        else:
+            driver.launchKernel(*launch, 0)
 
 
 class _Compiled:
     """A kernel on a GPU."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, ptx: Path, plan: Plan, capability: tuple[int, int]) -> None:
         self._cupy = array_module()
-        self._loaded = Loaded(path, plan.threads, plan.shared, plan.form == "persistent")
+        self._loaded = Loaded(ptx, capability, plan.threads, plan.shared, plan.form == "persistent")
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
-        flat = self._loaded.prepare(arrays, len(runs[0]))
-        if len(runs) == 1:
-            self._loaded(grid, flat, runs[0])
+        if self._cupy.cuda.get_current_stream().is_capturing():
+            raise RuntimeError(
+                "the layers cannot be captured into a CUDA graph: memory that they use would be given to "
+                "others before the graph is launched"
+            )
+        arguments = self._loaded.prepare(arrays, len(runs[0]))
+        if 1 < len(runs) <= _NODES:
+            self._replay(grid, arguments, runs)
         else:
-            self._replay((self._cupy.cuda.Device().id, grid, tuple(flat), tuple(runs)))
+            self._launch(grid, arguments, runs)
 
-    def _replay(self, key: Any) -> None:
+    def _launch(self, grid: tuple[int, int], arguments: np.ndarray, runs: Sequence[Any]) -> None:
+        for run in runs:
+            arguments[-len(run) :] = run
+            self._loaded(grid, arguments)
+
+    def _replay(self, grid: tuple[int, int], arguments: np.ndarray, runs: Sequence[Any]) -> None:
         """Launch many runs as one graph.
 
         A graph holds the addresses of its arrays.  CuPy's memory pool gives the same ones again to the
         next call with the same sizes, so graphs are kept under them.
         """
+        key = (self._cupy.cuda.Device().id, grid, arguments.tobytes(), tuple(runs))
         with self._lock:
             graph = self._graphs.pop(key, None)
             if graph is None:
-                graph = self._captured(*key[1:])
+                graph = self._captured(grid, arguments, runs)
             self._graphs[key] = graph
             if len(self._graphs) > _GRAPHS:
                 self._graphs.popitem(last=False)
             graph.launch(self._cupy.cuda.get_current_stream())
 
-    def _captured(self, grid: tuple[int, int], flat: Sequence[int], runs: Sequence[Any]) -> Any:
+    def _captured(self, grid: tuple[int, int], arguments: np.ndarray, runs: Sequence[Any]) -> Any:
         with self._cupy.cuda.Stream(non_blocking=True) as stream:
             # other threads may allocate meanwhile
             stream.begin_capture(self._cupy.cuda.runtime.streamCaptureModeThreadLocal)
             try:
-                for run in runs:
-                    self._loaded(grid, flat, run)
+                self._launch(grid, arguments, runs)
             finally:
                 graph = stream.end_capture()
         return graph

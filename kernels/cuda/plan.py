@@ -303,6 +303,8 @@ def choose(
 ) -> Plan:
     """The plan for a pass; `form` forces one.
 
+    The backward pass of float16 is in bfloat16: gradients of 1e-8 are common, float16 has none below 6e-8.
+
     Raises:
         ValueError: if the forced form, or the precision, cannot run on the device.
     """
@@ -311,6 +313,8 @@ def choose(
             f"precision {precision!r} needs a GPU of compute capability 8.0 or later, got {device.name} "
             f"({device.capability[0]}.{device.capability[1]}); use precision 'float32'"
         )
+    if backward and precision == "float16":
+        precision = "bfloat16"
     sizes = (cell, hidden, proj, batch, backward, precision)
     reason = "no tile keeps all weights on the chip with all blocks at work at once"
     if not device.cooperative:

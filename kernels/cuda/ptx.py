@@ -240,7 +240,8 @@ def _mma(shape: str, kind: str, unpack: Callable[[Any], Any]) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             kind = ir.FunctionType(ir.LiteralStructType([F32] * 4), [I32] * 6 + [F32] * 4)
             call = ir.InlineAsm(kind, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", side_effect=False)
-            results = builder.call(call, args)
+            # convergent: not to be moved to where a part of the warp may go
+            results = builder.call(call, args, attrs=("convergent",))
             parts = [builder.extract_value(results, n) for n in range(4)]
             return context.make_tuple(builder, sig.return_type, parts)
 

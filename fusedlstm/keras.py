@@ -13,19 +13,23 @@ operator of :mod:`fusedlstm.torch`; on JAX, TensorFlow and NumPy it is a call of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import keras
 from keras import activations, layers, ops
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
+from keras.src.models.functional import Functional
 
 from . import cells, host, math
 from .cells import Cell
+from .derive import compile_source
 from .host import Run
 from .weights import GATE_ORDERS
 
-__all__ = ["GRU", "LSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "Recurrent", "RecurrentCell", "SimpleRNN", "accelerate"]
 
 _BACKEND = keras.backend.backend()
 _PACKAGE = "fusedlstm"  # under which the layers are registered in files
@@ -117,6 +121,10 @@ def _gru(activation: str, gate: str) -> Cell:
     return cells.cell(gates=cells.gru.gates, states=cells.gru.states, split=cells.gru.split)(gru)
 
 
+def _gru_reset_before(activation: str, gate: str) -> Cell:
+    raise ValueError("reset_after must be True: there is no kernel for a reset before the product yet")
+
+
 @cache
 def _rnn(activation: str) -> Cell:
     known = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
@@ -143,9 +151,8 @@ class _Fused(layers.RNN):  # type: ignore[misc]
                 f"fusedlstm.keras runs on the Keras backends {', '.join(_CORES)}, not on {_BACKEND!r}: set "
                 "the environment variable KERAS_BACKEND before Keras is imported"
             )
-        self._order = self._mathematics.gates  # refuses what has no kernels
-        # XLA compiles no calls of the host from TensorFlow
-        self.supports_jit = _BACKEND != "tensorflow"
+        self._fused_cell = self._mathematics()
+        self.supports_jit = _BACKEND != "tensorflow"  # XLA compiles no calls of the host there
 
     @property
     def use_cudnn(self) -> bool:
@@ -156,9 +163,12 @@ class _Fused(layers.RNN):  # type: ignore[misc]
     def use_cudnn(self, value: Any) -> None:
         pass
 
-    @property
     def _mathematics(self) -> Cell:
-        """The cell of ours that computes what Keras's does."""
+        """The cell of ours that computes what Keras's does.
+
+        Raises:
+            ValueError: if there is none.
+        """
         raise NotImplementedError
 
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
@@ -167,78 +177,86 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         Where only the last output is asked for, the outputs are that one.
         """
         mask = mask[0] if keras.tree.is_nested(mask) else mask
-        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        mask = None if mask is None else ops.cast(mask, "bool")
+        cell, dtype = self._fused_cell, "float64" if self.compute_dtype == "float64" else "float32"
         x = ops.cast(sequences, dtype)
-        if training and self.cell.dropout:
-            x = x * ops.cast(_one(self.cell.get_dropout_mask(sequences[:, 0])), dtype)[:, None]
         states = [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)]
+        count = len(states)
         if self.stateful and _BACKEND == "torch":  # the layer writes to them before backward reads them
             states = [ops.copy(state) for state in states]
+        if training and self.cell.dropout:
+            x = x * _one_mask(self.cell.get_dropout_mask(sequences[:, 0]), dtype)[:, None]
+        if training and self.cell.recurrent_dropout:
+            drops = _one_mask(self.cell.get_recurrent_dropout_mask(states[cell.operand]), dtype)
+            states += [drops, drops * states[cell.operand]]
+            cell = cells.recurrent_dropout(cell)
         run = Run(
-            self._mathematics,
+            cell,
             self.go_backwards,
             self.return_sequences,
             self.zero_output_for_mask,
             _BACKEND == "jax",
             mask is not None,
         )
-        mask = None if mask is None else ops.cast(mask, "bool")
         shown, *finals = _CORES[_BACKEND](run, bool(training), x, mask, states, self._weights(dtype))
-        return (shown[:, -1] if self.return_sequences else shown), shown, finals
+        return (shown[:, -1] if self.return_sequences else shown), shown, finals[:count]
 
     def _weights(self, dtype: str) -> list[Any]:
-        """The weights in our layout: (gates*H, I), (gates*H, H), both biases."""
+        """The weights in our layout: (gates*H, I), (gates*H, H), both biases, the learned vectors."""
         cell = self.cell
-        kernels = [self._ordered(kernel, dtype) for kernel in (cell.kernel, cell.recurrent_kernel)]
+        kernels = [self._in_order(kernel, dtype) for kernel in (cell.kernel, cell.recurrent_kernel)]
         flat = [ops.transpose(kernel) for kernel in kernels]
         if cell.bias is not None:
-            bias = self._ordered(cell.bias, dtype)
+            bias = self._in_order(cell.bias, dtype)
             flat += [bias[0], bias[1]] if len(bias.shape) == 2 else [bias, ops.zeros_like(bias)]
-        return flat
+        return [*flat, *(ops.cast(vector, dtype) for vector in getattr(cell, "vectors", ()))]
 
-    def _ordered(self, weight: Any, dtype: str) -> Any:
-        """A weight with its gates, along the last axis, in our order."""
+    def _in_order(self, weight: Any, dtype: str) -> Any:
+        """A weight with its gates, along the last axis, in the order of our cell."""
+        ours = self._fused_cell.gates
+        theirs = _GATES.get(type(self.cell), ours)
         weight = ops.cast(weight, dtype)
-        theirs = GATE_ORDERS["keras"].get(_KINDS.get(type(self.cell), ""), self._order)
-        if theirs == self._order:
+        if theirs == ours:
             return weight
         parts = ops.split(weight, len(theirs), axis=-1)
-        return ops.concatenate([parts[theirs.index(gate)] for gate in self._order], axis=-1)
+        return ops.concatenate([parts[theirs.index(gate)] for gate in ours], axis=-1)
 
 
-def _one(masks: Any) -> Any:
-    """The mask of dropout, or the first, where Keras draws one for each gate."""
-    return masks[0] if isinstance(masks, list) else masks
+_GATES = {layers.LSTMCell: GATE_ORDERS["keras"]["lstm"], layers.GRUCell: GATE_ORDERS["keras"]["gru"]}
 
 
-_KINDS = {layers.LSTMCell: "lstm", layers.GRUCell: "gru"}
+def _one_mask(masks: Any, dtype: str) -> Any:
+    """The mask of dropout; where Keras draws one for each gate, the first."""
+    return ops.cast(masks[0] if isinstance(masks, list) else masks, dtype)
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class LSTM(_Fused, layers.LSTM):  # type: ignore[misc]
-    """``keras.layers.LSTM`` with fused kernels."""
+    """``keras.layers.LSTM`` with fused kernels: the same arguments, weights, shapes and results.
 
-    @property
+    Example:
+        >>> layer = LSTM(5, return_sequences=True)
+        >>> layer(np.zeros((2, 7, 3))).shape
+        (2, 7, 5)
+    """
+
     def _mathematics(self) -> Cell:
         return _lstm(*_activation_names(self))
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class GRU(_Fused, layers.GRU):  # type: ignore[misc]
-    """``keras.layers.GRU`` with fused kernels."""
+    """``keras.layers.GRU`` with fused kernels, as :class:`LSTM` is ``keras.layers.LSTM``."""
 
-    @property
     def _mathematics(self) -> Cell:
-        if not self.reset_after:
-            raise NotImplementedError("reset_after=False")
-        return _gru(*_activation_names(self))
+        names = _activation_names(self)
+        return _gru(*names) if self.reset_after else _gru_reset_before(*names)
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class SimpleRNN(_Fused, layers.SimpleRNN):  # type: ignore[misc]
-    """``keras.layers.SimpleRNN`` with fused kernels."""
+    """``keras.layers.SimpleRNN`` with fused kernels, as :class:`LSTM` is ``keras.layers.LSTM``."""
 
-    @property
     def _mathematics(self) -> Cell:
         return _rnn(_activation_name("activation", self.activation))
 
@@ -246,6 +264,220 @@ class SimpleRNN(_Fused, layers.SimpleRNN):  # type: ignore[misc]
 def _activation_names(layer: Any) -> tuple[str, str]:
     gate = _activation_name("recurrent_activation", layer.recurrent_activation)
     return _activation_name("activation", layer.activation), gate
+
+
+# --- Any cell --------------------------------------------------------------------------------------------
+
+_WEIGHTS = {"kernel": "glorot_uniform", "recurrent": "orthogonal", "bias": "zeros", "vector": "zeros"}
+_KINDS = {
+    "initializer": keras.initializers,
+    "regularizer": keras.regularizers,
+    "constraint": keras.constraints,
+}
+_OPTIONS = [f"{weight}_{kind}" for weight in _WEIGHTS for kind in _KINDS]
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
+    """One step of any cell, in operations of Keras: what :class:`Recurrent` runs over time.
+
+    Arguments are those of :class:`Recurrent`.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        units: int,
+        use_bias: bool = True,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = dict.fromkeys(_OPTIONS)
+        given |= {f"{weight}_initializer": initializer for weight, initializer in _WEIGHTS.items()}
+        given |= {name: kwargs.pop(name) for name in list(kwargs) if name in given}
+        super().__init__(**kwargs)
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be what fusedlstm.cell made of a function, got {cell!r}")
+        self.mathematics, self.units, self.use_bias = cell, units, use_bias
+        self.dropout, self.recurrent_dropout, self.seed = dropout, recurrent_dropout, seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.state_size, self.output_size = [units] * len(cell.states), units
+        for name, value in given.items():
+            setattr(self, name, _kind(name).get(value))
+
+    def build(self, input_shape: Any) -> None:
+        cell, rows = self.mathematics, len(self.mathematics.gates) * self.units
+        self.kernel = self._add("kernel", "kernel", (input_shape[-1], rows))
+        self.recurrent_kernel = self._add("recurrent", "recurrent_kernel", (self.units, rows))
+        self.bias = None
+        if self.use_bias:
+            self.bias = self._add("bias", "bias", (2, rows) if cell.split else (rows,))
+        self.vectors = [self._add("vector", name, (self.units,)) for name in cell.weights]
+
+    def _add(self, weight: str, name: str, shape: tuple[int, ...]) -> Any:
+        options = {kind: getattr(self, f"{weight}_{kind}") for kind in _KINDS}
+        return self.add_weight(shape=shape, name=name, **options)
+
+    def call(self, inputs: Any, states: Any, training: bool = False) -> Any:
+        """The new output (B, H) and the new states."""
+        cell, operand = self.mathematics, states[self.mathematics.operand]
+        if training and self.dropout:
+            inputs = inputs * self.get_dropout_mask(inputs)
+        if training and self.recurrent_dropout:
+            operand = operand * self.get_recurrent_dropout_mask(operand)
+        products = [ops.matmul(inputs, self.kernel), ops.matmul(operand, self.recurrent_kernel)]
+        if self.bias is not None:
+            biases = self.bias if cell.split else [self.bias, 0]
+            products = [product + bias for product, bias in zip(products, biases)]
+        given = dict(zip(cell.states, states)) | dict(zip(cell.weights, self.vectors))
+        for gate, a, b in zip(cell.gates, *(ops.split(part, len(cell.gates), axis=-1) for part in products)):
+            given |= {f"{gate}_x": a, f"{gate}_h": b} if gate in cell.split else {gate: a + b}
+        new = list(_step(cell)(*(given[name] for name in cell.arguments)))
+        return new[0], new
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("units", "use_bias", "dropout", "recurrent_dropout", "seed")
+        config = {name: getattr(self, name) for name in names}
+        config |= {name: _kind(name).serialize(getattr(self, name)) for name in _OPTIONS}
+        cell = {"name": self.mathematics.name, "key": self.mathematics.key}
+        return {**super().get_config(), **config, "cell": cell}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RecurrentCell:
+        return cls(**{**config, "cell": _saved_cell(**config["cell"])})
+
+
+def _kind(option: str) -> Any:
+    """The module of Keras for an option."""
+    return _KINDS[option.rpartition("_")[2]]
+
+
+@cache
+def _step(cell: Cell) -> Callable[..., tuple[Any, ...]]:
+    """The step of a cell in operations of Keras."""
+    functions = {name: getattr(ops, name) for name in (*math.DERIVATIVES, "full_like")}
+    step = compile_source(cell.source, functions, f"<cell {cell.name} in Keras>").step
+    return cast("Callable[..., tuple[Any, ...]]", step)
+
+
+def _saved_cell(name: str, key: str) -> Cell:
+    """The cell of a file, which is built in or among the custom objects."""
+    cell = getattr(cells, name, None)
+    if cell is None or cell.key != key:
+        cell = keras.saving.get_registered_object(name)
+    if cell is None:
+        raise ValueError(
+            f"the layer was saved with a cell of your own, {name}: "
+            f"load it with custom_objects={{{name!r}: {name}}}"
+        )
+    if cell.key != key:
+        raise ValueError(f"the layer was saved with another cell {name}: the names or the mathematics differ")
+    return cast(Cell, cell)
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class Recurrent(_Fused):
+    """A recurrent layer that runs any cell.
+
+    Weights are named and shaped as in ``keras.layers.LSTM``, with the gates in the order of the cell, and the
+    learned vectors of the cell after them.  A cell with split gates has a bias of two rows, of the input and
+    of the recurrent product, as ``keras.layers.GRU`` does.
+
+    Args:
+        cell: what :func:`fusedlstm.cell` made of a function, or one of :mod:`fusedlstm.cells`.
+        units: size of the output.
+        use_bias, dropout, recurrent_dropout, seed: as for ``keras.layers.LSTM``.
+        kernel_initializer, recurrent_initializer, bias_initializer, vector_initializer: likewise; the last is
+            for the learned vectors.  The same with regularizer and constraint.
+        kwargs: return_sequences, return_state, go_backwards, stateful and the like, as for
+            ``keras.layers.RNN``.
+
+    Example:
+        >>> layer = Recurrent(cells.peephole_lstm, 5)
+        >>> layer(np.zeros((2, 7, 3))).shape
+        (2, 5)
+    """
+
+    def __init__(self, cell: Cell, units: int, **kwargs: Any) -> None:
+        own = ("use_bias", "dropout", "recurrent_dropout", "seed", *_OPTIONS)
+        given = {name: kwargs.pop(name) for name in own if name in kwargs}
+        shared = {name: kwargs[name] for name in ("dtype", "trainable") if name in kwargs}
+        super().__init__(RecurrentCell(cell, units, name="cell", **given, **shared), **kwargs)
+        self.input_spec = layers.InputSpec(ndim=3)
+
+    def _mathematics(self) -> Cell:
+        return cast(Cell, self.cell.mathematics)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**self.cell.get_config(), **super().get_config(), "cell": self.cell.get_config()["cell"]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Recurrent:
+        return cls(**{**config, "cell": _saved_cell(**config["cell"])})
+
+
+# --- Models that exist -----------------------------------------------------------------------------------
+
+_OURS = {"LSTM": LSTM, "GRU": GRU, "SimpleRNN": SimpleRNN}
+
+
+def accelerate(model: keras.Model) -> keras.Model:
+    """A clone of a model whose LSTM, GRU and SimpleRNN layers our kernels run, with the same weights.
+
+    Layers inside of wrappers (``Bidirectional``, ``TimeDistributed``) and of models are replaced too.  The
+    clone of a compiled model is compiled alike; the state of its optimizer is new.  A warning names each
+    recurrent layer that stays as it is, and why.
+
+    Raises:
+        TypeError: for a model that is neither sequential nor functional.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((7, 3)), layers.Bidirectional(layers.LSTM(5))])
+        >>> accelerate(model).layers[0].forward_layer
+        <LSTM name=forward_lstm, built=True>
+    """
+    if not isinstance(model, (keras.Sequential, Functional)):
+        raise TypeError(
+            f"model must be sequential or functional, got {type(model).__name__}: in a class of your own, "
+            "take the layers from fusedlstm.keras"
+        )
+    reasons: dict[str, str] = {}
+
+    def convert(layer: Any) -> Any:
+        config = keras.saving.serialize_keras_object(layer)
+        changed = _replace(config, reasons)
+        if changed == config:
+            return type(layer).from_config(layer.get_config())
+        return keras.saving.deserialize_keras_object(changed, safe_mode=False)
+
+    clone = keras.models.clone_model(model, clone_function=convert, recursive=True)
+    clone.set_weights(model.get_weights())
+    if model.compiled:
+        clone.compile_from_config(model.get_compile_config())
+    for layer in clone._flatten_layers():
+        if isinstance(layer, layers.RNN) and not isinstance(layer, _Fused):
+            reason = reasons.get(layer.name, f"{type(layer).__name__} runs cells that are not ours")
+            warnings.warn(f"the layer {layer.name} is left as it is: {reason}", stacklevel=2)
+    return clone
+
+
+def _replace(config: Any, reasons: dict[str, str]) -> Any:
+    """The configuration with Keras's layers replaced by ours; why not, for those that stay."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(_replace(entry, reasons) for entry in config)
+    if not isinstance(config, dict):
+        return config
+    name = config.get("class_name")
+    if name in _OURS and config.get("module") == "keras.layers":
+        try:
+            _OURS[name].from_config(config["config"])
+        except ValueError as error:
+            reasons[config["config"]["name"]] = str(error)
+            return config
+        return {**config, "module": __name__, "registered_name": f"{_PACKAGE}>{name}"}
+    return {key: _replace(value, reasons) for key, value in config.items()}
 
 
 # --- The run over time, on each backend ------------------------------------------------------------------

@@ -8,12 +8,14 @@ names: ``kernels/cpu/simd.py`` and ``kernels/cuda/scalar.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import erf as _erf_of_number
 from typing import Any
 
 import numpy as np
 
 __all__ = [
     "absolute",
+    "erf",
     "exp",
     "hard_sigmoid",
     "log",
@@ -111,6 +113,12 @@ def exp(x: Any) -> Any:
 def log(x: Any) -> Any:
     """Natural logarithm."""
     return np.log(x)
+
+
+@_function(lambda x, y: (exp(-x * x) * 1.1283791670955126,))  # 2 / sqrt(pi)
+def erf(x: Any) -> Any:
+    """Error function, 2 / sqrt(pi) times the integral of exp(-t * t) from 0 to x."""
+    return np.vectorize(_erf_of_number, otypes=[np.result_type(x)])(x)
 
 
 @_function(lambda x, y: (0.5 / y,))

@@ -97,6 +97,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], Any], float, float]] = {
     "softplus": (lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), 3, 0),
     "exp": (np.exp, 1, 0),
     "log": (np.log, 2, 0),
+    "erf": (lambda x: math.erf(x.astype(np.float64)).astype(np.longdouble), 3, 0),  # C's, good to an ulp
     "sqrt": (np.sqrt, 0.5001, 0),
     "absolute": (np.abs, 0, 0),
 }

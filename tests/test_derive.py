@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import erf
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ SYMPY: dict[str, Any] = {
     "relu": lambda x: Select(Greater(x, 0), x, 0),
     "softplus": lambda x: sympy.log(1 + sympy.exp(x)),
     "exp": sympy.exp,
+    "erf": sympy.erf,
     "log": sympy.log,
     "sqrt": sympy.sqrt,
     "absolute": lambda x: Select(Greater(x, 0), x, -x),
@@ -76,7 +78,7 @@ def test_adjoint_is_what_sympy_derives(cell: Cell) -> None:
         results = step(*(symbols[name] for name in cell.arguments))
         loss = sum(symbols[seed] * result for seed, result in zip(cell.seeds, results))
     adjoint = cell.numpy.adjoint(**values)
-    modules = [{"Select": np.where, "Greater": np.greater}, "numpy"]
+    modules = [{"Select": np.where, "Greater": np.greater, "erf": erf}, "numpy"]
     for argument, gradient in zip(cell.arguments, adjoint):
         derivative = sympy.lambdify(list(symbols.values()), sympy.diff(loss, symbols[argument]), modules)
         expected = np.broadcast_to(derivative(*values.values()), gradient.shape)

@@ -21,6 +21,7 @@ ONE = {
     "exp": (python_math.exp, [-30.0, -1.0, 0.0, 3.0]),
     "log": (python_math.log, [1e-3, 0.7, 1.0, 30.0]),
     "sqrt": (python_math.sqrt, [1e-3, 0.7, 1.0, 30.0]),
+    "erf": (python_math.erf, [-7.0, -1.3, -1e-9, 0.0, 0.2, 3.0]),
     "absolute": (abs, [-3.0, -0.2, 0.3, 7.0]),
 }
 TWO = {"minimum": min, "maximum": max}

@@ -411,8 +411,8 @@ def _stub(name: str) -> Any:
     return function
 
 
-tanh, sigmoid, hard_sigmoid, relu, softplus, exp, log, minimum, maximum = map(
-    _stub, ["tanh", "sigmoid", "hard_sigmoid", "relu", "softplus", "exp", "log", "minimum", "maximum"]
+tanh, sigmoid, hard_sigmoid, relu, softplus, exp, log, erf, minimum, maximum = map(
+    _stub, ["tanh", "sigmoid", "hard_sigmoid", "relu", "softplus", "exp", "log", "erf", "minimum", "maximum"]
 )
 _expm1_reduced, _log1p_ratio = map(_stub, ("_expm1_reduced", "_log1p_ratio"))
 
@@ -578,6 +578,65 @@ def _softplus_vector(x):
         return where(x < 0.0, 0.0, x) + _log1p_ratio(u / (u + 2.0), terms)
 
     return vector
+
+
+@_on_vectors(erf)
+def _erf_vector(x):
+    if _is_single(x):  # N. Juffa's erff, https://stackoverflow.com/q/35148198
+
+        def single(x):
+            s = x * x
+            p = s * -5.96761703e-4 + 4.99119423e-3
+            p = p * s + -2.67681349e-2
+            p = p * s + 1.12819925e-1
+            p = p * s + -3.76125336e-1
+            p = p * s + 1.28379166e-1
+            t = absolute(x)
+            t = where(t > 4.0, 4.0, t)  # from where on it is 1
+            q = t * -1.72853470e-5 + 3.83197126e-4
+            q = q * (t * t) + (t * -3.88396438e-3 + 2.42546219e-2)
+            q = q * t + -1.06777877e-1
+            q = q * t + -6.34846687e-1
+            q = q * t + -1.28717512e-1
+            q = 1.0 - exp(q * t - t)
+            return where(t > 0.927734375, where(x < 0.0, q * -1.0, q), p * x + x)
+
+        return single
+
+    def double(x):  # W. J. Cody, "Rational Chebyshev approximations for the error function" (1969)
+        t = absolute(x)
+        t = where(t > 6.0, 6.0, t)  # from where on it is 1
+        small = t <= 0.46875
+        s = t * t
+        n = s * 1.85777706184603153e-1 + 3.16112374387056560
+        n = n * s + 1.13864154151050156e2
+        n = n * s + 3.77485237685302021e2
+        n = n * s + 3.20937758913846947e3
+        d = s + 2.36012909523441209e1
+        d = d * s + 2.44024637934444173e2
+        d = d * s + 1.28261652607737228e3
+        d = d * s + 2.84423683343917062e3
+        p = t * 2.15311535474403846e-8 + 5.64188496988670089e-1
+        p = p * t + 8.88314979438837594
+        p = p * t + 6.61191906371416295e1
+        p = p * t + 2.98635138197400131e2
+        p = p * t + 8.81952221241769090e2
+        p = p * t + 1.71204761263407058e3
+        p = p * t + 2.05107837782607147e3
+        p = p * t + 1.23033935479799725e3
+        q = t + 1.57449261107098347e1
+        q = q * t + 1.17693950891312499e2
+        q = q * t + 5.37181101862009858e2
+        q = q * t + 1.62138957456669019e3
+        q = q * t + 3.29079923573345963e3
+        q = q * t + 4.36261909014324716e3
+        q = q * t + 3.43936767414372164e3
+        q = q * t + 1.23033935480374942e3
+        ratio = where(small, n, p) / where(small, d, q)
+        y = where(small, ratio * t, 1.0 - ratio * exp(s * -1.0))
+        return where(x < 0.0, y * -1.0, where(x == 0.0, x, y))
+
+    return double
 
 
 @_on_vectors(relu)

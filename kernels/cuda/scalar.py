@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from fusedlstm.cells import Cell
 from fusedlstm.derive import compile_source
-from fusedlstm.math import DERIVATIVES
+from fusedlstm.math import DERIVATIVES, erf
 
 from .ptx import SIMULATED
 
@@ -40,7 +40,7 @@ def functions(real: Any) -> dict[str, Any]:
     """The functions of :mod:`fusedlstm.math` by name; `real` is np.float32 or np.float64."""
     zero, half, one, six = real(0), real(0.5), real(1), real(6)
     exp, log, log1p = device_library("exp"), device_library("log"), device_library("log1p")
-    sqrt, tanh = device_library("sqrt"), device_library("tanh")
+    sqrt, tanh, erf = device_library("sqrt"), device_library("tanh"), device_library("erf")
 
     def sigmoid(x: Any) -> Any:
         return one / (one + exp(-x))
@@ -72,14 +72,14 @@ def functions(real: Any) -> dict[str, Any]:
 
     own = [sigmoid, absolute, relu, hard_sigmoid, softplus, minimum, maximum, where]
     table = {function.__name__: device(function) for function in own}
-    table |= {"exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh}
+    table |= {"exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh, "erf": erf}
     assert table.keys() == DERIVATIVES.keys()
     return table
 
 
 def device_library(name: str) -> Any:
     """A function of CUDA's math library, of NumPy in a simulator."""
-    return getattr(_LIBRARY, name)
+    return erf if SIMULATED and name == "erf" else getattr(_LIBRARY, name)  # NumPy has none
 
 
 class Update(NamedTuple):

@@ -61,7 +61,7 @@ class Direction(Protocol):
         tape: Any,
         dy: Any,  # (T, B, P)
         dfinal: States | None,  # shaped as the final states; None is zero
-        dx: Any,  # (T, B, I), written or added to
+        dx: Any | None,  # (T, B, I), written or added to; None if it is not wanted, which saves its product
         accumulate: bool,  # whether dx is added to
     ) -> tuple[States, Weights]:
         """The gradients of the initial states and of the weights.  A tape may be used again."""
@@ -78,13 +78,13 @@ class Engine(Protocol):
 
 
 def check_projection(cell: Cell, weights: Weights) -> None:
-    """Refuse a projection for a cell that reads its own output, which has another size then.
+    """Refuse a projection for a cell that cannot have one.
 
     Raises:
         ValueError: if there is one.
     """
-    if weights.hr is not None and cell.reads_output:
-        raise ValueError(f"cell {cell.name} reads its own output, so it cannot have a projection")
+    if weights.hr is not None and cell.unprojectable:
+        raise ValueError(f"cell {cell.name} cannot have a projection: {cell.unprojectable}")
 
 
 def taken(name: str, value: Any) -> Any:

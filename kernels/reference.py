@@ -22,7 +22,7 @@ class Tape(NamedTuple):
     weights: Weights
     x: np.ndarray  # (T, B, I)
     arguments: list[dict[str, np.ndarray]]  # for each t: what the cell was given, (B, H) each
-    entering: np.ndarray  # (T, B, P), the output of the step before, as each step saw it
+    operands: np.ndarray  # (T, B, P), what the recurrent weights multiplied at each step
     raw: np.ndarray  # (T, B, H), the output before its projection
     active: np.ndarray  # (T, B)
     boundary: np.ndarray  # (T, B)
@@ -60,12 +60,12 @@ def forward(
     active, boundary, order = schedule(steps, batch, lengths, reset, reverse)
     hidden = weights.ih.shape[0] // len(cell.gates)
     y = np.zeros((steps, *initial[0].shape), x.dtype)
-    entering, raw = np.zeros_like(y), np.zeros((steps, batch, hidden), x.dtype)
+    operands, raw = np.zeros_like(y), np.zeros((steps, batch, hidden), x.dtype)
     arguments: list[dict[str, np.ndarray]] = [{} for _ in range(steps)]
     states = initial
     for t in order:
         states = tuple(np.where(boundary[t, :, None], s0, s) for s0, s in zip(initial, states))
-        entering[t] = states[0]
+        operands[t] = states[cell.operand]
         arguments[t] = given = _arguments(cell, weights, x[t], states)
         results = cell.function(**given, **cell.constants)
         new = list(results) if isinstance(results, (tuple, list)) else [results]
@@ -74,13 +74,13 @@ def forward(
             new[0] = raw[t] @ weights.hr.T
         states = tuple(np.where(active[t, :, None], n, s) for n, s in zip(new, states))
         y[t] = np.where(active[t, :, None], new[0], 0)
-    return y, states, Tape(cell, weights, x, arguments, entering, raw, active, boundary, order)
+    return y, states, Tape(cell, weights, x, arguments, operands, raw, active, boundary, order)
 
 
 def _arguments(
     cell: Cell, weights: Weights, x: np.ndarray, states: tuple[np.ndarray, ...]
 ) -> dict[str, np.ndarray]:
-    from_input, from_output = x @ weights.ih.T, states[0] @ weights.hh.T
+    from_input, from_output = x @ weights.ih.T, states[cell.operand] @ weights.hh.T
     if weights.bias_ih is not None:
         from_input, from_output = from_input + weights.bias_ih, from_output + weights.bias_hh
     values = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
@@ -119,14 +119,14 @@ def backward(
         d_output = np.concatenate([d.get(f"{g}_h", d.get(g)) for g in cell.gates], axis=-1)
         dx[t] = d_input @ weights.ih
         grads.ih[...] += d_input.T @ np.where(active, tape.x[t], 0)
-        grads.hh[...] += d_output.T @ tape.entering[t]
+        grads.hh[...] += d_output.T @ tape.operands[t]
         if weights.bias_ih is not None:
             grads.bias_ih[...] += d_input.sum(0)
             grads.bias_hh[...] += d_output.sum(0)
         for name, vector in zip(cell.weights, grads.vectors):
             vector += d[name].sum(0)
         dstates = [p + d.get(name, 0) for name, p in zip(cell.states, passed)]
-        dstates[0] = dstates[0] + d_output @ weights.hh
+        dstates[cell.operand] = dstates[cell.operand] + d_output @ weights.hh
         boundary = tape.boundary[t, :, None]
         total = [s + np.where(boundary, d, 0) for s, d in zip(total, dstates)]
         dstates = [np.where(boundary, 0, d) for d in dstates]
@@ -168,14 +168,15 @@ class Direction(NamedTuple):
         tape: Tape,
         dy: np.ndarray,  # (T, B, P)
         dfinal: tuple[np.ndarray, ...] | None,
-        dx: np.ndarray,  # (T, B, I)
+        dx: np.ndarray | None,  # (T, B, I)
         accumulate: bool,
     ) -> tuple[tuple[np.ndarray, ...], Weights]:
         if dfinal is None:
-            outputs, hidden = tape.entering[0], tape.raw[0]
+            outputs, hidden = tape.operands[0], tape.raw[0]
             dfinal = tuple(np.zeros_like(hidden if n else outputs) for n in range(len(self.cell.states)))
         here, dinitial, grads = backward(tape, dy, dfinal)
-        dx[...] = dx + here if accumulate else here
+        if dx is not None:
+            dx[...] = dx + here if accumulate else here
         return dinitial, grads
 
     def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 from fusedlstm import cell, cells
 from fusedlstm.math import (
     absolute,
+    erf,
     exp,
     hard_sigmoid,
     log,
@@ -65,7 +66,7 @@ def five_gates(p_x: Any, p_h: Any, q: Any, r: Any, s: Any, t_x: Any, t_h: Any, h
     c = hard_sigmoid(q) * c + softplus(r) * tanh(p_x - p_h) / (1 + exp(-absolute(s)))
     c = minimum(maximum(c, -3.0), 3.0)
     z = where((t_x > 0) & ~(t_h > 0.5), relu(t_x), log(1 + t_h**2) - sqrt(1 + s * s))
-    return sigmoid(z) * tanh(c) + 0.125 * h, c
+    return sigmoid(z) * tanh(c) + 0.125 * erf(h), c
 
 
 @cell(gates=("g",), states=("h", "k"))
@@ -74,8 +75,20 @@ def unused_state(g: Any) -> Any:
     return tanh(g), 1.5
 
 
-OWN = (one_gate, three_states, five_gates, unused_state)
-BUILT_IN = tuple(value for name in cells.__all__ if isinstance(value := getattr(cells, name), cells.Cell))
+@cell(gates=("a", "b"), states=("h", "c", "s"), split=("b",), weights=("w",), recurrent="s")
+def other_operand(a: Any, b_x: Any, b_h: Any, h: Any, c: Any, s: Any, w: Any) -> Any:
+    """The recurrent weights multiply a state that is not the output, and that is not the first of them."""
+    c = sigmoid(a) * c + w * tanh(b_x + s * b_h)
+    return tanh(c) + 0.25 * h, c, tanh(c * a) - 0.5 * s
+
+
+OWN = (one_gate, three_states, five_gates, unused_state, other_operand)
+# those that engines run as they are
+BUILT_IN = tuple(
+    value
+    for name in cells.__all__
+    if isinstance(value := getattr(cells, name), cells.Cell) and value.half is None
+)
 ALL = (*BUILT_IN, *OWN)
 PROJECTED = (cells.lstm, three_states)  # the cells that are tried with a projection
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import ALL, BUILT_IN, error, five_gates, name, three_states
+from checks import ALL, BUILT_IN, error, five_gates, name, other_operand, three_states
 from cuda_cases import TOLERANCE, Case, actual, arrays, check, expected
 from cuda_simulator import Stuck, concurrent_blocks
 from hypothesis import given, settings
@@ -74,7 +74,7 @@ def test_every_cell(form: str, cell: fusedlstm.Cell, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("cell", [c for c in ALL if not c.reads_output], ids=name)
+@pytest.mark.parametrize("cell", [c for c in ALL if not c.unprojectable], ids=name)
 @pytest.mark.parametrize("form", FORMS)
 def test_projection(form: str, cell: fusedlstm.Cell, options: str) -> None:
     case = Case(cell, 3, 3, 2, 7, proj=5, form=form, **OPTIONS[options])
@@ -92,8 +92,8 @@ def test_float64(cell: fusedlstm.Cell, form: str) -> None:
 @pytest.mark.parametrize("precision", TENSOR)
 @pytest.mark.parametrize(
     ("cell", "hidden"),
-    [(cells.lstm, 33), (cells.gru, 33), (cells.rnn_tanh, 35), (three_states, 40)],
-    ids=["lstm", "gru", "rnn_tanh", "three_states"],
+    [(cells.lstm, 33), (cells.gru, 33), (cells.rnn_tanh, 35), (three_states, 40), (other_operand, 36)],
+    ids=name,
 )
 def test_tensor_cores(
     cell: fusedlstm.Cell, hidden: int, precision: str, form: str, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +157,7 @@ def test_any_size_and_option(
 ) -> None:
     # float64: where a result is a single number, float32 may lose it to cancellation
     options = ("bias", "lengths", "reset", "reverse", "initial", "strided", "accumulate")
-    proj = 0 if cell.reads_output else min(proj, sizes[3])
+    proj = 0 if cell.unprojectable else min(proj, sizes[3])
     check(Case(cell, *sizes, proj, precision="float64", form=form, seed=seed, **dict(zip(options, flags))))
 
 
@@ -303,6 +303,10 @@ def test_a_tape_may_be_used_again() -> None:
         direction.backward(tape, given_arrays.dy, given_arrays.dfinal, dx, False)
         results.append(dx)
     np.testing.assert_array_equal(*results)
+    with_dx, without = (
+        direction.backward(tape, given_arrays.dy, given_arrays.dfinal, wanted, False) for wanted in (dx, None)
+    )
+    np.testing.assert_array_equal(with_dx[1].hh, without[1].hh)
 
 
 def test_layers_run_on_it() -> None:

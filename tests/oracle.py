@@ -24,6 +24,7 @@ _FUNCTIONS: dict[str, Any] = {
     "relu": torch.relu,
     "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "exp": torch.exp,
+    "erf": torch.erf,
     "log": torch.log,
     "sqrt": torch.sqrt,
     "absolute": torch.abs,
@@ -55,6 +56,7 @@ def run(
     lengths: np.ndarray | None = None,  # (B,)
     reset: np.ndarray | None = None,  # (T, B)
     masks: list[np.ndarray] | None = None,  # (T, B, D*P) for each layer but the last
+    recurrent_masks: list[np.ndarray] | None = None,  # (B, H) for each direction of each layer
 ) -> Result:
     """Outputs and gradients of a layer in float64, whatever the precision of the layer."""
     weights = {name: _leaf(array) for name, array in layer.state_dict().items()}
@@ -70,7 +72,8 @@ def run(
             suffix = f"_l{level}" + ("_reverse" if d else "")
             own = {name.removesuffix(suffix): w for name, w in weights.items() if name.endswith(suffix)}
             start = tuple(part[level * directions + d] for part in initial0)
-            y, end = _direction(layer.cell, own, values, start, ends, marks, d == 1)
+            mask = recurrent_masks[level * directions + d] if recurrent_masks else None
+            y, end = _direction(layer.cell, own, values, start, ends, marks, d == 1, mask)
             outputs.append(y)
             finals.append(end)
         values = torch.cat(outputs, -1)
@@ -96,25 +99,29 @@ def _direction(
     ends: np.ndarray,
     marks: np.ndarray,
     reverse: bool,
+    mask: np.ndarray | None,  # (B, H)
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     step = compile_source(cell.source, _FUNCTIONS, cell.name).step
     rows, finals = [], []
     for b in range(x.shape[1]):
+        dropout = torch.ones(()) if mask is None else torch.tensor(mask[b])
         y = [torch.zeros_like(initial[0][b])] * x.shape[0]
         cuts = [0, *(t for t in range(1, ends[b]) if marks[t, b]), int(ends[b])]
         segments = [range(start, end) for start, end in pairwise(cuts)]
         for segment in reversed(segments) if reverse else segments:
             states = [part[b] for part in initial]
             for t in reversed(segment) if reverse else segment:
-                states = _step(cell, step, weights, x[t, b], states)
+                states = _step(cell, step, weights, x[t, b], states, dropout)
                 y[t] = states[0]
         rows.append(torch.stack(y))
         finals.append(states)
     return torch.stack(rows, 1), tuple(torch.stack(parts) for parts in zip(*finals))
 
 
-def _step(cell: Cell, step: Any, weights: dict[str, Tensor], x: Tensor, states: list[Tensor]) -> list[Tensor]:
-    from_x, from_h = weights["weight_ih"] @ x, weights["weight_hh"] @ states[0]
+def _step(
+    cell: Cell, step: Any, weights: dict[str, Tensor], x: Tensor, states: list[Tensor], dropout: Tensor
+) -> list[Tensor]:
+    from_x, from_h = weights["weight_ih"] @ x, weights["weight_hh"] @ (dropout * states[cell.operand])
     if "bias_ih" in weights:
         from_x, from_h = from_x + weights["bias_ih"], from_h + weights["bias_hh"]
     count = len(cell.gates)

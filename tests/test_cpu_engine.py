@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from checks import ALL, assert_close, error, five_gates, name, one_gate, three_states
+from checks import ALL, assert_close, error, five_gates, name, one_gate, other_operand, three_states
 from hypothesis import given
 
 import fusedlstm
@@ -168,7 +168,10 @@ def run(
         made.backward(tape, dy.array * 3, dfinal, np.zeros_like(dx.array), False)
     dinitial, grads = made.backward(tape, dy.array, dfinal, dx.array, case.accumulate)
     assert all(buffer.is_guarded() for buffer in (x, y, dy, dx))
-    return named(y.array, final, dx.array, dinitial, grads)
+    results = named(y.array, final, dx.array, dinitial, grads)
+    without = named(y.array, final, dx.array, *made.backward(tape, dy.array, dfinal, None, False))
+    assert all(np.array_equal(results[what], without[what], equal_nan=True) for what in results)
+    return results
 
 
 def expected(cell: Cell, case: Case, dtype: Any) -> Results:
@@ -222,7 +225,7 @@ def test_projection_of_a_split_cell(case: Case) -> None:
 
 
 @given(
-    cell=st.sampled_from([cells.lstm, cells.gru, three_states, one_gate, five_gates]),
+    cell=st.sampled_from([cells.lstm, cells.gru, three_states, one_gate, five_gates, other_operand]),
     sizes=st.tuples(*[st.integers(1, most) for most in (40, 30, 40, 70)]),
     flags=st.tuples(*[st.booleans()] * 9),
     proj=st.sampled_from([0, 0, 1, 6]),
@@ -243,7 +246,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, other_operand], ids=name)
 def test_several_chunks(cell: Cell, case: Case) -> None:
     check(cell, case, np.float64)
 
@@ -258,25 +261,28 @@ def test_a_tape_is_used_twice(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("proj", [0, 20])
-def test_any_number_of_threads(proj: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 20), (other_operand, 0)], ids=name)
+def test_any_number_of_threads(
+    cell: Cell, proj: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even where several are not worth while; the bits are the same."""
     from fusedlstm.kernels.cpu import team
 
     monkeypatch.setattr(team, "_requested", None)  # put back afterwards
     monkeypatch.setattr(team, "_team", None)
-    case = Case(40, 6, 9, 70, proj=proj, padded=True, reset=True)
-    weights = problem(cells.lstm, case, np.float64).weights
+    # several tiles of rows, and panels that threads share
+    case = Case(8, 20, 9, 75, proj=proj, padded=True, reset=True)
+    weights = problem(cell, case, np.float64).weights
     fusedlstm.set_num_threads(1)
-    alone = run(cells.lstm, case, np.float64, made=CPU().prepare(cells.lstm, weights))
+    alone = run(cell, case, np.float64, made=CPU().prepare(cell, weights))
     for figure, value in (("START", 0.0), ("BARRIER", 0.0), ("FLOPS", 100.0)):
         monkeypatch.setattr(engine, figure, value)
     fusedlstm.set_num_threads(threads)
-    made = CPU().prepare(cells.lstm, weights)
+    made = CPU().prepare(cell, weights)
     assert made._plan(case.steps, case.batch).threads == threads
     for _ in range(5):
-        check(cells.lstm, case, np.float64, made=made)
-        for what, array in run(cells.lstm, case, np.float64, made=made).items():
+        check(cell, case, np.float64, made=made)
+        for what, array in run(cell, case, np.float64, made=made).items():
             assert np.array_equal(array, alone[what]), what
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from checks import three_states
+from checks import other_operand, three_states
 from hypothesis import given
 from numba import njit, types
 
@@ -84,14 +84,16 @@ def test_parts_of_memory_follow_each_other(cell: Any, projected: bool) -> None:
 
 
 def test_tables_do_not_overlap() -> None:
-    spec = Spec(cells.lstm, types.float64, True)
+    spec, other = Spec(cells.lstm, types.float64, True), Spec(other_operand, types.float64, False)
     for chunk_rows, batch in ((0, 3), (40, 7)):
         table = memory.tables(spec, 1000 * LINE, chunk_rows, batch)
         assert table.inputs == 1000 * LINE
         assert table.entering == table.inputs + 8 * chunk_rows
         starts = [table.entering, table.leaving, table.raw, table.states, table.strides]
         assert np.array_equal(np.diff(starts), [8 * batch] * 4)
-        assert table.scratch >= table.strides + 8 * batch
+        assert table.operands == table.entering
+        assert memory.tables(other, table.inputs, chunk_rows, batch).operands == table.strides + 8 * batch
+        assert table.scratch >= table.strides + 2 * 8 * batch
         assert table.scratch % LINE == 0
         tile = memory.plane_rows(spec) * memory.PLANES * spec.lanes * spec.size
         assert table.end - table.scratch >= tile

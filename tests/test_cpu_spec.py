@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import five_gates, three_states, unused_state
+from checks import five_gates, other_operand, three_states, unused_state
 from numba import njit, types
 from numba.core import config
 
@@ -143,8 +143,9 @@ def test_constants_of_a_cell() -> None:
     found = Spec(three_states, types.float64, True)
     assert (found.gates, found.inputs, found.splits, found.units, found.width) == (2, 3, 1, 2, 4)
     assert (found.lanes, found.size, found.panel) == (lanes // 2, 8, lanes)
-    assert (found.states, found.vectors, found.reads_output, found.projected) == (2, 1, False, True)
-    assert Spec(five_gates, types.float32, False).reads_output
+    assert (found.states, found.vectors, found.reads_operand, found.projected) == (2, 1, False, True)
+    assert Spec(five_gates, types.float32, False).reads_operand
+    assert (found.operand, Spec(other_operand, types.float32, False).operand) == (0, 2)
     assert Spec(unused_state, types.float32, False).units == 4
 
 

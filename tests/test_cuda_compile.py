@@ -69,3 +69,10 @@ def test_weights_in_registers_without_tensor_cores() -> None:
 )
 def test_other_cells(cell: Cell, precision: Precision, proj: int) -> None:
     check(cell, precision, "persistent", True, hidden=256, batch=64, proj=proj)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_recurrent_dropout(backward: bool) -> None:
+    """The blocks exchange another state than the output."""
+    dropped = cells.recurrent_dropout(cells.lstm)
+    check(dropped, "bfloat16", "persistent", backward, hidden=256, batch=32)

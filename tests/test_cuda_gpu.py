@@ -80,7 +80,7 @@ def test_lstm(sizes: tuple[int, int, int, int], form: str, precision: str) -> No
 def test_every_cell(cell: fusedlstm.Cell, form: str) -> None:
     check(sized(Case(cell, 12, 20, 40, 200, form=form, lengths=True, reset=True, strided=True)))
     check(sized(Case(cell, 12, 20, 40, 200, form=form, reverse=True, bias=False, accumulate=True)))
-    if not cell.reads_output:
+    if not cell.unprojectable:
         check(sized(Case(cell, 12, 20, 40, 200, proj=72, form=form, lengths=True, reset=True)))
 
 

@@ -123,7 +123,7 @@ def _normal(generator: np.random.Generator, shape: Any) -> Any:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_gradients_are_finite_differences(cell: Cell, reverse: bool) -> None:
-    given = problem(cell, proj=0 if cell.reads_output else 3)
+    given = problem(cell, proj=0 if cell.unprojectable else 3)
 
     def run(**changed: Any) -> Any:
         p = given | changed
@@ -199,3 +199,13 @@ def test_a_reset_starts_anew() -> None:
         second, second_end, _ = reference.forward(cells.lstm, weights, x[4:], initial, reverse=reverse)
         assert np.array_equal(y, np.concatenate([first, second]))
         assert np.array_equal(final, first_end if reverse else second_end)
+
+
+def test_the_gradient_of_the_input_may_be_left_out() -> None:
+    given = problem(cells.lstm, proj=0)
+    direction = reference.Reference().prepare(cells.lstm, given["weights"])
+    y, final = np.empty((6, 3, 4)), (np.empty((3, 4)), np.empty((3, 4)))
+    tape = direction.forward(given["x"], None, y, final, None, None, False, True)
+    dx = np.empty_like(given["x"])
+    results = [direction.backward(tape, given["dy"], None, wanted, False) for wanted in (dx, None)]
+    assert np.array_equal(results[0][1].ih, results[1][1].ih)

@@ -23,6 +23,7 @@ from .memory import (
     get_rows,
     layout,
     note_entering,
+    note_operands,
     note_rows,
     note_states,
     round_up,
@@ -259,116 +260,179 @@ def add_dy(spec, active, outputs, low, high, work, parts, target, table):
             store(dy + load(spec, work.carried + place), target + place)
 
 
-def backward_work(thread, threads, sync, arguments):
-    """What each thread does; see :func:`backward`."""
-    (
-        spec, x, y, dy, dx, accumulate, weights, orders, grads, sequences, memory, parts, work, hidden, chunk
-    ) = captured(arguments)  # fmt: skip
-    steps, batch, inputs = x.shape
-    outputs = y.shape[2]
-    chunk_rows = batch * chunk
-    panels = round_up(hidden, spec.panel) // spec.panel
+class Given(NamedTuple):
+    """What the threads are given; the arguments of :func:`backward`, and where things are."""
+
+    spec: Any
+    x: Any
+    y: Any
+    dy: Any
+    dx: Any
+    wanted: Any
+    accumulate: Any
+    weights: Any  # Transposed
+    orders: Any
+    grads: Any  # Gradients
+    sequences: Any  # Sequences
+    memory: Any  # address
+    parts: Any  # Layout
+    work: Any  # Workspace
+    hidden: Any
+    chunk: Any
+
+
+class Share(NamedTuple):
+    """What is one thread's: panels of hidden units, and vectors of the input and of the output."""
+
+    low: int
+    high: int
+    low_input: int
+    high_input: int
+    low_output: int
+    high_output: int
+
+
+@inlined
+def share_of(given, thread, threads):
+    """The share of one thread."""
+    spec = given.spec
+    panels = round_up(given.hidden, spec.panel) // spec.panel
     low, high = share(panels, thread, threads)
-    low_input, high_input = share(-(-inputs // spec.lanes), thread, threads)
-    output_vectors = -(-outputs // spec.lanes)
+    low_input, high_input = share(-(-given.x.shape[2] // spec.lanes), thread, threads)
+    output_vectors = -(-given.y.shape[2] // spec.lanes)
     if spec.projected:
         low_output, high_output = share(output_vectors, thread, threads)
     else:
         low_output, high_output = low * spec.units, min(high * spec.units, output_vectors)
-    depth = panels * spec.gates * spec.panel
-    stride = spec.inputs * spec.panel * spec.size
-    own = space(spec, work.threads, chunk_rows, batch)
-    own = space(spec, work.threads + thread * (own.end - own.first), chunk_rows, batch)
-    table = tables(spec, own.step, 0, batch)
-    input_gates, recurrent_gates, only = orders
-    ends = range(steps, 0, -chunk)
-    for end in ends:
-        start, first = max(end - chunk, 0), end == steps
-        base = rows_before(sequences, start)
-        count = rows_before(sequences, end) - base
-        for step in range(end - 1, start - 1, -1):
-            here = rows_before(sequences, step) - base
-            active = rows_before(sequences, step + 1) - rows_before(sequences, step)
-            note_entering(step, active, y, sequences, memory, parts, table.entering)
-            note_states(step, active, sequences, memory, parts, True, table)
-            note_rows(dy, step, step + 1, sequences, table.leaving)
-            if spec.projected:
-                d_outputs = work.outputs + here * parts.output_width
-                add_dy(spec, active, outputs, low_output, high_output, work, parts, d_outputs, table)
-                barrier(sync, threads)
-                note_uniform(d_outputs, parts.output_width, active, own.first)
-                note_uniform(work.raw, parts.width, active, own.second)
-                low_hidden, high_hidden = low * spec.units, min(high * spec.units, -(-hidden // spec.lanes))
-                rows_times_planes(
-                    spec, active, own.first, weights.projection, outputs, low_hidden, high_hidden, own.second,
-                    hidden, False, table.scratch,
-                )  # fmt: skip
-            d_input = work.from_input + here * work.gates_width
-            d_output = work.from_output + here * work.gates_width
-            for p in range(low, high):
-                gates = memory + parts.gates + (p * parts.gate_rows + rows_before(sequences, step)) * stride
-                adjoint_panel(
-                    spec, p, active, batch, hidden, weights, gates, parts, work, d_input, d_output, table
-                )
-            barrier(sync, threads)
-            note_uniform(d_output, work.gates_width, active, own.first)
-            note_uniform(work.carried, parts.output_width, active, own.second)
-            rows_times_planes(
-                spec, active, own.first, weights.recurrent, depth, low_output, high_output, own.second,
-                parts.output_width // spec.size, spec.reads_output, table.scratch,
-            )  # fmt: skip
-            start_anew(
-                spec, step, active, low_output, high_output, parts.output_width, sequences, work.carried,
-                work.initial,
-            )  # fmt: skip
-            for n in range(spec.states):
-                plane = n * batch * parts.width
-                start_anew(
-                    spec, step, active, low * spec.units, high * spec.units, parts.width, sequences,
-                    work.states + plane, work.initial_states + plane,
-                )  # fmt: skip
+    return Share(low, high, low_input, high_input, low_output, high_output)
 
-        note_rows(x, start, end, sequences, own.first)
-        add_outer(
-            spec, work.from_input, work.gates_width, count, low, high, input_gates, spec.panel, hidden,
-            own.first, inputs, grads.ih, first, own.values, table.scratch,
-        )  # fmt: skip
-        add_rows(
-            spec,
-            work.from_input,
-            work.gates_width,
-            count,
-            low,
-            high,
-            input_gates,
-            hidden,
-            grads.bias_ih,
-            first,
+
+@inlined
+def unproject(given, mine, own, table, here, active, sync, threads):
+    """The gradient of the output of a step before its projection."""
+    spec, parts, work, hidden, outputs = given.spec, given.parts, given.work, given.hidden, given.y.shape[2]
+    d_outputs = work.outputs + here * parts.output_width
+    add_dy(spec, active, outputs, mine.low_output, mine.high_output, work, parts, d_outputs, table)
+    barrier(sync, threads)
+    note_uniform(d_outputs, parts.output_width, active, own.first)
+    note_uniform(work.raw, parts.width, active, own.second)
+    low, high = mine.low * spec.units, min(mine.high * spec.units, -(-hidden // spec.lanes))
+    rows_times_planes(
+        spec, active, own.first, given.weights.projection, outputs, low, high, own.second, hidden, False,
+        table.scratch,
+    )  # fmt: skip
+
+
+@inlined
+def step_back(given, mine, own, table, step, base, sync, threads):
+    """The gradients of the gates at a step, and of the states that entered it."""
+    spec, sequences, parts, work, hidden = given.spec, given.sequences, given.parts, given.work, given.hidden
+    batch, panels = given.x.shape[1], round_up(hidden, spec.panel) // spec.panel
+    depth, stride = panels * spec.gates * spec.panel, spec.inputs * spec.panel * spec.size
+    here = rows_before(sequences, step) - base
+    active = rows_before(sequences, step + 1) - rows_before(sequences, step)
+    note_entering(step, active, given.y, sequences, given.memory, parts, table.entering)
+    note_states(spec, step, active, sequences, given.memory, parts, True, table)
+    note_rows(given.dy, step, step + 1, sequences, table.leaving)
+    if spec.projected:
+        unproject(given, mine, own, table, here, active, sync, threads)
+    d_input = work.from_input + here * work.gates_width
+    d_output = work.from_output + here * work.gates_width
+    for p in range(mine.low, mine.high):
+        gates = given.memory + parts.gates + (p * parts.gate_rows + rows_before(sequences, step)) * stride
+        adjoint_panel(
+            spec, p, active, batch, hidden, given.weights, gates, parts, work, d_input, d_output, table
         )
-        for step in range(start, end):
-            place = own.first + (rows_before(sequences, step) - base) * 8
-            active = rows_before(sequences, step + 1) - rows_before(sequences, step)
-            note_entering(step, active, y, sequences, memory, parts, place)
+    barrier(sync, threads)
+    d_operand = work.carried
+    if spec.operand > 0:
+        d_operand = work.states + (spec.operand - 1) * batch * parts.width
+    note_uniform(d_output, work.gates_width, active, own.first)
+    note_uniform(d_operand, parts.output_width, active, own.second)
+    rows_times_planes(
+        spec, active, own.first, given.weights.recurrent, depth, mine.low_output, mine.high_output,
+        own.second, parts.output_width // spec.size, spec.reads_operand, table.scratch,
+    )  # fmt: skip
+    start_anew(
+        spec, step, active, mine.low_output, mine.high_output, parts.output_width, sequences, work.carried,
+        work.initial,
+    )  # fmt: skip
+    for n in range(spec.states):
+        plane = n * batch * parts.width
+        start_anew(
+            spec, step, active, mine.low * spec.units, mine.high * spec.units, parts.width, sequences,
+            work.states + plane, work.initial_states + plane,
+        )  # fmt: skip
+
+
+@inlined
+def add_weight_gradients(given, mine, own, table, start, end):
+    """Add what the steps from start to end give to the gradients of the weights."""
+    spec, sequences, parts, work, hidden = given.spec, given.sequences, given.parts, given.work, given.hidden
+    inputs, outputs = given.x.shape[2], given.y.shape[2]
+    grads, first = given.grads, end == given.x.shape[0]
+    input_gates, recurrent_gates, only = given.orders
+    base = rows_before(sequences, start)
+    count = rows_before(sequences, end) - base
+    note_rows(given.x, start, end, sequences, own.first)
+    add_outer(
+        spec, work.from_input, work.gates_width, count, mine.low, mine.high, input_gates, spec.panel, hidden,
+        own.first, inputs, grads.ih, first, own.values, table.scratch,
+    )  # fmt: skip
+    add_rows(
+        spec, work.from_input, work.gates_width, count, mine.low, mine.high, input_gates, hidden,
+        grads.bias_ih, first,
+    )  # fmt: skip
+    for step in range(start, end):
+        place = own.first + (rows_before(sequences, step) - base) * 8
+        active = rows_before(sequences, step + 1) - rows_before(sequences, step)
+        note_operands(spec, step, active, given.y, sequences, given.memory, parts, True, place)
+    add_outer(
+        spec, work.from_output, work.gates_width, count, mine.low, mine.high, recurrent_gates, spec.panel,
+        hidden, own.first, outputs, grads.hh, first, own.values, table.scratch,
+    )  # fmt: skip
+    add_rows(
+        spec, work.from_output, work.gates_width, count, mine.low, mine.high, recurrent_gates, hidden,
+        grads.bias_hh, first,
+    )  # fmt: skip
+    if spec.projected:
+        note_uniform(given.memory + parts.raw + base * parts.width, parts.width, count, own.first)
         add_outer(
-            spec, work.from_output, work.gates_width, count, low, high, recurrent_gates, spec.panel, hidden,
-            own.first, outputs, grads.hh, first, own.values, table.scratch,
+            spec, work.outputs, parts.output_width, count, mine.low_output, mine.high_output, only,
+            spec.lanes, outputs, own.first, hidden, grads.hr, first, own.values, table.scratch,
         )  # fmt: skip
-        add_rows(
-            spec, work.from_output, work.gates_width, count, low, high, recurrent_gates, hidden,
-            grads.bias_hh, first,
-        )  # fmt: skip
-        if spec.projected:
-            note_uniform(memory + parts.raw + base * parts.width, parts.width, count, own.first)
-            add_outer(
-                spec, work.outputs, parts.output_width, count, low_output, high_output, only, spec.lanes,
-                outputs, own.first, hidden, grads.hr, first, own.values, table.scratch,
-            )  # fmt: skip
-        note_uniform(work.from_input, work.gates_width, count, own.first)
-        note_rows(dx, start, end, sequences, own.second)
-        rows_times_planes(
-            spec, count, own.first, weights.inputs, depth, low_input, high_input, own.second, inputs,
-            accumulate, table.scratch,
-        )  # fmt: skip
+
+
+@inlined
+def write_dx(given, mine, own, table, start, end):
+    """The gradient of the input of the steps from start to end."""
+    spec, sequences, work = given.spec, given.sequences, given.work
+    count = rows_before(sequences, end) - rows_before(sequences, start)
+    depth = round_up(given.hidden, spec.panel) * spec.gates
+    note_uniform(work.from_input, work.gates_width, count, own.first)
+    note_rows(given.dx, start, end, sequences, own.second)
+    rows_times_planes(
+        spec, count, own.first, given.weights.inputs, depth, mine.low_input, mine.high_input, own.second,
+        given.x.shape[2], given.accumulate, table.scratch,
+    )  # fmt: skip
+
+
+def backward_work(thread, threads, sync, arguments):
+    """What each thread does; see :func:`backward`."""
+    given = captured(arguments)
+    spec, steps, batch = given.spec, given.x.shape[0], given.x.shape[1]
+    mine = share_of(given, thread, threads)
+    own = space(spec, given.work.threads, batch * given.chunk, batch)
+    own = space(spec, given.work.threads + thread * (own.end - own.first), batch * given.chunk, batch)
+    table = tables(spec, own.step, 0, batch)
+    for end in range(steps, 0, -given.chunk):
+        start = max(end - given.chunk, 0)
+        base = rows_before(given.sequences, start)
+        for step in range(end - 1, start - 1, -1):
+            step_back(given, mine, own, table, step, base, sync, threads)
+        add_weight_gradients(given, mine, own, table, start, end)
+        if given.wanted:
+            write_dx(given, mine, own, table, start, end)
         barrier(sync, threads)
 
 
@@ -381,7 +445,8 @@ def backward(
     x,  # (T, B, I)
     y,  # (T, B, P)
     dy,  # (T, B, P)
-    dx,  # (T, B, I)
+    dx,  # (T, B, I); any such array if not wanted
+    wanted,  # whether dx is computed
     accumulate,  # whether dx is added to
     dfinal,  # (B, P) and (B, H)s; any arrays if not given
     given,  # whether gradients of the final states are given
@@ -412,11 +477,11 @@ def backward(
         set_rows(spec, dfinal[0], sequences, room.carried, parts.output_width)
         for n in range(spec.states):
             set_rows(spec, dfinal[n + 1], sequences, room.states + n * batch * parts.width, parts.width)
-    if not accumulate:
+    if wanted and not accumulate:
         zero_padding(dx, sequences)
     weights = Transposed(packed[0], packed[1], packed[2], packed[3])
-    args = (
-        spec, x, y, dy, dx, accumulate, weights, orders,
+    args = Given(
+        spec, x, y, dy, dx, wanted, accumulate, weights, orders,
         Gradients(grads[0], grads[1], grads[2], grads[3], grads[4]), sequences, aligned(memory), parts, room,
         hidden, chunk,
     )  # fmt: skip

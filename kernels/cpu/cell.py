@@ -69,11 +69,12 @@ def _update_adjoint(cell: Cell, projected: bool) -> str:
         for n, gate in enumerate(gates):
             name = f"g_{gate}_{part}" if gate in cell.split else f"g_{gate}"
             lines.append(f"    store(keep({name}, valid), {buffer} + {n} * gate_stride)")
-    if cell.reads_output:
-        lines.append(f"    store(keep(g_{cell.states[0]}, valid), carried + offset)")
-    for n, name in enumerate(cell.states[1:]):
-        value = f"keep(g_{name}, valid)" if name in cell.arguments else f"full_like({output}, 0.0)"
-        lines.append(f"    store({value}, dstates + {n} * dstates_stride + offset)")
+    for n, name in enumerate(cell.states):
+        place = f"dstates + {n - 1} * dstates_stride" if n else "carried"
+        if name in cell.arguments:
+            lines.append(f"    store(keep(g_{name}, valid), {place} + offset)")
+        elif name != cell.recurrent:  # which the product with the recurrent weights writes
+            lines.append(f"    store(full_like({output}, 0.0), {place} + offset)")
     for n, name in enumerate(cell.weights):
         place = f"dvectors + {n} * vectors_stride + offset"
         lines.append(f"    store(load(spec, {place}) + g_{name}, {place})")

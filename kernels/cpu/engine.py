@@ -14,9 +14,9 @@ from fusedlstm.dispatch import States, check_projection
 from fusedlstm.weights import Weights
 
 from . import memory, team
-from .backward import Gradients, Transposed, Workspace, backward, backward_work, space, workspace
+from .backward import Given, Gradients, Transposed, Workspace, backward, backward_work, space, workspace
 from .forward import Packed, forward, forward_work
-from .memory import LINE, layout
+from .memory import LINE, layout, state_rows
 from .pack import pack_panels, pack_planes, panels_work, planes_work
 from .spec import Registers, Spec, entry_point, machine
 from .tile import panel_rows, tile_table
@@ -90,7 +90,7 @@ MEMORY = types.uint8[::1]
 SEQUENCES = (INTS, INTS, INTS, types.Array(FLAG, 2, "A"), FLAG)
 
 
-def _kernel(entry: Any, work: Any, captured: types.Tuple, *signature: Any) -> Kernel:
+def _kernel(entry: Any, work: Any, captured: types.BaseTuple, *signature: Any) -> Kernel:
     part = compiled(work, captured)
     return Kernel(entry_point(entry, INT, INT, INT, part.type, *signature), part, part.address)
 
@@ -126,12 +126,13 @@ def backward_kernel(spec: Spec) -> Kernel:
     rows = types.NamedTuple(SEQUENCES, memory.Sequences)
     grads = (matrix, matrix, vector, vector, matrix)
     orders = types.UniTuple(INTS, 3)
-    captured = types.Tuple(
-        (spec, cube, cube, cube, cube, FLAG, _ints(Transposed), orders, types.NamedTuple(grads, Gradients),
-         rows, INT, _ints(memory.Layout), _ints(Workspace), INT, INT)
+    captured = types.NamedTuple(
+        (spec, cube, cube, cube, cube, FLAG, FLAG, _ints(Transposed), orders,
+         types.NamedTuple(grads, Gradients), rows, INT, _ints(memory.Layout), _ints(Workspace), INT, INT),
+        Given,
     )  # fmt: skip
     return _kernel(
-        backward, backward_work, captured, spec, cube, cube, cube, cube, FLAG, states, FLAG, states,
+        backward, backward_work, captured, spec, cube, cube, cube, cube, FLAG, FLAG, states, FLAG, states,
         types.UniTuple(INT, 4), orders, types.Tuple(grads), matrix, *SEQUENCES, MEMORY, MEMORY, INT, INT,
     )  # fmt: skip
 
@@ -205,10 +206,13 @@ class CPUDirection:
         self._plans: dict[tuple[int, int], Plan] = {}
 
     @cached_property
+    def _input_planes(self) -> np.ndarray:
+        return self._pack_planes(self.weights.ih, self._input_gates, self.spec.panel)
+
+    @cached_property
     def _planes(self) -> tuple[np.ndarray, ...]:
         weights, panel = self.weights, self.spec.panel
         return (
-            self._pack_planes(weights.ih, self._input_gates, panel),
             self._pack_planes(weights.hh, self._recurrent_gates, panel),
             self._vectors,
             NOTHING if weights.hr is None else self._pack_planes(weights.hr, ONLY, 1),
@@ -282,7 +286,8 @@ class CPUDirection:
         most = team.get_num_threads() if panels > 1 and meetings < alone / 2 else 0
         threads = min(max(most, 1), panels)
         chunk = max(1, min(steps, FORWARD_ROWS // batch))
-        size = layout(self.spec, self.hidden, self.outputs, batch, batch, chunk * batch).end
+        rows = state_rows(self.spec, batch)
+        size = layout(self.spec, self.hidden, self.outputs, batch, rows, chunk * batch).end
         return Plan(threads, most, int(min(alone / 2, 1000)), chunk, size, sequences(steps, batch, None))
 
     def _backward_chunk(self, steps: int, batch: int) -> int:
@@ -326,7 +331,7 @@ class CPUDirection:
         tape: Tape,
         dy: np.ndarray,  # (T, B, P)
         dfinal: States | None,
-        dx: np.ndarray,  # (T, B, I)
+        dx: np.ndarray | None,  # (T, B, I)
         accumulate: bool,
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
@@ -348,8 +353,9 @@ class CPUDirection:
         kernel = backward_kernel(spec)
         kernel.entry(
             team.current().address if threads > 1 else 0, threads, patience, kernel.address, self._tiles,
-            x, y, dy, dx, accumulate, dinitial if dfinal is None else dfinal, dfinal is not None, dinitial,
-            tuple(array.ctypes.data for array in self._planes),
+            x, y, dy, x if dx is None else dx, dx is not None, accumulate,
+            dinitial if dfinal is None else dfinal, dfinal is not None, dinitial,
+            (0 if dx is None else self._input_planes.ctypes.data, *(p.ctypes.data for p in self._planes)),
             (self._input_gates, self._recurrent_gates, ONLY), (ih, hh, bias_ih, bias_hh, hr), dvectors,
             *order, reset, reverse, kept, scratch, self.hidden, chunk,
         )  # fmt: skip

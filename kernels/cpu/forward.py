@@ -3,7 +3,8 @@
 A thread owns some panels of hidden units, with all their gates, for the entire sequence, so its share
 of the weights stays in its own cache.  It projects the inputs of a chunk of steps for its panels, which
 needs nothing of the other threads, then walks through the steps of the chunk: recurrent product, cell
-update while the sums are at hand, one barrier.
+update while the sums are at hand, one barrier.  Where the panels are no multiple of the threads, two
+neighbours share a panel: each takes some of the tiles of its rows.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from .memory import (
     Sequences,
     aligned,
     fill_zero,
+    first_row,
     layout,
     note_entering,
+    note_operands,
     note_rows,
     note_states,
     round_up,
     rows_before,
     set_rows,
+    state_rows,
     tables,
     time_of,
     zero_padding,
@@ -46,36 +50,52 @@ class Packed(NamedTuple):
 
 
 @inlined
-def project_inputs(spec, p, rows, count, depth, packed, gates, stride):
-    """Pre-activations of panel p from the input: bias + x @ weights."""
-    vector = spec.lanes * spec.size
-    weights = packed.inputs + p * depth * spec.width * vector
-    bias = packed.bias + p * spec.inputs * spec.units * vector
-    blocks = -(-count // panel_rows(spec))
-    for block in range(blocks):
-        first, last = share(count, block, blocks)
-        target = gates + first * stride
-        panel_product(spec, last - first, bias, 0, target, stride, rows + first * 8, 0, weights, 0, depth)
-    # the recurrent parts of split gates start from a bias of their own
-    for v in range(spec.width, spec.inputs * spec.units):
-        start = load(spec, bias + v * vector)
-        for row in range(count):
-            store(start, gates + row * stride + v * vector)
+def share_panels(panels, blocks, thread, threads):
+    """Which panels a thread works on, and which of the blocks of all panels, in their order.
+
+    The first and the last of its panels may be shared with its neighbours.
+    """
+    low, high = share(panels * blocks, thread, threads)
+    size = max(blocks, 1)
+    return low // size, -(-high // size), low, high
 
 
 @inlined
-def note_step(step, active, here, y, sequences, memory, parts, taped, table):
+def project_inputs(spec, p, low, high, blocks, rows, count, depth, packed, gates, stride):
+    """Pre-activations of panel p from the input, bias + x @ weights, for the blocks of rows from low to
+    high of those of all panels."""
+    vector = spec.lanes * spec.size
+    weights = packed.inputs + p * depth * spec.width * vector
+    bias = packed.bias + p * spec.inputs * spec.units * vector
+    for block in range(max(low - p * blocks, 0), min(high - p * blocks, blocks)):
+        first, last = share(count, block, blocks)
+        target = gates + first * stride
+        panel_product(spec, last - first, bias, 0, target, stride, rows + first * 8, 0, weights, 0, depth)
+        # the recurrent parts of split gates start from a bias of their own
+        for v in range(spec.width, spec.inputs * spec.units):
+            start = load(spec, bias + v * vector)
+            for row in range(first, last):
+                store(start, gates + row * stride + v * vector)
+
+
+@inlined
+def note_step(spec, step, active, here, y, sequences, memory, parts, taped, table):
     """Note where each row finds what enters a step, and where it puts its output."""
     note_entering(step, active, y, sequences, memory, parts, table.entering)
-    note_states(step, active, sequences, memory, parts, taped, table)
+    note_states(spec, step, active, sequences, memory, parts, taped, table)
+    if spec.operand > 0:
+        note_operands(spec, step, active, y, sequences, memory, parts, taped, table.operands)
     note_rows(y, step, step + 1, sequences, table.leaving)
     for row in range(active):
         write_int(memory + parts.raw + (here + row) * parts.width, table.raw + row * 8)
 
 
 @inlined
-def step_panel(spec, p, active, here, hidden, outputs, packed, gates, memory, parts, table):
-    """One step of the hidden units of panel p: the recurrent product, and the cell on its sums."""
+def step_panel(
+    spec, p, low, high, blocks, active, here, hidden, outputs, packed, gates, memory, parts, table
+):
+    """One step of the hidden units of panel p, for blocks of rows as in project_inputs: the recurrent
+    product, and the cell on its sums."""
     vector = spec.lanes * spec.size
     gate_stride = spec.units * vector
     stride = spec.inputs * gate_stride
@@ -83,12 +103,11 @@ def step_panel(spec, p, active, here, hidden, outputs, packed, gates, memory, pa
     to = table.raw if spec.projected else table.leaving
     offset, left = p * spec.panel * spec.size, hidden - p * spec.panel
     new_states, new_stride = memory + parts.states + here * parts.width, parts.rows * parts.width
-    blocks = -(-active // panel_rows(spec))
-    for block in range(blocks):
+    for block in range(max(low - p * blocks, 0), min(high - p * blocks, blocks)):
         first, last = share(active, block, blocks)
         sums = gates + first * stride + spec.splits * gate_stride
         panel_product(
-            spec, last - first, sums, stride, sums, stride, table.entering + first * 8, 0, weights, 0, outputs
+            spec, last - first, sums, stride, sums, stride, table.operands + first * 8, 0, weights, 0, outputs
         )
         for row in range(first, last):
             for unit in range(spec.units):
@@ -117,7 +136,7 @@ def forward_work(thread, threads, sync, arguments):
     steps, batch, depth = x.shape
     outputs = y.shape[2]
     panels = round_up(hidden, spec.panel) // spec.panel
-    low, high = share(panels, thread, threads)
+    shared = panels % threads != 0 and batch > panel_rows(spec)
     low_output, high_output = share(-(-outputs // spec.lanes), thread, threads)
     stride = spec.inputs * spec.panel * spec.size
     table = tables(spec, space + thread * tables(spec, 0, batch * chunk, batch).end, batch * chunk, batch)
@@ -126,20 +145,28 @@ def forward_work(thread, threads, sync, arguments):
         base = rows_before(sequences, start)
         gates = memory + parts.gates + (base * stride if taped else 0)
         note_rows(x, start, end, sequences, table.inputs)
-        for p in range(low, high):
+        count = rows_before(sequences, end) - base
+        blocks = -(-count // panel_rows(spec))
+        first_panel, end_panel, low, high = share_panels(panels, blocks, thread, threads)
+        for p in range(first_panel, end_panel):
             to = gates + p * parts.gate_rows * stride
-            project_inputs(
-                spec, p, table.inputs, rows_before(sequences, end) - base, depth, packed, to, stride
-            )
+            project_inputs(spec, p, low, high, blocks, table.inputs, count, depth, packed, to, stride)
+        if shared:
+            barrier(sync, threads)
         for step in range(start, end):
             active = rows_before(sequences, step + 1) - rows_before(sequences, step)
-            here = rows_before(sequences, step) if taped else 0
-            note_step(step, active, here, y, sequences, memory, parts, taped, table)
-            for n in range(low, high):
+            here = first_row(spec, step, taped, sequences)
+            note_step(spec, step, active, here, y, sequences, memory, parts, taped, table)
+            blocks = -(-active // panel_rows(spec))
+            first_panel, end_panel, low, high = share_panels(panels, blocks, thread, threads)
+            for n in range(first_panel, end_panel):
                 # there and back, so that a step begins with the weights that the one before left in cache
-                p = n if step % 2 == 0 else low + high - 1 - n
+                p = n if step % 2 == 0 else first_panel + end_panel - 1 - n
                 sums = gates + (p * parts.gate_rows + rows_before(sequences, step) - base) * stride
-                step_panel(spec, p, active, here, hidden, outputs, packed, sums, memory, parts, table)
+                step_panel(
+                    spec, p, low, high, blocks, active, here, hidden, outputs, packed, sums, memory, parts,
+                    table,
+                )  # fmt: skip
             barrier(sync, threads)
             if spec.projected:
                 rows_times_planes(
@@ -168,7 +195,7 @@ def get_final(spec, y, final, sequences, memory, parts, taped):
         time = time_of(sequences, last, row)
         for k in range(y.shape[2]):
             final[0][sequence, k] = y[time, sequence, k]
-        place = (rows_before(sequences, last) if taped else 0) + row
+        place = first_row(spec, last, taped, sequences) + row
         for n in range(spec.states):
             start = memory + parts.states + (n * parts.rows + place) * parts.width
             for k in range(final[n + 1].shape[1]):
@@ -200,7 +227,7 @@ def forward(
     """Run a sequence in one direction: writes y and the final states, and the tape into `memory`."""
     sequences = Sequences(order, lengths, first, reset, reverse)
     batch, steps = x.shape[1], x.shape[0]
-    rows = rows_before(sequences, steps) if taped else batch
+    rows = rows_before(sequences, steps) if taped else state_rows(spec, batch)
     gate_rows = rows_before(sequences, steps) if taped else batch * chunk
     parts = layout(spec, hidden, y.shape[2], batch, rows, gate_rows)
     start = aligned(memory)

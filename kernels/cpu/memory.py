@@ -84,6 +84,21 @@ def note_entering(step, active, y, sequences, memory, parts, table):
             write_int(row_address(y, sequences, step - 1, row), table + row * 8)
 
 
+@inlined
+def first_row(spec, step, taped, sequences):
+    """Where the rows of the other states after a step begin in Layout.states."""
+    if taped:
+        return rows_before(sequences, step)
+    # two steps take turns if a state is read by all threads while the next one is written
+    return step % 2 * sequences.order.size if spec.operand > 0 else 0
+
+
+@inlined
+def state_rows(spec, batch):
+    """The rows of Layout.states if no tape is kept."""
+    return 2 * batch if spec.operand > 0 else batch
+
+
 @part
 def zero_padding(array, sequences):
     """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
@@ -96,7 +111,7 @@ def zero_padding(array, sequences):
 class Layout(NamedTuple):
     """Where the parts of the memory of a forward pass begin, in bytes, and the lengths of its rows.
 
-    With S other states and N rows: all rows of all steps if a tape is kept, else those of one step.
+    With S other states and N rows: all rows of all steps if a tape is kept, else as in state_rows.
     """
 
     initial: int  # (B, P): the initial output
@@ -133,6 +148,7 @@ class Tables(NamedTuple):
     raw: int  # of the output before its projection
     states: int  # of the first state that enters a step
     strides: int  # from one entering state to the next
+    operands: int  # of what the recurrent weights multiply; `entering` if that is the output
     scratch: int
     end: int
 
@@ -142,7 +158,7 @@ def tables(spec, start, chunk_rows, batch):
     """The tables of one thread."""
     entering = start + chunk_rows * 8
     row = batch * 8
-    scratch = round_up(entering + 5 * row, LINE)
+    scratch = round_up(entering + 6 * row, LINE)
     end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
     return Tables(
         start,
@@ -151,20 +167,36 @@ def tables(spec, start, chunk_rows, batch):
         entering + 2 * row,
         entering + 3 * row,
         entering + 4 * row,
+        entering + (5 * row if spec.operand > 0 else 0),
         scratch,
         end,
     )
 
 
 @inlined
-def note_states(step, active, sequences, memory, parts, taped, table):
+def note_states(spec, step, active, sequences, memory, parts, taped, table):
     """Note where each row finds the states, beside the output, that enter a step."""
-    before = rows_before(sequences, step - 1) if taped and step > 0 else 0
+    before = first_row(spec, step - 1, taped, sequences) if step > 0 else 0
     for row in range(active):
         anew = starts_anew(sequences, step, row)
         states = parts.initial_states if anew else parts.states + before * parts.width
         write_int(memory + states + row * parts.width, table.states + row * 8)
         write_int((sequences.order.size if anew else parts.rows) * parts.width, table.strides + row * 8)
+
+
+@inlined
+def note_operands(spec, step, active, y, sequences, memory, parts, taped, table):
+    """Write the addresses of what the recurrent weights multiply at a step to a table."""
+    if spec.operand == 0:
+        note_entering(step, active, y, sequences, memory, parts, table)
+    else:
+        before = first_row(spec, step - 1, taped, sequences) if step > 0 else 0
+        for row in range(active):
+            if starts_anew(sequences, step, row):
+                place = parts.initial_states + ((spec.operand - 1) * sequences.order.size + row) * parts.width
+            else:
+                place = parts.states + ((spec.operand - 1) * parts.rows + before + row) * parts.width
+            write_int(memory + place, table + row * 8)
 
 
 @part

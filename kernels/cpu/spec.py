@@ -141,13 +141,14 @@ class Spec(Registers):
         width: vectors of a panel, gates times units.
         panel: hidden units of a panel.
         states: number of states beside the output.
+        operand: the place among all states of that which the recurrent weights multiply; 0 is the output.
         vectors: number of learned vectors.
-        reads_output: whether the cell takes the previous output itself.
+        reads_operand: whether the cell takes the previous value of that state itself.
     """
 
     constants = (
         *("size", "lanes", "gates", "inputs", "splits", "units", "width", "panel", "states", "vectors"),
-        *("projected", "reads_output"),
+        *("operand", "projected", "reads_operand"),
     )
 
     def __init__(self, cell: Cell, scalar: types.Float, projected: bool) -> None:
@@ -156,7 +157,7 @@ class Spec(Registers):
         self.splits, self.states, self.vectors = len(cell.split), len(cell.states) - 1, len(cell.weights)
         self.units = max(1, 4 // self.gates)
         self.width = self.gates * self.units
-        self.reads_output = cell.reads_output
+        self.operand, self.reads_operand = cell.operand, cell.reads_operand
         super().__init__(scalar, f"{cell.key}, projected={projected}")
         self.panel = self.units * self.lanes
 

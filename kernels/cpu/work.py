@@ -26,7 +26,7 @@ from .team import fork
 class Work(Named):
     """The address of two addresses: of `launch`, and of a C function that takes a tuple of these types."""
 
-    def __init__(self, arguments: types.Tuple) -> None:
+    def __init__(self, arguments: types.BaseTuple) -> None:
         self.arguments = arguments
         super().__init__(str(arguments))
 
@@ -34,7 +34,7 @@ class Work(Named):
 class Captured(Named):
     """The address of such a tuple."""
 
-    def __init__(self, arguments: types.Tuple) -> None:
+    def __init__(self, arguments: types.BaseTuple) -> None:
         self.arguments = arguments
         super().__init__(str(arguments))
 
@@ -139,7 +139,7 @@ class Compiled(NamedTuple):
         return int(self.addresses.ctypes.data)
 
 
-def compiled(function: Callable[..., None], arguments: types.Tuple) -> Compiled:
+def compiled(function: Callable[..., None], arguments: types.BaseTuple) -> Compiled:
     """Compile `function(thread, threads, sync, address)`.
 
     It calls `captured(address)` for its other arguments, a tuple of the given types.

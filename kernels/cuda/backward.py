@@ -61,6 +61,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     inputs, split = len(cell.preactivations), len(cell.split)
     cells, owned = ceil(units * batch / threads), ceil(elements * batch / threads)  # of one thread
     persistent, projected = plan.form == "persistent", plan.projection is not None
+    operand = cell.operand
 
     recurrent = functions(plan.recurrent)
     hold, multiply, total, publish = recurrent
@@ -68,7 +69,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     second = plan.projection or plan.recurrent
     adjoint = update(cell, real).adjoint
 
-    number, operand = element(real), element(plan.recurrent.operand)
+    number, exchanged = element(real), element(plan.recurrent.operand)
     per_block, per_block_hr = plan.recurrent.weights, second.weights
     kept, kept_hr = plan.recurrent.shared_weights, second.shared_weights
     shared_base = plan.partial // plan.recurrent.operand.itemsize
@@ -94,7 +95,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         thread, block, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
         groups, blocks = cuda.gridDim.y, cuda.gridDim.x
         partial = cuda.shared.array(0, number)
-        resident = cuda.shared.array(0, operand)
+        resident = cuda.shared.array(0, exchanged)
         held = cuda.local.array(registers, held_type)
         carried = cuda.local.array(owned, number)  # gradient of the output, state 0
         state = cuda.local.array(all_states, number)  # of the other states
@@ -155,11 +156,19 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                         q = thread + n * threads
                         p, b = block * elements + q % elements, group * batch + q // elements
                         if q < elements * batch and p < outputs and b < rows:
-                            value = carried[U(n)] + total(partial, q % elements, q // elements)
-                            if resets and starts_anew(reset, later, b, lengths[b], reverse):
+                            product = total(partial, q % elements, q // elements)
+                            anew = resets and starts_anew(reset, later, b, lengths[b], reverse)
+                            value = carried[U(n)] if operand > 0 else carried[U(n)] + product
+                            if anew:
                                 total_output[b, p] += value
                                 value = none
                             carried[U(n)] = value
+                            if operand > 0:
+                                value = state[U(n * further + operand - 1)] + product
+                                if anew:
+                                    total_states[operand - 1, b, p] += value
+                                    value = none
+                                state[U(n * further + operand - 1)] = value
                 if projected and step < steps:
                     for n in range(owned):
                         q = thread + n * threads

@@ -109,7 +109,7 @@ class Direction:
         tape: Tape,
         dy: Any,  # (T, B, P)
         dfinal: States | None,
-        dx: Any,  # (T, B, I)
+        dx: Any | None,  # (T, B, I)
         accumulate: bool,
     ) -> tuple[States, Weights]:
         with self._on(tape.x) as resident:
@@ -271,7 +271,7 @@ class Resident:
         return output, states
 
     def backward(
-        self, tape: Tape, dy: Any, dfinal: States | None, dx: Any, accumulate: bool
+        self, tape: Tape, dy: Any, dfinal: States | None, dx: Any | None, accumulate: bool
     ) -> tuple[States, Weights]:
         xp, cell, hidden = self.xp, self.cell, self.hidden
         steps, batch, _ = tape.x.shape
@@ -294,11 +294,12 @@ class Resident:
         rows = d.reshape(steps * batch, inputs * hidden)
         d_input, d_output = rows[:, : gates * hidden], rows[:, (inputs - gates) * hidden :]
         x = xp.ascontiguousarray(tape.x).reshape(steps * batch, self.inputs)
-        here = matmul(d_input, self.ih, precision, xp).reshape(tape.x.shape)
-        if accumulate:
-            dx += here
-        else:
-            dx[...] = here
+        if dx is not None:
+            here = matmul(d_input, self.ih, precision, xp).reshape(tape.x.shape)
+            if accumulate:
+                dx += here
+            else:
+                dx[...] = here
         grads = self._weight_gradients(x, d_input, d_output, tape, dprojected, dlearned, precision)
         return (doutput + total_output, *(dstates + total_states)), grads
 
@@ -313,9 +314,9 @@ class Resident:
         precision: Precision,
     ) -> Weights:
         xp, cell = self.xp, self.cell
-        entering = tape.entering.reshape(len(x), self.outputs)
+        operands = tape.entering_states[cell.operand - 1] if cell.operand else tape.entering
         ih = matmul(d_input.T, x, precision, xp)
-        hh = matmul(d_output.T, entering, precision, xp)
+        hh = matmul(d_output.T, operands.reshape(len(x), self.outputs), precision, xp)
         bias_ih = bias_hh = hr = None
         if self.biased:
             bias_ih = _ordered(d_input.sum(0), cell, cell.gates, cell.input_gates)

@@ -63,7 +63,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     inputs, split = len(cell.preactivations), len(cell.split)
     cells, owned = ceil(units * batch / threads), ceil(elements * batch / threads)  # of one thread
     persistent, projected = plan.form == "persistent", plan.projection is not None
-    reads_output = cell.reads_output
+    reads_output, operand = cell.reads_output, cell.operand
 
     recurrent = functions(plan.recurrent)
     hold, multiply, total, publish = recurrent
@@ -71,7 +71,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     second = plan.projection or plan.recurrent
     step_cell = update(cell, real).step
 
-    number, operand = element(real), element(plan.recurrent.operand)
+    number, exchanged = element(real), element(plan.recurrent.operand)
     per_block, per_block_hr = plan.recurrent.weights, second.weights
     kept, kept_hr = plan.recurrent.shared_weights, second.shared_weights
     shared_base = plan.partial // plan.recurrent.operand.itemsize
@@ -95,7 +95,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         thread, block, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
         groups, blocks = cuda.gridDim.y, cuda.gridDim.x
         partial = cuda.shared.array(0, number)
-        resident = cuda.shared.array(0, operand)
+        resident = cuda.shared.array(0, exchanged)
         held = cuda.local.array(registers, held_type)
         carried = cuda.local.array(owned, number)  # the output, state 0
         state = cuda.local.array(all_states, number)
@@ -124,7 +124,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                 q = thread + n * threads
                 p, b = block * elements + q % elements, group * batch + q // elements
                 if q < elements * batch and p < outputs and b < rows:
-                    publish(exchange, group * buffer, p, q // elements, carried[U(n)])
+                    value = state[U(n * further + operand - 1)] if operand > 0 else carried[U(n)]
+                    publish(exchange, group * buffer, p, q // elements, value)
 
         arrived = 0
         for step in range(first, last):
@@ -176,6 +177,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                             if resets and starts_anew(reset, following, b, lengths[b], reverse):
                                 after = initial_states[i, b, u]
                             state[U(n * further + i)] = after
+                            if i == operand - 1:
+                                publish(exchange, there, u, column, after)
                         if projected:
                             publish_raw(exchange_raw, group * buffer_raw, u, column, new[U(0)])
                             if training:
@@ -188,7 +191,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                             if resets and starts_anew(reset, following, b, lengths[b], reverse):
                                 after = initial_output[b, u]
                             carried[U(n)] = after
-                            publish(exchange, there, u, column, after)
+                            if operand == 0:
+                                publish(exchange, there, u, column, after)
             if projected and (persistent or phase == 1):
                 if persistent:
                     arrived += 1

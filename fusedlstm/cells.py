@@ -10,13 +10,13 @@ import hashlib
 import inspect
 import keyword
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from . import math
 from .derive import CellError, Graph, compile_source, differentiate, source, trace
 from .math import relu as _relu
-from .math import sigmoid, tanh
+from .math import sigmoid, tanh, where
 
 __all__ = [
     "Cell",
@@ -24,8 +24,10 @@ __all__ = [
     "cell",
     "coupled_lstm",
     "gru",
+    "gru_reset_before",
     "lstm",
     "peephole_lstm",
+    "recurrent_dropout",
     "rnn_relu",
     "rnn_tanh",
 ]
@@ -43,10 +45,15 @@ class Cell:
         states: names of the states; the first is the output.
         split: the gates that arrive as two arguments, ``n_x`` and ``n_h``.
         weights: names of the learned vectors of length hidden.
+        recurrent: the state that the recurrent weights multiply at the next step.
         arguments: pre-activations, then states and learned vectors in use, as the generated code
             takes them.
         key: a text that is equal for equal mathematics; names files in the cache.
+        half: the cell that is run twice for one step, if a step takes two recurrent products.
     """
+
+    half: Cell | None = None
+    _without_dropout: Cell | None = None  # of what recurrent_dropout made
 
     def __init__(
         self,
@@ -55,6 +62,7 @@ class Cell:
         states: Sequence[str],
         split: Sequence[str],
         weights: Sequence[str],
+        recurrent: str | None,
     ) -> None:
         self.function = function
         self.name = function.__name__
@@ -64,6 +72,9 @@ class Cell:
         for name in self.split:
             if name not in self.gates:
                 raise CellError(f"split names {name!r}, which is not a gate; the gates are {self.gates}")
+        self.recurrent = self.states[0] if recurrent is None else recurrent
+        if self.recurrent not in self.states:
+            raise CellError(f"recurrent is {recurrent!r}, which is not a state; the states are {self.states}")
         self._check_names()
         self.constants = self._match_arguments()
         self._derive()
@@ -71,8 +82,10 @@ class Cell:
     def __repr__(self) -> str:
         return f"<fusedlstm cell {self.name}: gates {self.gates}, states {self.states}>"
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> Any:
         """Pickled by its name, as functions are."""
+        if self._without_dropout is not None:
+            return recurrent_dropout, (self._without_dropout,)
         return self.function.__qualname__
 
     @property
@@ -100,6 +113,25 @@ class Cell:
     def reads_output(self) -> bool:
         """Whether the cell takes the previous output itself, beside its product with the weights."""
         return self.states[0] in self.arguments
+
+    @property
+    def operand(self) -> int:
+        """The place among the states of that which the recurrent weights multiply."""
+        return self.states.index(self.recurrent)
+
+    @property
+    def reads_operand(self) -> bool:
+        """Whether the cell takes the previous value of that state itself."""
+        return self.recurrent in self.arguments
+
+    @property
+    def unprojectable(self) -> str:
+        """Why the output cannot be projected; empty if it can."""
+        if self.reads_output:
+            return f"it reads its own output {self.states[0]!r}, which has another size then"
+        if self.operand:
+            return f"the recurrent weights multiply {self.recurrent!r}, not the output"
+        return ""
 
     @cached_property
     def numpy(self) -> Any:
@@ -164,7 +196,8 @@ class Cell:
         step = source("step", self.arguments, results)
         adjoint = source("adjoint", (*self.arguments, *self.seeds), gradients)
         self.source = f"{header}{step}\n\n{adjoint}"
-        shape = repr((self.name, self.gates, self.states, self.split, self.weights))
+        other = (self.recurrent,) if self.operand else ()
+        shape = repr((self.name, self.gates, self.states, self.split, self.weights, *other))
         self.key = f"{self.name}_{hashlib.sha256((shape + self.source).encode()).hexdigest()[:16]}"
 
 
@@ -186,19 +219,22 @@ def cell(
     *,
     split: Sequence[str] = (),
     weights: Sequence[str] = (),
+    recurrent: str | None = None,
 ) -> Callable[[Callable[..., Any]], Cell]:
     """Make a recurrent cell of a function that states its mathematics.
 
     Arguments are matched by name.  A gate arrives as its pre-activation: input product plus
     recurrent product plus biases.  A state arrives as its value at the previous step.  The function
-    returns the new states in the declared order; the first is the output of the layer, and what the
-    recurrent weights multiply.  Keyword-only arguments with defaults are constants.
+    returns the new states in the declared order; the first is the output of the layer.  Keyword-only
+    arguments with defaults are constants.
 
     Args:
         gates: names of the gates, in the order in which the weights stack them.
         states: names of the states, the output first.
-        split: gates that arrive in two parts, ``n_x`` from the input and ``n_h`` from the output.
+        split: gates that arrive in two parts, ``n_x`` from the input and ``n_h`` from the recurrent
+            product.
         weights: names of learned vectors of length hidden, peepholes for instance.
+        recurrent: the state that the recurrent weights multiply at the next step; by default the output.
 
     Raises:
         CellError: if the function cannot become a kernel; the message says what to change.
@@ -209,7 +245,58 @@ def cell(
         ...     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
         ...     return sigmoid(o) * tanh(c), c
     """
-    return lambda function: Cell(function, gates, states, split, weights)
+    return lambda function: Cell(function, gates, states, split, weights, recurrent)
+
+
+class _TwoProducts(Cell):
+    """A cell whose step takes two products with the recurrent weights, one after the other.
+
+    Such a step is two of another cell, `half`, which has three states of its own: ``operand``, what the
+    weights multiply next, which starts as the output does; ``update``, which it hands on from its first
+    half to its second; and ``phase``, 0 in the first and 1 in the second.  All gates are computed in both
+    halves.  :func:`fusedlstm.directions.prepare` makes the steps.
+    """
+
+    OWN = ("operand", "update", "phase")
+
+    def __init__(self, half: Cell) -> None:
+        self.half, self.function, self.name, self.key = half, half.function, half.name, half.key
+        self.__doc__, self.__module__ = half.__doc__, half.__module__
+        self.gates, self.split, self.weights = half.gates, half.split, half.weights
+        self.states = tuple(name for name in half.states if name not in self.OWN)
+        self.recurrent, self.constants, self.arguments = self.states[0], half.constants, half.arguments
+        self.seeds, self.source = half.seeds, half.source
+
+
+@cache
+def recurrent_dropout(cell: Cell) -> Cell:
+    """A cell with dropout of what the recurrent weights multiply, one mask for all steps.
+
+    It has two states more, ``dropout_mask`` and ``dropped``: the mask, which stays as it is, and the
+    state that the recurrent weights of `cell` multiply (the output, as a rule) times the mask.  Who
+    runs it gives both as initial states; :class:`fusedlstm.directions.RecurrentDropout` does.  What the
+    cell itself reads of its states is not masked, as in Keras.
+
+    Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks" (NIPS 2016), with the same mask for all gates; Keras draws one for each gate.
+    """
+    if cell.half is not None:
+        dropped: Cell = _TwoProducts(recurrent_dropout(cell.half))
+    else:
+
+        def function(dropout_mask: Any, **arguments: Any) -> Any:
+            results = cell.function(**arguments)
+            new = results if isinstance(results, (tuple, list)) else (results,)
+            return (*new, dropout_mask, dropout_mask * new[cell.operand])
+
+        function.__name__, function.__doc__ = f"{cell.name}_recurrent_dropout", cell.__doc__
+        mask = inspect.Parameter("dropout_mask", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        taken = inspect.signature(cell.function).parameters.values()
+        function.__signature__ = inspect.Signature([mask, *taken])  # type: ignore[attr-defined]
+        states = (*cell.states, "dropout_mask", "dropped")
+        dropped = Cell(function, cell.gates, states, cell.split, cell.weights, "dropped")
+    dropped._without_dropout = cell
+    return dropped
 
 
 @cell(gates=("i", "f", "g", "o"), states=("h", "c"))
@@ -239,6 +326,19 @@ def gru(r: Any, z: Any, n_x: Any, n_h: Any, h: Any) -> Any:
     """Gated recurrent unit that resets after the product, as in ``torch.nn.GRU`` and cuDNN."""
     n = tanh(n_x + sigmoid(r) * n_h)
     return n + sigmoid(z) * (h - n)
+
+
+@_TwoProducts
+@cell(gates=("r", "z", "n"), states=("h", "operand", "update", "phase"), recurrent="operand")
+def gru_reset_before(r: Any, z: Any, n: Any, h: Any, update: Any, phase: Any) -> Any:
+    """Gated recurrent unit that resets before the product (Cho et al., 2014), as in Keras with
+    ``reset_after=False`` and ONNX with ``linear_before_reset=0``.
+
+    The first half of a step finds the gates r and z from h, the second n from r * h.
+    """
+    first, n = phase < 0.5, tanh(n)
+    new = where(first, h, n + update * (h - n))
+    return new, where(first, sigmoid(r) * h, new), sigmoid(z), where(first, 1.0, 0.0)
 
 
 @cell(gates=("a",))

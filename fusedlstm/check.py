@@ -39,6 +39,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "reset": ({}, ("reset", "state")),
     "projection": ({"proj_size": 1}, ("state",)),
     "two layers, dropout": ({"num_layers": 2, "dropout": 0.25}, ()),
+    "recurrent dropout": ({"recurrent_dropout": 0.25}, ("lengths", "reset", "state")),
     "bidirectional": ({"bidirectional": True}, ()),
     "all of these": (
         {"num_layers": 2, "dropout": 0.25, "bidirectional": True, "batch_first": True, "proj_size": 1},
@@ -80,7 +81,7 @@ def cases() -> Iterator[Case]:
     """All of them, those of one table entry after another."""
     for cell in CELLS:
         for option in OPTIONS:
-            if option == "projection" and cell.reads_output:
+            if option == "projection" and cell.unprojectable:
                 continue  # the layer refuses it
             for dtype in TOLERANCE:
                 for sizes in SIZES:
@@ -93,7 +94,7 @@ def run(case: Case, backend: str = "cpu") -> Outcome:
     settings = dict(settings)
     steps, _, inputs, hidden = case.sizes
     if "proj_size" in settings:
-        settings["proj_size"] = 0 if case.cell.reads_output else hidden // 2
+        settings["proj_size"] = 0 if case.cell.unprojectable else hidden // 2
     layer = Recurrent(case.cell, inputs, hidden, **settings, dtype=case.dtype, backend=backend, seed=1)
     reference = Recurrent(case.cell, inputs, hidden, **settings, dtype="float64", backend="reference", seed=1)
     reference.load_state_dict(layer.state_dict())

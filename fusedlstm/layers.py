@@ -27,6 +27,7 @@ from fusedlstm.kernels.random import dropout_mask
 from . import cells, dispatch
 from . import weights as storage
 from .cells import Cell
+from .directions import RecurrentDropout, prepare
 from .dispatch import Direction
 from .weights import Weights
 
@@ -42,11 +43,12 @@ class _Place:
     Weights never change; a place is replaced as a whole, so nothing packed can be out of date.
     """
 
-    __slots__ = ("ready", "weights")
+    __slots__ = ("dropping", "ready", "weights")
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.ready: dict[type, Direction] = {}  # by the type of the input array
+        self.dropping: dict[type, Direction] = {}  # those with recurrent dropout
 
 
 class Recurrent:
@@ -69,14 +71,18 @@ class Recurrent:
             training; the others are divided by 1 - dropout.
         bidirectional: whether each layer has a second direction, from the last step to the first;
             outputs of both are concatenated.
-        proj_size: P, the size to which each output is projected (Sak et al., 2014); 0 for none.  The
-            cell must not read its own output.
+        proj_size: P, the size to which each output is projected (Sak et al., 2014); 0 for none.  Not
+            for a cell that reads its own output, nor with a `recurrent` state other than the output.
         dtype: "float32" or "float64", of the weights, the input, the states and the output.
         backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for arrays on a GPU, else "cpu".
         precision: of the products of a float32 layer on a GPU: "float32" exactly, or "tf32", "bfloat16"
             or "float16" on tensor cores; sums and states are float32 in any case.
         form: of the kernels on a GPU: "persistent" is one launch for a sequence, "stepwise" one for each
             step; "auto" decides by the sizes and the device.
+        recurrent_dropout: probability with which, in training, an element of the output is set to zero
+            where the recurrent weights multiply it; the others are divided by 1 - recurrent_dropout.
+            One mask holds for all steps of a sequence (Gal and Ghahramani, 2016); output and states are
+            not masked.  Not with a projection.
         seed: of the initial weights and of dropout; None takes fresh entropy.
 
     Raises:
@@ -92,6 +98,7 @@ class Recurrent:
     dropout: float
     bidirectional: bool
     proj_size: int
+    recurrent_dropout: float
     dtype: np.dtype[Any]
     backend: str
     precision: str
@@ -102,7 +109,7 @@ class Recurrent:
     _sizes: tuple[int, ...]  # of the states: P, then H
     _directions: int
     _width: int  # of the output: D * P
-    _drops: bool  # whether there is dropout in training
+    _drops: bool  # whether there is dropout of any kind in training
     _key: tuple[Any, Any]
     _draws: count[int]
 
@@ -122,6 +129,7 @@ class Recurrent:
         backend: str = "auto",
         precision: str = "float32",
         form: str = "auto",
+        recurrent_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
         if not isinstance(cell, Cell):
@@ -137,6 +145,7 @@ class Recurrent:
             dropout=_probability("dropout", dropout),
             bidirectional=_flag("bidirectional", bidirectional),
             proj_size=_size("proj_size", proj_size, minimum=0),
+            recurrent_dropout=_probability("recurrent_dropout", recurrent_dropout),
             dtype=_dtype(dtype),
             backend=backend,
             precision=precision,
@@ -148,7 +157,7 @@ class Recurrent:
         settings.update(
             _directions=directions,
             _width=directions * outputs,
-            _drops=self.dropout > 0 and self.num_layers > 1,
+            _drops=self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1),
             _sizes=(outputs, *[self.hidden_size] * (len(cell.states) - 1)),
             _names=tuple(
                 storage.names(cell, layer, bool(d), self.bias, self.proj_size > 0)
@@ -179,10 +188,12 @@ class Recurrent:
             raise ValueError(
                 f"proj_size must be smaller than hidden_size {self.hidden_size}, got {self.proj_size}"
             )
-        if self.proj_size and self.cell.reads_output:
+        if self.proj_size and self.cell.unprojectable:
+            raise ValueError(f"proj_size must be 0 with the cell {self.cell.name}: {self.cell.unprojectable}")
+        if self.proj_size and self.recurrent_dropout:
             raise ValueError(
-                f"proj_size needs a cell that does not read its own output; {self.cell.name} takes "
-                f"{self.cell.states[0]!r}, which has the size of a gate without a projection only"
+                f"recurrent_dropout must be 0 with proj_size, got {self.recurrent_dropout!r} with "
+                f"{self.proj_size}"
             )
         if self.dropout and self.num_layers == 1:
             warnings.warn(
@@ -371,7 +382,7 @@ class Recurrent:
             final.append(empty((len(places), batch, size), dtype))
         tape = None
         if training:
-            tape = Tape(self, places, x, (steps, batch), batched)
+            tape = Tape(self, x, (steps, batch), batched)
             if self._drops:
                 tape.draw = next(self._draws) if draw is None else _size("draw", draw, minimum=0)
         y = x
@@ -380,7 +391,11 @@ class Recurrent:
             if not reverse:
                 x = tape.dropped(y, n // directions - 1, xp) if tape is not None and n else y
                 y = empty((steps, batch, self._width), dtype)
-            record = (place.ready.get(kind) or self._prepare(place, x)).forward(
+            if tape is not None and self.recurrent_dropout:
+                direction: Direction = self._dropping(place, x, n, tape.draw, xp)
+            else:
+                direction = place.ready.get(kind) or self._prepare(place, x)
+            record = direction.forward(
                 x,
                 None if initial is None else _entries(initial, n),
                 y if directions == 1 else y[..., outputs * reverse : outputs * (1 + reverse)],
@@ -391,19 +406,26 @@ class Recurrent:
                 training,
             )
             if tape is not None:
-                tape.records.append(record)
+                tape.runs.append((direction, record))
         if not batched:
             y, final = y[:, 0], [part[:, 0] for part in final]
         elif self.batch_first:
             y = y.swapaxes(0, 1)
         return y, final[0] if len(final) == 1 else tuple(final), tape
 
-    def _prepare(self, place: _Place, x: Any) -> Direction:
-        direction = dispatch.engine(self.backend, x, self.precision, self.form).prepare(
-            self.cell, place.weights
-        )
-        place.ready[type(x)] = direction
+    def _prepare(self, place: _Place, x: Any, dropping: bool = False) -> Direction:
+        cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
+        engine = dispatch.engine(self.backend, x, self.precision, self.form)
+        direction = prepare(engine, cell, place.weights)
+        (place.dropping if dropping else place.ready)[type(x)] = direction
         return direction
+
+    def _dropping(self, place: _Place, x: Any, n: int, draw: Any, xp: Any) -> Direction:
+        """The direction of place n with the recurrent dropout of a draw."""
+        direction = place.dropping.get(type(x)) or self._prepare(place, x, dropping=True)
+        shape, number = (x.shape[1], self.hidden_size), self.num_layers + n  # layers have the numbers before
+        mask = dropout_mask(shape, self.recurrent_dropout, self._key, draw, number, self.dtype, xp)
+        return RecurrentDropout(self.cell, direction, mask)
 
     def _input(self, x: Any) -> tuple[Any, bool]:
         """x as (T, B, I), and whether it has a batch axis."""
@@ -482,25 +504,19 @@ class Tape:
         draw: number of the dropout masks of this pass, None if there was no dropout.
     """
 
-    __slots__ = ("batched", "device", "draw", "kind", "layer", "places", "records", "sizes")
+    __slots__ = ("batched", "device", "draw", "kind", "layer", "runs", "sizes")
 
-    def __init__(
-        self,
-        layer: Recurrent,
-        places: tuple[_Place, ...],
-        x: Any,
-        sizes: tuple[int, int],
-        batched: bool,
-    ) -> None:
-        self.layer, self.places, self.sizes, self.batched = layer, places, sizes, batched
+    def __init__(self, layer: Recurrent, x: Any, sizes: tuple[int, int], batched: bool) -> None:
+        self.layer, self.sizes, self.batched = layer, sizes, batched
         self.kind, self.device = type(x), dispatch.device_of(x)
-        self.records: list[Any] = []  # of the engine, for each place
+        self.runs: list[tuple[Direction, Any]] = []  # what ran for each place, and the engine's tape
         self.draw: int | None = None
 
     def dropped(self, values: Any, layer: int, xp: Any) -> Any:
         """The output of a layer, or its gradient, (T, B, D*P), after dropout."""
-        if self.draw is None:
+        if not self.layer.dropout:
             return values
+        assert self.draw is not None
         rate, key = self.layer.dropout, self.layer._key
         return values * dropout_mask(values.shape, rate, key, self.draw, layer, values.dtype, xp)
 
@@ -526,25 +542,22 @@ class Tape:
         d_output = self._output_gradient(dy, xp)
         d_final = None if dstate is None else layer._state("dstate", dstate, batch, self.batched, xp)
         directions, outputs = layer._directions, layer._sizes[0]
-        d_initial = [xp.empty((len(self.places), batch, size), layer.dtype) for size in layer._sizes]
+        d_initial = [xp.empty((len(self.runs), batch, size), layer.dtype) for size in layer._sizes]
         grads: dict[str, Any] = dict.fromkeys(layer._shapes)
         for level in reversed(range(layer.num_layers)):
             inputs = layer._width if level else layer.input_size
             d_input = xp.empty((steps, batch, inputs), layer.dtype)
             for reverse in range(directions):
                 n = level * directions + reverse
-                states, gradients = (
-                    self.places[n]
-                    .ready[self.kind]
-                    .backward(
-                        self.records[n],
-                        d_output
-                        if directions == 1
-                        else d_output[..., outputs * reverse : outputs * (1 + reverse)],
-                        None if d_final is None else _entries(d_final, n),
-                        d_input,
-                        reverse == 1,
-                    )
+                direction, record = self.runs[n]
+                states, gradients = direction.backward(
+                    record,
+                    d_output
+                    if directions == 1
+                    else d_output[..., outputs * reverse : outputs * (1 + reverse)],
+                    None if d_final is None else _entries(d_final, n),
+                    d_input,
+                    reverse == 1,
                 )
                 for target, part in zip(d_initial, states):
                     target[n] = part
@@ -597,6 +610,7 @@ class LSTM(Recurrent):
         backend: str = "auto",
         precision: str = "float32",
         form: str = "auto",
+        recurrent_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -613,12 +627,15 @@ class LSTM(Recurrent):
             backend=backend,
             precision=precision,
             form=form,
+            recurrent_dropout=recurrent_dropout,
             seed=seed,
         )
 
 
 class GRU(Recurrent):
-    """``torch.nn.GRU`` with fused kernels; arguments as :class:`Recurrent`'s."""
+    """``torch.nn.GRU`` with fused kernels; arguments as :class:`Recurrent`'s, and `reset_after`: whether
+    the reset gate applies after the product with the recurrent weights, as in PyTorch and cuDNN, or
+    before it, as in Cho et al. (2014), which takes about twice the time."""
 
     def __init__(
         self,
@@ -630,14 +647,16 @@ class GRU(Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reset_after: bool = True,
         dtype: Any = "float32",
         backend: str = "auto",
         precision: str = "float32",
         form: str = "auto",
+        recurrent_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            cells.gru,
+            cells.gru if _flag("reset_after", reset_after) else cells.gru_reset_before,
             input_size,
             hidden_size,
             num_layers,
@@ -649,8 +668,18 @@ class GRU(Recurrent):
             backend=backend,
             precision=precision,
             form=form,
+            recurrent_dropout=recurrent_dropout,
             seed=seed,
         )
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text if self.reset_after else f"{text[:-1]}, reset_after=False)"
+
+    @property
+    def reset_after(self) -> bool:
+        """Whether the reset gate applies after the product with the recurrent weights."""
+        return self.cell is cells.gru
 
 
 class RNN(Recurrent):
@@ -672,6 +701,7 @@ class RNN(Recurrent):
         backend: str = "auto",
         precision: str = "float32",
         form: str = "auto",
+        recurrent_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
         kinds = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
@@ -690,6 +720,7 @@ class RNN(Recurrent):
             backend=backend,
             precision=precision,
             form=form,
+            recurrent_dropout=recurrent_dropout,
             seed=seed,
         )
 
@@ -711,6 +742,7 @@ _DEFAULTS: dict[str, Any] = {
     "dropout": 0.0,
     "bidirectional": False,
     "proj_size": 0,
+    "recurrent_dropout": 0.0,
     "dtype": "float32",
     "backend": "auto",
     "precision": "float32",
@@ -838,7 +870,9 @@ def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
     places = {}
     for n, place in enumerate(layer._places):
         level, d = divmod(n, layer._directions)
-        direction = place.ready.get(type(x)) or layer._prepare(place, x)
+        dropping = training and layer.recurrent_dropout > 0
+        ready = (place.dropping if dropping else place.ready).get(type(x))
+        direction = ready or layer._prepare(place, x, dropping)
         label = f"layer {level}, reverse" if d else f"layer {level}"
         places[label] = direction.explain(steps, batch, training)
     purpose = "forward and backward" if training else "forward"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math as python_math
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
-from checks import BUILT_IN, five_gates, name, one_gate, three_states
+from checks import BUILT_IN, five_gates, name, one_gate, other_operand, three_states
 
 from fusedlstm import cell, cells
 from fusedlstm.cells import Cell, CellError
 from fusedlstm.math import maximum, sigmoid, tanh, where
 
-FUNCTIONS = "absolute, exp, hard_sigmoid, log, maximum, minimum, relu, sigmoid, softplus, sqrt, tanh, where"
+FUNCTIONS = (
+    "absolute, erf, exp, hard_sigmoid, log, maximum, minimum, relu, sigmoid, softplus, sqrt, tanh, where"
+)
 
 
 def define(function: Any, gates: Any = ("a",), states: Any = ("h",), **options: Any) -> Cell:
@@ -86,6 +89,27 @@ def test_reads_output() -> None:
     assert one_gate.reads_output
     assert not cells.lstm.reads_output
     assert not three_states.reads_output
+
+
+def test_the_state_that_the_recurrent_weights_multiply() -> None:
+    assert (cells.gru.recurrent, cells.gru.operand, cells.gru.reads_operand) == ("h", 0, True)
+    assert (other_operand.recurrent, other_operand.operand, other_operand.reads_operand) == ("s", 2, True)
+    keys = {define(lambda a, h: (a, h), states=("h", "s"), recurrent=r).key for r in (None, "h", "s")}
+    assert len(keys) == 2
+
+
+def test_recurrent_dropout() -> None:
+    dropped = cells.recurrent_dropout(cells.gru)
+    v = values(dropped)
+    h, mask, product = dropped.numpy.step(**v)
+    assert np.array_equal(h, cells.gru.numpy.step(**{name: v[name] for name in cells.gru.arguments})[0])
+    assert np.array_equal(mask, v["dropout_mask"])
+    assert np.array_equal(product, mask * h)
+    assert (dropped.recurrent, dropped.reads_operand) == ("dropped", False)
+    assert (dropped.gates, dropped.split) == (cells.gru.gates, cells.gru.split)
+    assert cells.recurrent_dropout(cells.gru) is dropped
+    assert pickle.loads(pickle.dumps(dropped)) is dropped
+    assert cells.recurrent_dropout(other_operand).constants == other_operand.constants
 
 
 def test_key_is_of_the_mathematics() -> None:
@@ -206,6 +230,7 @@ def stars(*a: Any) -> Any:
         (lambda a: a, {"split": ("a",)}, "gate 'a' is split: take a_x and a_h"),
         (lambda a_x: a_x, {"split": ("a",)}, "'a_h' is declared but not taken"),
         (lambda a: a, {"split": ("b",)}, r"split names 'b', which is not a gate; the gates are \('a',\)"),
+        (lambda a: a, {"recurrent": "c"}, r"recurrent is 'c', which is not a state; the states are \('h',\)"),
         (lambda a: a, {"gates": "a"}, r"gates must be a tuple of names, got the text 'a'; write \('a',\)"),
         (lambda h: h, {"gates": ()}, "gates must name at least one"),
         (lambda a: (), {"states": ()}, "states must name at least one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import sys
 import types
 from typing import Any, ClassVar
@@ -200,7 +201,13 @@ def check_against_oracle(
         dropout_mask((steps, rows, layer._width), layer.dropout, layer._key, 5, n, np.float64)
         for n in range(layer.num_layers - 1)
     ]
-    expected = oracle.run(layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks)
+    rate, shape = layer.recurrent_dropout, (rows, layer.hidden_size)
+    recurrent_masks = [
+        dropout_mask(shape, rate, layer._key, 5, layer.num_layers + n, np.float64) for n in range(count)
+    ]
+    expected = oracle.run(
+        layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks, recurrent_masks if rate else None
+    )
 
     depth = steps * layer.num_layers
     assert_close(y, given(expected.y), depth, "y")
@@ -220,6 +227,24 @@ def test_long_sequences(backend: str, cell: Cell, dtype: str) -> None:
     """More steps than any chunk of time that an engine may cut."""
     options = {"cell": cell, "input_size": 3, "hidden_size": 9, "dtype": dtype}
     check_against_oracle(backend, options, steps=150, batch=2, lengths=True, reset=True)
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no-state"])
+@pytest.mark.parametrize(
+    ("cell", "dtype"), [(cells.lstm, "float32"), (cells.lstm, "float64"), (cells.gru, "float64")], ids=name
+)
+def test_recurrent_dropout_is_the_oracle(backend: str, cell: Cell, dtype: str, state: bool) -> None:
+    options = {
+        "cell": cell,
+        "input_size": 3,
+        "hidden_size": 17,
+        "num_layers": 2,
+        "bidirectional": True,
+        "dropout": 0.25,
+        "recurrent_dropout": 0.5,
+        "dtype": dtype,
+    }
+    check_against_oracle(backend, options, 9, 7, lengths=True, reset=True, state=state, dstate=state)
 
 
 # --- Inference, training, the tape ------------------------------------------------------------------------
@@ -333,6 +358,117 @@ def test_dropout_of_everything(backend: str) -> None:
     assert tape is not None
     assert (y == 0).all()
     assert (tape.backward(np.ones_like(y))[0] == 0).all()
+
+
+def gru_reset_before(
+    layer: GRU, x: np.ndarray, h: np.ndarray, masks: Any, lengths: Any, reset: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cho et al. (2014), one layer of two directions, a step at a time; masks (2, B, H) of the product."""
+    steps, batch, _ = x.shape
+    y, final = np.zeros((steps, batch, 2 * layer.hidden_size)), h.copy()
+    for d, suffix in enumerate(("_l0", "_l0_reverse")):
+        ih, hh, b_ih, b_hh = (
+            np.asarray(getattr(layer, f"{name}{suffix}"), np.float64)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        (w_r, w_z, w_n), (u_r, u_z, u_n) = np.split(ih, 3), np.split(hh, 3)
+        b_r, b_z, b_n = np.split(b_ih + b_hh, 3)
+        for b in range(batch):
+            state, times = h[d, b], range(lengths[b])
+            for t in reversed(times) if d else times:
+                if (t + d) < lengths[b] and reset[t + d, b] and t + d > 0:
+                    state = h[d, b]
+                dropped = masks[d, b] * state
+                r = 1 / (1 + np.exp(-(w_r @ x[t, b] + u_r @ dropped + b_r)))
+                z = 1 / (1 + np.exp(-(w_z @ x[t, b] + u_z @ dropped + b_z)))
+                n = np.tanh(w_n @ x[t, b] + u_n @ (r * dropped) + b_n)
+                state = (1 - z) * n + z * state
+                y[t, b, d * layer.hidden_size : (d + 1) * layer.hidden_size] = state
+            final[d, b] = state
+    return y, final
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5], ids=["plain", "dropout"])
+def test_gru_that_resets_before_the_product(backend: str, rate: float) -> None:
+    """Against the formulas; gradients against finite differences along a random direction."""
+    generator = np.random.default_rng(1)
+    steps, batch, inputs, hidden = 5, 3, 2, 9
+    options: dict[str, Any] = {"bidirectional": True, "dtype": "float64", "recurrent_dropout": rate}
+    layer = GRU(inputs, hidden, reset_after=False, backend=backend, seed=1, **options)
+    x, h = generator.normal(size=(steps, batch, inputs)), generator.normal(size=(2, batch, hidden))
+    dy, dh = generator.normal(size=(steps, batch, 2 * hidden)), generator.normal(size=h.shape)
+    lengths, reset = np.array([5, 2, 4]), generator.random((steps, batch)) < 0.4
+    masks = np.ones((2, batch, hidden))
+    if rate:
+        masks = np.stack(
+            [dropout_mask((batch, hidden), rate, layer._key, 3, 1 + d, np.float64) for d in range(2)]
+        )
+    y, final, tape = layer.forward(x, h, lengths, reset, training=True, draw=3)
+    expected_y, expected_final = gru_reset_before(layer, x, h, masks, lengths, reset)
+    assert_close(y, expected_y, steps)
+    assert_close(final, expected_final, steps)
+    if not rate:
+        assert_close(layer(x, h, lengths, reset)[0], expected_y, steps)
+    assert tape is not None
+    dx, dinitial, grads = tape.backward(dy, dh)
+    slopes = {name: generator.normal(size=array.shape) for name, array in layer.state_dict().items()}
+    slope_x, slope_h = generator.normal(size=x.shape), generator.normal(size=h.shape)
+
+    def loss(shift: float) -> float:
+        moved = GRU(inputs, hidden, reset_after=False, backend="reference", **options)
+        moved.load_state_dict({name: w + shift * slopes[name] for name, w in layer.state_dict().items()})
+        y, final = gru_reset_before(moved, x + shift * slope_x, h + shift * slope_h, masks, lengths, reset)
+        return float((y * dy).sum() + (final * dh).sum())
+
+    step = 1e-6
+    found = (dx * slope_x).sum() + (dinitial * slope_h).sum()
+    found += sum((grads[name] * slopes[name]).sum() for name in grads)
+    assert found == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-7)
+
+
+def test_gru_says_where_it_resets() -> None:
+    layer = GRU(3, 5, reset_after=False)
+    assert repr(layer) == "GRU(3, 5, reset_after=False)"
+    assert (layer.reset_after, GRU(3, 5).reset_after) == (False, True)
+    assert layer.cell is pickle.loads(pickle.dumps(layer)).cell
+    assert "two with the recurrent weights" in str(fusedlstm.explain(layer, np.zeros((2, 1, 3), "f4")))
+    dropped = cells.recurrent_dropout(layer.cell)
+    assert dropped.states == ("h", "dropout_mask", "dropped")
+    assert pickle.loads(pickle.dumps(dropped)) is dropped
+
+
+def test_recurrent_dropout_is_in_training_only(backend: str) -> None:
+    """Weights, outputs and states are those of the cell without it."""
+    x = np.random.default_rng(1).normal(size=(5, 4, 3))
+    options: dict[str, Any] = {"backend": backend, "dtype": "float64", "seed": 1}
+    layer, without = LSTM(3, 8, recurrent_dropout=0.5, **options), LSTM(3, 8, **options)
+    assert layer.state_dict().keys() == without.state_dict().keys()
+    y, (h, c) = layer(x)
+    assert np.array_equal(y, without(x)[0])
+    trained, state, tape = layer.forward(x, training=True)
+    assert [part.shape for part in (trained, *state)] == [part.shape for part in (y, h, c)]
+    assert np.allclose(trained[0], y[0], rtol=1e-14)  # the first step starts from zero
+    assert not np.allclose(trained[1], y[1])
+    assert tape is not None
+    assert np.array_equal(trained, layer.forward(x, training=True, draw=tape.draw)[0])
+    other = layer.forward(x, training=True)
+    assert not np.allclose(trained[1], other[0][1])
+    again = LSTM(3, 8, recurrent_dropout=0.5, **options).forward(x, training=True)
+    assert np.array_equal(trained, again[0])
+    _, dstate, grads = tape.backward(y)
+    assert [part.shape for part in dstate] == [part.shape for part in state]
+    assert grads.keys() == layer.state_dict().keys()
+
+
+def test_recurrent_dropout_of_everything(backend: str) -> None:
+    """The recurrent weights have no effect."""
+    x = np.random.default_rng(1).normal(size=(5, 4, 3))
+    layer = LSTM(3, 8, recurrent_dropout=1.0, backend=backend, dtype="float64", seed=1)
+    y, _, tape = layer.forward(x, training=True)
+    assert tape is not None
+    assert not tape.backward(y)[2]["weight_hh_l0"].any()
+    layer.weight_hh_l0 = np.zeros((32, 8))
+    assert np.allclose(y, layer(x)[0], rtol=1e-14)
 
 
 def test_dropout_after_a_single_layer_is_pointed_out() -> None:
@@ -691,6 +827,12 @@ def test_bad_dy(backend: str, dy: Any, error: type[Exception], message: str) -> 
         ({"batch_first": "yes"}, TypeError, "batch_first must be True or False"),
         ({"bidirectional": None}, TypeError, "bidirectional must be True or False"),
         ({"dropout": 1.5}, ValueError, "dropout must be between 0 and 1, got 1.5"),
+        ({"recurrent_dropout": -1}, ValueError, "recurrent_dropout must be between 0 and 1, got -1"),
+        (
+            {"recurrent_dropout": 0.5, "proj_size": 2},
+            ValueError,
+            "recurrent_dropout must be 0 with proj_size, got 0.5 with 2",
+        ),
         ({"dropout": np.nan}, ValueError, "dropout must be between 0 and 1, got nan"),
         ({"dropout": "0.5"}, TypeError, "dropout must be a number"),
         ({"proj_size": 5}, ValueError, "proj_size must be smaller than hidden_size 5, got 5"),
@@ -714,7 +856,7 @@ def test_bad_settings(options: dict[str, Any], error: type[Exception], message: 
 def test_bad_cells() -> None:
     with pytest.raises(TypeError, match=r"cell must be made with @fusedlstm\.cell, got <function"):
         Recurrent(lambda a: a, 3, 5)
-    with pytest.raises(ValueError, match="proj_size needs a cell that does not read its own output; gru"):
+    with pytest.raises(ValueError, match="proj_size must be 0 with the cell gru: it reads its own output"):
         Recurrent(cells.gru, 3, 5, proj_size=2)
     with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'sine'"):
         RNN(3, 5, nonlinearity="sine")

@@ -1,0 +1,139 @@
+"""Directions made of other directions, for what engines do not know of.
+
+They take and return the states of the user's cell, and run another cell that has further states.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .cells import Cell
+from .dispatch import Direction, Engine, States
+from .weights import Weights
+
+
+def prepare(engine: Engine, cell: Cell, weights: Weights) -> Direction:
+    """A direction of any cell, with the weights laid out for the engine's kernels."""
+    if cell.half is None:
+        return engine.prepare(cell, weights)
+    return TwoProducts(cell, cell.half, engine.prepare(cell.half, weights))
+
+
+class RecurrentDropout(NamedTuple):
+    """A direction in which the recurrent weights multiply a state times a mask; see dispatch.Direction."""
+
+    cell: Cell  # without dropout
+    direction: Direction  # what `prepare` made of cells.recurrent_dropout(cell), with the same weights
+    mask: Any  # (B, H)
+
+    def forward(
+        self,
+        x: Any,  # (T, B, I)
+        initial: States | None,  # (B, H) each
+        y: Any,  # (T, B, H)
+        final: States,
+        lengths: Any | None,  # (B,)
+        reset: Any | None,  # (T, B)
+        reverse: bool,
+        training: bool,
+    ) -> Any:
+        mask = self.mask
+        if initial is None:
+            initial = (np.zeros_like(mask),) * len(final)
+        initial = (*initial, mask, mask * initial[self.cell.operand])
+        ignored = np.empty_like(mask), np.empty_like(mask)
+        return self.direction.forward(x, initial, y, (*final, *ignored), lengths, reset, reverse, training)
+
+    def backward(
+        self,
+        tape: Any,
+        dy: Any,  # (T, B, H)
+        dfinal: States | None,
+        dx: Any | None,  # (T, B, I)
+        accumulate: bool,
+    ) -> tuple[States, Weights]:
+        if dfinal is not None:
+            dfinal = (*dfinal, np.zeros_like(self.mask), np.zeros_like(self.mask))
+        (*dinitial, _, dmasked), grads = self.direction.backward(tape, dy, dfinal, dx, accumulate)
+        dinitial[self.cell.operand] += self.mask * dmasked
+        return tuple(dinitial), grads
+
+    def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
+        return self.direction.explain(steps, batch, training)
+
+
+class TwoProducts(NamedTuple):
+    """A direction whose steps take two recurrent products: each is two steps of half of it.
+
+    The product of the input is computed in both.
+    """
+
+    cell: Cell
+    half: Cell
+    direction: Direction  # of the half
+
+    def forward(
+        self,
+        x: Any,  # (T, B, I)
+        initial: States | None,  # (B, H) each
+        y: Any,  # (T, B, H)
+        final: States,
+        lengths: Any | None,  # (B,)
+        reset: Any | None,  # (T, B)
+        reverse: bool,
+        training: bool,
+    ) -> Any:
+        steps, batch, _ = x.shape
+        halves = np.empty_like(y, shape=(2 * steps, batch, y.shape[2]))
+        if reset is not None:
+            # of the boundaries of half steps, those between steps
+            reset, marks = np.zeros_like(reset, shape=(2 * steps, batch)), reset
+            reset[::2] = marks
+        given = tuple(map(np.zeros_like, final)) if initial is None else initial
+        tape = self.direction.forward(
+            np.repeat(x, 2, axis=0),
+            self._states(given, given[0]),
+            halves,
+            self._states(final, np.empty_like(final[0])),
+            None if lengths is None else 2 * lengths,
+            reset,
+            reverse,
+            training,
+        )
+        y[...] = halves[0 if reverse else 1 :: 2]  # the second half of a step has the output
+        return (tape, reverse) if training else None
+
+    def backward(
+        self,
+        tape: Any,
+        dy: Any,  # (T, B, H)
+        dfinal: States | None,
+        dx: Any | None,  # (T, B, I)
+        accumulate: bool,
+    ) -> tuple[States, Weights]:
+        inner, reverse = tape
+        steps, batch, _ = dy.shape
+        dhalves = np.zeros_like(dy, shape=(2 * steps, batch, dy.shape[2]))
+        dhalves[0 if reverse else 1 :: 2] = dy
+        if dfinal is not None:
+            dfinal = self._states(dfinal, np.zeros_like(dfinal[0]))
+        twice = None if dx is None else np.empty_like(dx, shape=(2 * steps, batch, dx.shape[2]))
+        states, grads = self.direction.backward(inner, dhalves, dfinal, twice, False)
+        if dx is not None and twice is not None:
+            here = twice[::2] + twice[1::2]
+            dx[...] = dx + here if accumulate else here
+        found = dict(zip(self.half.states, states))
+        output, *others = (found[name] for name in self.cell.states)
+        return (output + found["operand"], *others), grads
+
+    def _states(self, given: States, operand: Any) -> States:
+        """The states of the half: those of the cell, and its own."""
+        zero = np.zeros_like(operand)
+        named = dict(zip(self.cell.states, given)) | {"operand": operand, "update": zero, "phase": zero}
+        return tuple(named[name] for name in self.half.states)
+
+    def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
+        said = self.direction.explain(2 * steps, batch, training)
+        return said | {"products": "two with the recurrent weights a step, which is run as two"}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math as python_math
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,3 +266,28 @@ def test_definition_in_the_readme_is_the_built_in_lstm() -> None:
         return sigmoid(o) * tanh(c), c
 
     assert lstm.key == cells.lstm.key
+
+
+def test_the_page_of_the_cells_quotes_them() -> None:
+    """docs/cells.md shows every cell as it stands in the code, but for annotations and docstrings."""
+    page = (Path(__file__).parent.parent / "docs" / "cells.md").read_text(encoding="utf-8")
+    quoted = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        quoted |= {node.name: node for node in ast.parse(block).body if isinstance(node, ast.FunctionDef)}
+    module = ast.parse(inspect.getsource(cells))
+    defined = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    built_in = [entry for entry in cells.__all__ if isinstance(getattr(cells, entry), Cell)]
+    assert {entry: bare(quoted[entry]) for entry in built_in} == {
+        entry: bare(defined[entry]) for entry in built_in
+    }
+
+
+def bare(function: ast.FunctionDef) -> str:
+    """A function without annotations, docstring and private names."""
+    function.returns = None
+    for argument in function.args.args:
+        argument.annotation = None
+    if ast.get_docstring(function):
+        function.body = function.body[1:]
+    function.decorator_list = [node for node in function.decorator_list if isinstance(node, ast.Call)]
+    return ast.unparse(function).replace("_relu(", "relu(")

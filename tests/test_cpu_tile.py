@@ -11,8 +11,9 @@ from numba import njit, types
 
 from fusedlstm import cells
 from fusedlstm.kernels.cpu import tile
+from fusedlstm.kernels.cpu.shares import share
 from fusedlstm.kernels.cpu.spec import MOST_ROWS, Spec, machine
-from fusedlstm.kernels.cpu.tile import ARGUMENTS, PLANES, Tile, rows_times_planes, share, tile_table
+from fusedlstm.kernels.cpu.tile import ARGUMENTS, PLANES, Tile, rows_times_planes, tile_table
 
 SCALARS = {np.float32: types.float32, np.float64: types.float64}
 DTYPES = pytest.mark.parametrize("dtype", SCALARS)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .cell import update_adjoint
 from .memory import (
     LINE,
@@ -33,10 +35,14 @@ from .memory import (
     tables,
     zero_padding,
 )
+from .shares import Shares, close_queues, each, share
 from .simd import address, inlined, load, load_row, part, read, read_int, splat, store, store_row, write_int
 from .team import barrier
-from .tile import PLANES, outer_product, plane_rows, rows_times_planes, share, thin_outer_product
+from .tile import PLANES, outer_product, plane_rows, rows_times_planes, thin_outer_product
 from .work import captured, run
+
+GROUP = 4  # panels whose weights' gradients are a piece of the work
+DX_ROWS = 64  # rows of the gradient of the input that are one, at most
 
 
 class Transposed(NamedTuple):
@@ -279,15 +285,14 @@ class Given(NamedTuple):
     work: Any  # Workspace
     hidden: Any
     chunk: Any
+    queues: Any  # addresses of two sets of queues, see shares.py
 
 
 class Share(NamedTuple):
-    """What is one thread's: panels of hidden units, and vectors of the input and of the output."""
+    """What is one thread's at each step: panels of hidden units, and vectors of the output."""
 
     low: int
     high: int
-    low_input: int
-    high_input: int
     low_output: int
     high_output: int
 
@@ -298,13 +303,12 @@ def share_of(given, thread, threads):
     spec = given.spec
     panels = round_up(given.hidden, spec.panel) // spec.panel
     low, high = share(panels, thread, threads)
-    low_input, high_input = share(-(-given.x.shape[2] // spec.lanes), thread, threads)
     output_vectors = -(-given.y.shape[2] // spec.lanes)
     if spec.projected:
         low_output, high_output = share(output_vectors, thread, threads)
     else:
         low_output, high_output = low * spec.units, min(high * spec.units, output_vectors)
-    return Share(low, high, low_input, high_input, low_output, high_output)
+    return Share(low, high, low_output, high_output)
 
 
 @inlined
@@ -366,55 +370,76 @@ def step_back(given, mine, own, table, step, base, sync, threads):
 
 
 @inlined
-def add_weight_gradients(given, mine, own, table, start, end):
+def add_panels(piece, given, own, scratch, count, first):
+    """Add to the gradients of the input weights, or of the recurrent weights, of some panels."""
+    spec, work, grads, hidden = given.spec, given.work, given.grads, given.hidden
+    low = piece // 2 * GROUP
+    high = min(low + GROUP, round_up(hidden, spec.panel) // spec.panel)
+    if piece % 2 == 0:
+        gates = given.orders[0]
+        add_outer(
+            spec, work.from_input, work.gates_width, count, low, high, gates, spec.panel, hidden, own.first,
+            given.x.shape[2], grads.ih, first, own.values, scratch,
+        )  # fmt: skip
+        add_rows(
+            spec, work.from_input, work.gates_width, count, low, high, gates, hidden, grads.bias_ih, first
+        )
+    else:
+        gates = given.orders[1]
+        add_outer(
+            spec, work.from_output, work.gates_width, count, low, high, gates, spec.panel, hidden, own.second,
+            given.y.shape[2], grads.hh, first, own.values, scratch,
+        )  # fmt: skip
+        add_rows(
+            spec, work.from_output, work.gates_width, count, low, high, gates, hidden, grads.bias_hh, first
+        )
+
+
+@inlined
+def add_weight_gradients(given, mine, shares, own, table, start, end):
     """Add what the steps from start to end give to the gradients of the weights."""
     spec, sequences, parts, work, hidden = given.spec, given.sequences, given.parts, given.work, given.hidden
-    inputs, outputs = given.x.shape[2], given.y.shape[2]
-    grads, first = given.grads, end == given.x.shape[0]
-    input_gates, recurrent_gates, only = given.orders
+    first = end == given.x.shape[0]
     base = rows_before(sequences, start)
     count = rows_before(sequences, end) - base
     note_rows(given.x, start, end, sequences, own.first)
-    add_outer(
-        spec, work.from_input, work.gates_width, count, mine.low, mine.high, input_gates, spec.panel, hidden,
-        own.first, inputs, grads.ih, first, own.values, table.scratch,
-    )  # fmt: skip
-    add_rows(
-        spec, work.from_input, work.gates_width, count, mine.low, mine.high, input_gates, hidden,
-        grads.bias_ih, first,
-    )  # fmt: skip
     for step in range(start, end):
-        place = own.first + (rows_before(sequences, step) - base) * 8
+        place = own.second + (rows_before(sequences, step) - base) * 8
         active = rows_before(sequences, step + 1) - rows_before(sequences, step)
         note_operands(spec, step, active, given.y, sequences, given.memory, parts, True, place)
-    add_outer(
-        spec, work.from_output, work.gates_width, count, mine.low, mine.high, recurrent_gates, spec.panel,
-        hidden, own.first, outputs, grads.hh, first, own.values, table.scratch,
-    )  # fmt: skip
-    add_rows(
-        spec, work.from_output, work.gates_width, count, mine.low, mine.high, recurrent_gates, hidden,
-        grads.bias_hh, first,
-    )  # fmt: skip
+    groups = -(-hidden // (GROUP * spec.panel))
+    each(shares, 2 * groups, False, add_panels, (given, own, table.scratch, count, first))
     if spec.projected:
         note_uniform(given.memory + parts.raw + base * parts.width, parts.width, count, own.first)
         add_outer(
-            spec, work.outputs, parts.output_width, count, mine.low_output, mine.high_output, only,
-            spec.lanes, outputs, own.first, hidden, grads.hr, first, own.values, table.scratch,
+            spec, work.outputs, parts.output_width, count, mine.low_output, mine.high_output, given.orders[2],
+            spec.lanes, given.y.shape[2], own.first, hidden, given.grads.hr, first, own.values, table.scratch,
         )  # fmt: skip
 
 
 @inlined
-def write_dx(given, mine, own, table, start, end):
+def write_block(piece, given, own, scratch, count, row_parts):
+    """Some rows and columns of the gradient of the input."""
+    spec, inputs = given.spec, given.x.shape[2]
+    depth = round_up(given.hidden, spec.panel) * spec.gates
+    first, last = share(count, piece % row_parts, row_parts)
+    low = piece // row_parts * PLANES
+    high = min(low + PLANES, -(-inputs // spec.lanes))
+    rows_times_planes(
+        spec, last - first, own.first + first * 8, given.weights.inputs, depth, low, high,
+        own.second + first * 8, inputs, given.accumulate, scratch,
+    )  # fmt: skip
+
+
+@inlined
+def write_dx(given, shares, own, table, start, end):
     """The gradient of the input of the steps from start to end."""
     spec, sequences, work = given.spec, given.sequences, given.work
     count = rows_before(sequences, end) - rows_before(sequences, start)
-    depth = round_up(given.hidden, spec.panel) * spec.gates
     note_uniform(work.from_input, work.gates_width, count, own.first)
     note_rows(given.dx, start, end, sequences, own.second)
-    rows_times_planes(
-        spec, count, own.first, given.weights.inputs, depth, mine.low_input, mine.high_input, own.second,
-        given.x.shape[2], given.accumulate, table.scratch,
-    )  # fmt: skip
+    row_parts, columns = -(-count // DX_ROWS), -(-given.x.shape[2] // (PLANES * spec.lanes))
+    each(shares, row_parts * columns, False, write_block, (given, own, table.scratch, count, row_parts))
 
 
 def backward_work(thread, threads, sync, arguments):
@@ -430,9 +455,11 @@ def backward_work(thread, threads, sync, arguments):
         base = rows_before(given.sequences, start)
         for step in range(end - 1, start - 1, -1):
             step_back(given, mine, own, table, step, base, sync, threads)
-        add_weight_gradients(given, mine, own, table, start, end)
+        add_weight_gradients(given, mine, Shares(thread, threads, given.queues), own, table, start, end)
         if given.wanted:
-            write_dx(given, mine, own, table, start, end)
+            # queues of their own, so that nobody has to wait in between
+            queues = given.queues + threads * LINE
+            write_dx(given, Shares(thread, threads, queues), own, table, start, end)
         barrier(sync, threads)
 
 
@@ -479,11 +506,13 @@ def backward(
             set_rows(spec, dfinal[n + 1], sequences, room.states + n * batch * parts.width, parts.width)
     if wanted and not accumulate:
         zero_padding(dx, sequences)
+    queues = aligned(np.empty((2 * threads + 1) * LINE, np.uint8))
+    close_queues(queues, 2 * threads)
     weights = Transposed(packed[0], packed[1], packed[2], packed[3])
     args = Given(
         spec, x, y, dy, dx, wanted, accumulate, weights, orders,
         Gradients(grads[0], grads[1], grads[2], grads[3], grads[4]), sequences, aligned(memory), parts, room,
-        hidden, chunk,
+        hidden, chunk, queues,
     )  # fmt: skip
     run(team, threads, patience, work, args)
     get_rows(spec, room.initial, sequences, dinitial[0], parts.output_width)

@@ -111,7 +111,7 @@ def forward_kernel(spec: Spec) -> Kernel:
     _, _, cube, states = _arrays(spec)
     rows = types.NamedTuple(SEQUENCES, memory.Sequences)
     captured = types.Tuple(
-        (spec, cube, cube, _ints(Packed), rows, INT, _ints(memory.Layout), INT, INT, FLAG, INT)
+        (spec, cube, cube, _ints(Packed), rows, INT, _ints(memory.Layout), INT, INT, FLAG, INT, INT)
     )
     return _kernel(
         forward, forward_work, captured, spec, cube, cube, states, FLAG, states, types.UniTuple(INT, 5),
@@ -128,7 +128,8 @@ def backward_kernel(spec: Spec) -> Kernel:
     orders = types.UniTuple(INTS, 3)
     captured = types.NamedTuple(
         (spec, cube, cube, cube, cube, FLAG, FLAG, _ints(Transposed), orders,
-         types.NamedTuple(grads, Gradients), rows, INT, _ints(memory.Layout), _ints(Workspace), INT, INT),
+         types.NamedTuple(grads, Gradients), rows, INT, _ints(memory.Layout), _ints(Workspace), INT, INT,
+         INT),
         Given,
     )  # fmt: skip
     return _kernel(

@@ -1,10 +1,9 @@
 """The forward pass: a whole sequence in one parallel region.
 
 A thread owns some panels of hidden units, with all their gates, for the entire sequence, so its share
-of the weights stays in its own cache.  It projects the inputs of a chunk of steps for its panels, which
-needs nothing of the other threads, then walks through the steps of the chunk: recurrent product, cell
-update while the sums are at hand, one barrier.  Where the panels are no multiple of the threads, two
-neighbours share a panel: each takes some of the tiles of its rows.
+of the weights stays in its own cache.  It projects the inputs of a chunk of steps for its panels, then
+walks through the steps of the chunk: recurrent product, cell update while the sums are at hand, one
+barrier.  Whoever is done before the others takes panels of theirs; see shares.py.
 """
 
 from __future__ import annotations
@@ -33,9 +32,10 @@ from .memory import (
     time_of,
     zero_padding,
 )
+from .shares import Shares, close_queues, each, share
 from .simd import inlined, load, part, read, read_int, store, write_int
 from .team import barrier
-from .tile import panel_product, panel_rows, rows_times_planes, share
+from .tile import panel_product, panel_rows, rows_times_planes
 from .work import captured, run
 
 
@@ -50,24 +50,17 @@ class Packed(NamedTuple):
 
 
 @inlined
-def share_panels(panels, blocks, thread, threads):
-    """Which panels a thread works on, and which of the blocks of all panels, in their order.
-
-    The first and the last of its panels may be shared with its neighbours.
-    """
-    low, high = share(panels * blocks, thread, threads)
-    size = max(blocks, 1)
-    return low // size, -(-high // size), low, high
-
-
-@inlined
-def project_inputs(spec, p, low, high, blocks, rows, count, depth, packed, gates, stride):
-    """Pre-activations of panel p from the input, bias + x @ weights, for the blocks of rows from low to
-    high of those of all panels."""
+def project_inputs(piece, spec, cut, rows, count, depth, packed, gates, parts):
+    """Pre-activations of a panel, or of a part of its rows, from the input: bias + x @ weights."""
     vector = spec.lanes * spec.size
+    stride = spec.inputs * spec.units * vector
+    p = piece // cut
     weights = packed.inputs + p * depth * spec.width * vector
     bias = packed.bias + p * spec.inputs * spec.units * vector
-    for block in range(max(low - p * blocks, 0), min(high - p * blocks, blocks)):
+    gates = gates + p * parts.gate_rows * stride
+    blocks = -(-count // panel_rows(spec))
+    low, high = share(blocks, piece % cut, cut)
+    for block in range(low, high):
         first, last = share(count, block, blocks)
         target = gates + first * stride
         panel_product(spec, last - first, bias, 0, target, stride, rows + first * 8, 0, weights, 0, depth)
@@ -91,19 +84,21 @@ def note_step(spec, step, active, here, y, sequences, memory, parts, taped, tabl
 
 
 @inlined
-def step_panel(
-    spec, p, low, high, blocks, active, here, hidden, outputs, packed, gates, memory, parts, table
-):
-    """One step of the hidden units of panel p, for blocks of rows as in project_inputs: the recurrent
-    product, and the cell on its sums."""
+def step_panel(piece, spec, cut, active, here, hidden, outputs, packed, gates, memory, parts, table):
+    """One step of a panel of hidden units, or of a part of its rows: the recurrent product, and the cell
+    on its sums."""
     vector = spec.lanes * spec.size
     gate_stride = spec.units * vector
     stride = spec.inputs * gate_stride
+    p = piece // cut
+    gates = gates + p * parts.gate_rows * stride
     weights = packed.recurrent + p * outputs * spec.width * vector
     to = table.raw if spec.projected else table.leaving
     offset, left = p * spec.panel * spec.size, hidden - p * spec.panel
     new_states, new_stride = memory + parts.states + here * parts.width, parts.rows * parts.width
-    for block in range(max(low - p * blocks, 0), min(high - p * blocks, blocks)):
+    blocks = -(-active // panel_rows(spec))
+    low, high = share(blocks, piece % cut, cut)
+    for block in range(low, high):
         first, last = share(active, block, blocks)
         sums = gates + first * stride + spec.splits * gate_stride
         panel_product(
@@ -132,11 +127,13 @@ def step_panel(
 
 def forward_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`forward`."""
-    spec, x, y, packed, sequences, memory, parts, hidden, chunk, taped, space = captured(arguments)
+    spec, x, y, packed, sequences, memory, parts, hidden, chunk, taped, queues, space = captured(arguments)
     steps, batch, depth = x.shape
     outputs = y.shape[2]
-    panels = round_up(hidden, spec.panel) // spec.panel
-    shared = panels % threads != 0 and batch > panel_rows(spec)
+    # where there is much to do at a step, panels are cut in two, and threads help each other
+    together = threads > 1 and batch > panel_rows(spec)
+    shares, cut = Shares(thread, threads, queues if together else 0), 2 if together else 1
+    pieces = round_up(hidden, spec.panel) // spec.panel * cut
     low_output, high_output = share(-(-outputs // spec.lanes), thread, threads)
     stride = spec.inputs * spec.panel * spec.size
     table = tables(spec, space + thread * tables(spec, 0, batch * chunk, batch).end, batch * chunk, batch)
@@ -146,27 +143,22 @@ def forward_work(thread, threads, sync, arguments):
         gates = memory + parts.gates + (base * stride if taped else 0)
         note_rows(x, start, end, sequences, table.inputs)
         count = rows_before(sequences, end) - base
-        blocks = -(-count // panel_rows(spec))
-        first_panel, end_panel, low, high = share_panels(panels, blocks, thread, threads)
-        for p in range(first_panel, end_panel):
-            to = gates + p * parts.gate_rows * stride
-            project_inputs(spec, p, low, high, blocks, table.inputs, count, depth, packed, to, stride)
-        if shared:
+        each(
+            shares, pieces, False, project_inputs,
+            (spec, cut, table.inputs, count, depth, packed, gates, parts),
+        )  # fmt: skip
+        if together:
             barrier(sync, threads)
         for step in range(start, end):
             active = rows_before(sequences, step + 1) - rows_before(sequences, step)
             here = first_row(spec, step, taped, sequences)
+            sums = gates + (rows_before(sequences, step) - base) * stride
             note_step(spec, step, active, here, y, sequences, memory, parts, taped, table)
-            blocks = -(-active // panel_rows(spec))
-            first_panel, end_panel, low, high = share_panels(panels, blocks, thread, threads)
-            for n in range(first_panel, end_panel):
-                # there and back, so that a step begins with the weights that the one before left in cache
-                p = n if step % 2 == 0 else first_panel + end_panel - 1 - n
-                sums = gates + (p * parts.gate_rows + rows_before(sequences, step) - base) * stride
-                step_panel(
-                    spec, p, low, high, blocks, active, here, hidden, outputs, packed, sums, memory, parts,
-                    table,
-                )  # fmt: skip
+            # there and back, so that a step begins with the weights that the one before left in cache
+            each(
+                shares, pieces, step % 2 == 1, step_panel,
+                (spec, cut, active, here, hidden, outputs, packed, sums, memory, parts, table),
+            )  # fmt: skip
             barrier(sync, threads)
             if spec.projected:
                 rows_times_planes(
@@ -232,9 +224,14 @@ def forward(
     parts = layout(spec, hidden, y.shape[2], batch, rows, gate_rows)
     start = aligned(memory)
     set_initial(spec, initial, given, sequences, start, parts)
-    space = np.empty(threads * tables(spec, 0, batch * chunk, batch).end + LINE, np.uint8)
+    # for each thread a queue, and tables
+    space = np.empty(threads * (LINE + tables(spec, 0, batch * chunk, batch).end) + LINE, np.uint8)
+    queues = aligned(space)
+    close_queues(queues, threads)
     weights = Packed(packed[0], packed[1], packed[2], packed[3], packed[4])
-    args = (spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, aligned(space))
+    args = (
+        spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, queues, queues + threads * LINE
+    )  # fmt: skip
     run(team, threads, patience, work, args)
     zero_padding(y, sequences)
     get_final(spec, y, final, sequences, start, parts, taped)

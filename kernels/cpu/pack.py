@@ -11,8 +11,8 @@ What is padded is zero.
 from __future__ import annotations
 
 from .memory import round_up
+from .shares import share
 from .simd import address, load_row, splat, store, write
-from .tile import share
 from .work import captured, run
 
 

@@ -105,7 +105,7 @@ def _load(typingctx, address):
 
 
 @intrinsic
-def _store(typingctx, address, value):
+def store(typingctx, address, value):
     def codegen(context, builder, sig, args):
         builder.store_atomic(args[1], _word(builder, args[0]), "release", 8)
         return context.get_dummy_value()
@@ -124,7 +124,7 @@ def _read_modify_write(operation):
     return atomic
 
 
-_add, _exchange = _read_modify_write("add"), _read_modify_write("xchg")
+add, _exchange = _read_modify_write("add"), _read_modify_write("xchg")
 
 
 @intrinsic
@@ -270,9 +270,9 @@ def barrier(sync, threads):
     if threads == 1:
         return
     phase = _load(sync + PHASE)
-    if _add(sync + ARRIVED, 1) == threads - 1:
-        _store(sync + ARRIVED, 0)
-        _store(sync + PHASE, phase + 1)
+    if add(sync + ARRIVED, 1) == threads - 1:
+        store(sync + ARRIVED, 0)
+        store(sync + PHASE, phase + 1)
         return
     spins = 0
     while _load(sync + PHASE) == phase:
@@ -337,7 +337,7 @@ def _kmpc_member(global_thread, thread, region):
 
 @njit(error_model="numpy")
 def _run_openmp(team, threads, region):
-    _store(region + CORE, _core())
+    store(region + CORE, _core())
     # Ask for the whole team, since GNU OpenMP ends the threads that a smaller one has no use for.
     size = max(threads, _call_query(_load(team + MAX_THREADS), ()))
     if _load(team + KIND) == GOMP:
@@ -365,9 +365,9 @@ def _run_own(team, threads, region, patience):
         return False
     wanted = min(threads, _load(team + WORKERS) + 1)
     generation = ((_load(team + DOOR) >> 32) + 1) & 0x7FFFFFFF
-    _store(team + REGION, region)
-    _store(team + CALLER_CORE, _core())
-    _store(team + FINISHED, 0)
+    store(team + REGION, region)
+    store(team + CALLER_CORE, _core())
+    store(team + FINISHED, 0)
     _exchange(team + DOOR, generation << 32 | wanted << 16)
     _wake(team, wanted - 1)
     spins = patience * _load(team + SPINS_PER_US)
@@ -378,12 +378,12 @@ def _run_own(team, threads, region, patience):
         else:
             _pause()
     joined = _exchange(team + DOOR, generation << 32) & 0xFFFF
-    _store(team + START, generation << 16 | (joined + 1))
+    store(team + START, generation << 16 | (joined + 1))
     _call_function(_load(region + FUNCTION), (0, joined + 1, region))
     spins = 0
     while _load(team + FINISHED) < joined:
         spins = _wait(spins)
-    _store(team + BUSY, 0)
+    store(team + BUSY, 0)
     return True
 
 
@@ -406,10 +406,10 @@ def fork(team, threads, work, args, patience=PATIENCE_US):
     """
     if threads > 1 and team != 0:
         region = _new_region()
-        _store(region + FUNCTION, _c_function_3(work, args))
-        _store(region + ARGUMENTS, _on_stack(args))
-        _store(region + TEAM, team)
-        _store(region + WANTED, threads)
+        store(region + FUNCTION, _c_function_3(work, args))
+        store(region + ARGUMENTS, _on_stack(args))
+        store(region + TEAM, team)
+        store(region + WANTED, threads)
         if _run(team, threads, region, patience):
             if _load(region + FAILED):
                 raise RuntimeError("an error in a parallel kernel; run it with one thread to see which")
@@ -430,7 +430,7 @@ def _take_part(team, worker, wanted, ticket, generation):
     # A full team keeps its numbers, so that each thread finds its share of the weights in its cache.
     thread = worker if threads == wanted else ticket
     _call_function(_load(region + FUNCTION), (thread, threads, region))
-    _add(team + FINISHED, 1)
+    add(team + FINISHED, 1)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -22,7 +22,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
-from .simd import INT64, call_ir, inlined, load, load_row, part, read_int, splat, splat_ir, store, store_row
+from .shares import share
+from .simd import INT64, call_ir, load, load_row, part, read_int, splat, splat_ir, store, store_row
 from .spec import MOST_ROWS, Registers, Spec, entry_point
 
 UNROLL = 4
@@ -251,12 +252,6 @@ def _rows(width: Callable[[Spec], int]) -> Any:
 
 panel_rows = _rows(lambda spec: spec.width)
 plane_rows = _rows(lambda spec: PLANES)
-
-
-@inlined
-def share(count, part, parts):
-    """The beginning and end of one of several parts, as equal as can be, of `count` things."""
-    return count * part // parts, count * (part + 1) // parts
 
 
 @part

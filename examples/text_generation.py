@@ -43,8 +43,8 @@ PROGRESS = 1 if sys.stdout.isatty() else 2  # a bar on a terminal, a line an epo
 def read_text() -> str:
     """Python's help pages in lower-case ASCII; paragraphs that stand on several pages are kept once."""
     paragraphs = dict.fromkeys("\n\n".join(topics.values()).split("\n\n"))
-    text = re.sub(r"\s+", " ", "\n\n".join(paragraphs).lower())
-    return text.encode("ascii", "ignore").decode()
+    text = "\n\n".join(paragraphs).lower().encode("ascii", "ignore").decode()
+    return re.sub(r"\s+", " ", text)
 
 
 def encode(symbols: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
@@ -84,7 +84,7 @@ def character_model(size: int, units: int) -> keras.Model:
     Weights of the input are drawn from a wide range, since with Keras' own, which are below 0.1 here,
     characters that are neighbours in the alphabet look the same at first.
     """
-    wide = keras.initializers.RandomUniform(-20, 20)
+    wide = keras.initializers.RandomUniform(-40, 40)
     model = keras.Sequential(
         [
             keras.Input((None,), dtype="int32"),
@@ -104,13 +104,13 @@ def word_model(size: int, units: int) -> keras.Model:
         [
             keras.Input((None,), dtype="int32"),
             layers.Embedding(size, 128),
-            layers.Dropout(0.3),
+            layers.Dropout(0.2),
             LSTM(units, return_sequences=True),
-            layers.Dropout(0.3),
+            layers.Dropout(0.2),
             layers.Dense(size, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.RMSprop(0.003), "sparse_categorical_crossentropy")
+    model.compile(keras.optimizers.RMSprop(0.005), "sparse_categorical_crossentropy")
     return model
 
 
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=4, help="of the character model")
-    parser.add_argument("--word-epochs", type=int, default=12, help="of the word model")
+    parser.add_argument("--word-epochs", type=int, default=8, help="of the word model")
     parser.add_argument("--characters", type=int, help="of text to use; default: all")
     parser.add_argument("--units", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=2000, help="words that are told apart")

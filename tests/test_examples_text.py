@@ -1,0 +1,297 @@
+"""The programs in examples/ about text: their parts on cases made by hand, and each of them, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("MPLBACKEND", "agg")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import numpy as np
+import pages
+import pytest
+import sentiment
+import sequence_labelling
+import text_classification
+import text_generation
+
+RANDOM = np.random.default_rng
+
+
+def small(program: ModuleType, folder: Path, *options: str) -> dict[str, float]:
+    """The figures of a program, which are finite; it saves a picture."""
+    picture = folder / "picture.png"
+    figures = program.main([*options, "--picture", str(picture)])
+    assert len(figures) >= 2
+    assert all(np.isfinite(value) for value in figures.values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return figures
+
+
+# --- Text generation ------------------------------------------------------------------------------------
+
+
+def test_the_help_pages_are_english_without_repetition() -> None:
+    text = text_generation.read_text()
+    assert len(text) > 300_000
+    assert text == text.lower()
+    assert text.isascii()
+    assert text.count(" the ") > 2000
+    assert "  " not in text
+
+
+def test_symbols_are_numbered_by_frequency_and_rare_ones_are_one() -> None:
+    ids, known = text_generation.encode("abacabad?", 3)
+    assert known == ["?", "a", "b"]
+    assert ids.tolist() == [1, 2, 1, 0, 1, 2, 1, 0, 0]
+
+
+def test_windows_are_followed_by_what_comes_next() -> None:
+    x, y = text_generation.windows(np.arange(100, 120), length=6, stride=5)
+    assert x[:, 0].tolist() == [100, 105, 110]
+    np.testing.assert_array_equal(x[0], np.arange(100, 106))
+    np.testing.assert_array_equal(y, x + 1)
+
+
+def test_the_bigram_model_is_witten_and_bells() -> None:
+    text, held_out = RANDOM(0).integers(0, 4, 60), RANDOM(1).integers(0, 5, 40)
+
+    def smoothed(following: list[int], symbol: int, shorter: float) -> float:
+        kinds = len(set(following))
+        return (following.count(symbol) + kinds * shorter) / (len(following) + kinds) if kinds else shorter
+
+    def probability(before: int, symbol: int) -> float:
+        every = smoothed(text[1:].tolist(), symbol, 1 / 5)
+        return smoothed([b for a, b in pairwise(text.tolist()) if a == before], symbol, every)
+
+    bits = [-np.log2(probability(*pair)) for pair in pairwise(held_out.tolist())]
+    assert text_generation.bigram_bits(text, held_out, 5) == pytest.approx(np.mean(bits))
+
+
+def test_the_temperature_divides_the_logarithms() -> None:
+    probabilities = np.array([0.1, 0.6, 0.0, 0.3])
+    assert text_generation.sample(probabilities, 0, RANDOM(0)) == 1
+    for temperature in (0.5, 1.0, 2.0):
+        random = RANDOM(0)
+        drawn = [text_generation.sample(probabilities, temperature, random) for _ in range(3000)]
+        wanted = probabilities ** (1 / temperature)
+        np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 3000, wanted / wanted.sum(), atol=0.03)
+
+
+def test_each_written_symbol_follows_from_the_window_before_it() -> None:
+    def successor(window: np.ndarray) -> np.ndarray:  # (1, T): predicts the sum of the window modulo 7
+        assert window.shape == (1, 3)
+        return np.eye(7)[None, None, window.sum() % 7]
+
+    written = text_generation.write(successor, np.array([1, 2, 3]), 5, 0, RANDOM(0))
+    assert written == [6, 4, 6, 2, 5]
+
+
+def test_text_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--characters", "12000", "--units", "24", "--vocabulary", "100", "--length", "9")
+    effort = ("--epochs", "2", "--word-epochs", "2", "--temperature", "0.5")
+    figures = small(text_generation, tmp_path, *size, *effort)
+    assert list(figures)[:2] == ["bits per character, LSTM", "bits per character, bigram model"]
+    assert figures["bits per character, LSTM"] < np.log2(60)  # what a model that knows nothing needs
+    assert figures["bits per word, LSTM"] < np.log2(100)
+    assert capsys.readouterr().out.count("temperature 0.5: ") == 2
+
+
+# --- Sentiment ------------------------------------------------------------------------------------------
+
+
+def test_reviews_are_balanced_and_those_held_out_are_others() -> None:
+    texts, labels = sentiment.reviews(500, seed=1)
+    again, _ = sentiment.reviews(500, seed=1)
+    others, _ = sentiment.reviews(500, seed=2)
+    assert texts == again
+    assert len(set(texts) & set(others)) < 5
+    assert 0.4 < labels.mean() < 0.6
+    assert all(text[0].isupper() and text.endswith(".") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("start", "sign"), [("was not ", -1), ("was anything but ", -1), ("was very ", 1), ("was ", 1)]
+)
+def test_the_score_of_a_clause_follows_from_what_it_says(start: str, sign: int) -> None:
+    random, seen = RANDOM(0), 0
+    for clause in (sentiment.clause(random) for _ in range(2000)):
+        subject, found, rest = clause.text.partition(f" {start}")
+        adjective = rest.removesuffix(" at all")
+        if found and subject.startswith("the ") and adjective in sentiment.GOOD + sentiment.BAD:
+            assert np.sign(clause.score) == (sign if adjective in sentiment.GOOD else -sign)
+            seen += 1
+    assert seen > 10
+
+
+def test_what_others_think_does_not_count() -> None:
+    random = RANDOM(0)
+    clauses = [sentiment.clause(random) for _ in range(500)]
+    quoted = [clause for clause in clauses if clause.text.startswith(tuple(sentiment.OTHERS))]
+    assert len(quoted) > 50
+    assert all(clause.score == 0 for clause in quoted)
+
+
+@pytest.mark.parametrize("program", [sentiment, text_classification])
+def test_words_become_numbers(program: ModuleType) -> None:
+    assert program.words_of("Not good, it's (bad)!")[:4] == [
+        "not",
+        "good",
+        ",",
+        "it" + "'s" * (program is sentiment),
+    ]
+    numbers = program.vocabulary(["a b a", "c a b"])
+    assert numbers == {"a": 2, "b": 3, "c": 4}
+    np.testing.assert_array_equal(program.encode(["b c", "x a"], numbers, 3), [[0, 3, 4], [0, 1, 2]])
+
+
+def test_of_long_texts_the_end_is_read_and_of_long_lines_the_beginning() -> None:
+    numbers = {"a": 2, "b": 3, "c": 4}
+    assert sentiment.encode(["a b c"], numbers, 2).tolist() == [[3, 4]]
+    assert text_classification.encode(["a b c"], numbers, 2).tolist() == [[2, 3]]
+
+
+def test_a_bag_of_words_knows_words_and_runs_of_words_their_order() -> None:
+    texts = ["not good but bad", "not bad but good"] * 10
+    labels = np.array([0, 1] * 10)
+    assert (sentiment.bag_of_words(texts, labels, texts) == labels).mean() == 0.5
+    assert (sentiment.bag_of_words(texts, labels, texts, longest=2) == labels).all()
+
+
+def test_sentiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = small(sentiment, tmp_path, "Not good.", "--reviews", "64", "--epochs", "2", "--units", "8")
+    assert list(figures)[:2] == ["accuracy, LSTM with dropout and L2", "accuracy, bag of words"]
+    assert all(0.2 < value <= 1 for value in figures.values())
+    assert "Not good.\nfavourable with probability 0." in capsys.readouterr().out
+
+
+# --- Text classification --------------------------------------------------------------------------------
+
+
+def test_lines_are_of_the_modules_that_they_are_said_to_be_of() -> None:
+    lines, labels = text_classification.read_lines()
+    assert len(lines) == len(labels) > 10_000
+    assert set(labels) == set(range(len(text_classification.MODULES)))
+    assert labels[lines.index("class ArgumentParser(_AttributeHolder, _ActionsContainer):")] == 0
+
+
+def test_text_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = small(text_classification, tmp_path, "self.pen()", "--lines", "300", "--epochs", "1")
+    assert list(figures)[:2] == ["accuracy, stacked LSTM", "accuracy, bag of words"]
+    assert all(0 <= value <= 1 for value in figures.values())
+    *_, title, first, second, third = capsys.readouterr().out.splitlines()
+    assert title == "self.pen()"
+    assert all(line.split()[0] in text_classification.MODULES for line in (first, second, third))
+
+
+# --- Sequence labelling ---------------------------------------------------------------------------------
+
+SOURCE = '''\
+if x1 == 2:  # if
+    s = """a
+"""
+'''
+DRAWN = """\
+kk nn == 1=  ####
+    n = ssss\
+ssss
+"""
+MARKS = dict(zip(" nk1s=#", sequence_labelling.LABELS))
+
+
+def test_characters_have_the_label_of_their_token() -> None:
+    labels = [sequence_labelling.LABELS[n] for n in sequence_labelling.labels_of(SOURCE)]
+    assert labels == [MARKS[mark] for mark in DRAWN.replace("\n", " ")]
+
+
+def test_characters_are_numbered_and_foreign_ones_are_one() -> None:
+    size = len(sequence_labelling.ALPHABET)
+    assert sequence_labelling.encode("\n ~é").tolist() == [0, 1, size - 1, size]
+
+
+def test_the_majority_is_the_most_frequent_label() -> None:
+    characters, labels = np.array([[3, 3, 3, 5]]), np.array([[1, 4, 4, 2]])
+    assert sequence_labelling.majority(characters, labels)[[3, 5]].tolist() == [4, 2]
+
+
+def test_sequence_labelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("--characters", "20000", "--epochs", "1", "--units", "8", "--window", "40")
+    figures = small(sequence_labelling, tmp_path, *size)
+    assert list(figures)[:2] == ["mean F1, bidirectional LSTM", "mean F1, most frequent label"]
+    assert figures["accuracy, bidirectional LSTM"] > 0.2
+    printed = capsys.readouterr().out
+    assert all(f"\n{label} " in printed for label in sequence_labelling.LABELS)
+
+
+# --- Pages ----------------------------------------------------------------------------------------------
+
+PROGRAM = '''\
+"""A title: with words.
+
+About it.
+"""
+
+import argparse
+
+
+def tiny_model():
+    return "the model"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--picture")
+    print("printed by", tiny_model())
+    open(parser.parse_args(argv).picture, "wb").close()
+    return {"accuracy, ours": 0.75, "accuracy, baseline": 0.5}
+'''
+
+
+def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sentiment.py").write_text(PROGRAM)
+    monkeypatch.setattr(pages, "EXAMPLES", tmp_path)
+    monkeypatch.setitem(sys.modules, "sentiment", sentiment)  # so that it is put back
+    docs = tmp_path / "docs"
+    (docs / "programs").mkdir(parents=True)
+    (docs / "pictures").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- programs: begin -->\nold\n<!-- programs: end -->\nafter\n")
+    picture = docs / "pictures" / "program-sentiment.png"
+    pages.write(docs, "sentiment", pages.run("sentiment", ["--picture", str(picture)]))
+
+    page = (docs / "programs" / "sentiment.md").read_text()
+    parts = (
+        "# A title: with words.",
+        "About it.",
+        "| accuracy, ours | 0.75 |",
+        "def tiny_model",
+        "printed by",
+    )
+    for part in parts:
+        assert part in page
+    assert "![A title: with words.](../pictures/program-sentiment.png)" in page
+    records = json.loads((docs / "programs" / "figures.json").read_text())
+    assert records["sentiment"]["figures"] == {"accuracy, ours": 0.75, "accuracy, baseline": 0.5}
+    row = "sentiment.md) | accuracy, ours: 0.75 | accuracy, baseline: 0.5 |"
+    assert row in (docs / "programs" / "README.md").read_text()
+    text = readme.read_text()
+    assert "docs/programs/" + row in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+
+
+def test_programs_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pages.main(["sentimental"])
+    assert "no such program: sentimental; there are text_generation, " in capsys.readouterr().err
+
+
+def test_every_page_has_a_program() -> None:
+    assert all((pages.EXAMPLES / f"{program}.py").exists() for program in pages.PROGRAMS)

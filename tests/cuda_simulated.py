@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -376,17 +377,18 @@ def test_what_a_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         check(Case(cells.lstm, 1, 5, 1, 7, precision="tf32"))
 
 
-def test_the_benchmark_for_gpus_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_for_gpus_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both contenders run and are right; nothing is timed in a simulator."""
     from fusedlstm.benchmarks import gpu
 
     monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
-    record = gpu.measure(["deepbench_train_lstm", "gru"], list(gpu.PRECISIONS))
+    record = gpu.run(["deepbench_train_lstm", "gru"], gpu.PRECISIONS, tmp_path / "record.json")
     assert record["simulated"]
     assert [row["precision"] for row in record["rows"]] == 2 * list(gpu.PRECISIONS)
     for row in record["rows"]:
         assert row["fusedlstm"]["forward"] is None
-        assert row["cudnn"]["error"] < 1e-5
+        assert len(row["fusedlstm"]["errors"]) == 7
+        assert max(row["cudnn"]["errors"].values()) < 1e-5
     assert len(gpu.table(record).splitlines()) == 4 + len(record["rows"])
 
 

@@ -294,6 +294,23 @@ def differentiate(
     return [adjoint.get(node.index, zero) for node in inputs]
 
 
+def tangents(
+    results: Sequence[Expression], inputs: Sequence[Expression], directions: Sequence[Expression]
+) -> list[Expression]:
+    """The derivative of each of `results` as each of `inputs` moves in its direction (forward mode)."""
+    graph = inputs[0].graph
+    moved = {node.index: direction for node, direction in zip(inputs, directions)}
+    for node in _reachable(results):
+        if node.index in moved or node.is_condition:
+            continue
+        total = graph.constant(0.0)
+        for arg, factor in zip(node.args, _factors(node) if node.args else ()):
+            if factor is not None:
+                total = graph.apply("add", total, graph.apply("mul", moved[arg.index], factor))
+        moved[node.index] = total
+    return [moved[node.index] for node in results]
+
+
 def _factors(node: Expression) -> tuple[Any, ...]:
     if node.op in ("add", "sub"):
         return (1.0, 1.0 if node.op == "add" else -1.0)

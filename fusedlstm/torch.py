@@ -69,13 +69,12 @@ def _array(tensor: Tensor) -> Any:
     """The tensor's memory as a NumPy or CuPy array; the last axis is contiguous."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.dim() and tensor.stride(-1) != 1:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
     if tensor.is_cuda:
         import cupy
 
-        return cupy.asarray(tensor)
-    return tensor.numpy()
+        return cupy.asarray(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+    array = tensor.numpy()
+    return array if array.strides[-1] == array.itemsize else np.array(array, order="C")
 
 
 def _tensor(array: Any) -> Tensor:
@@ -87,29 +86,27 @@ class _Packed(NamedTuple):
     """Weights laid out for the kernels, and what tells whether they still are the weights."""
 
     cell: Cell
-    owners: tuple[weakref.ref[Tensor], ...]  # the weights
+    owners: list[weakref.ref[Tensor]]  # the weights
     places: tuple[int, ...]  # where they lie
     words: tuple[np.ndarray, ...]  # their memory, so that nothing else can lie there; none on a GPU
     stamp: tuple[int, ...]
     direction: Direction
 
 
-_packed: dict[int, _Packed] = {}  # by the identity of the recurrent weights, with which an entry goes
+_packed: dict[tuple[int, ...], _Packed] = {}  # by the identities of the weights, until one of them goes
 
 
 def _direction(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     """One direction with these weights, as they are now.
 
-    What was laid out is used again if the tensors are the same, lie where they lay, and have the same
-    version counters and the same bits.  The bits are for what the counters do not see: a write to
+    What was laid out is used again if the tensors are the same, contiguous, lie where they lay, and have
+    the same version counters and the same bits.  The bits are for what the counters do not see: a write to
     ``weight.data``, or to memory shared with NumPy.  On a GPU it is the counters alone.
     """
-    known = _packed.get(id(weights[1]))
+    known = _packed.get(tuple(map(id, weights)))
     if (
         known is not None
         and known.cell is cell
-        and len(known.owners) == len(weights)
-        and not any(map(_differs, known.owners, weights))
         and known.places == tuple([weight.data_ptr() for weight in weights])
         and known.stamp == _stamp(known.words, weights)
     ):
@@ -117,25 +114,22 @@ def _direction(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     return _pack(cell, weights)
 
 
-def _differs(owner: weakref.ref[Tensor], weight: Tensor) -> bool:
-    return owner() is not weight
-
-
 def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
-    places = tuple(weight.data_ptr() for weight in weights)
-    weights = [weight if weight.is_contiguous() else weight.contiguous() for weight in weights]
-    arrays = [_array(weight) for weight in weights]
-    number, on_gpu = id(weights[1]), weights[1].is_cuda
-    words = () if on_gpu else tuple(array.reshape(-1).view(np.uint32) for array in arrays)
+    engine = dispatch.engine(weights[1].device.type)
+    if not all(weight.is_contiguous() for weight in weights):  # what would be looked at is a copy
+        return engine.prepare(cell, _unflatten(cell, [_array(weight.contiguous()) for weight in weights]))
+    arrays, key = [_array(weight) for weight in weights], tuple(map(id, weights))
+    places = tuple([weight.data_ptr() for weight in weights])
+    words = () if weights[1].is_cuda else tuple([array.reshape(-1).view(np.uint32) for array in arrays])
     stamp = _stamp(words, weights)
-    direction = dispatch.engine(weights[1].device.type).prepare(cell, _unflatten(cell, arrays))
+    direction = engine.prepare(cell, _unflatten(cell, arrays))
 
     def drop(reference: Any) -> None:
-        if (entry := _packed.get(number)) is not None and entry.owners[1] is reference:
-            del _packed[number]
+        if (entry := _packed.get(key)) is not None and any(owner is reference for owner in entry.owners):
+            del _packed[key]
 
-    owners = tuple(weakref.ref(weight, drop if n == 1 else None) for n, weight in enumerate(weights))
-    _packed[number] = _Packed(cell, owners, places, words, stamp, direction)
+    owners = [weakref.ref(weight, drop) for weight in weights]
+    _packed[key] = _Packed(cell, owners, places, words, stamp, direction)
     return direction
 
 
@@ -294,7 +288,8 @@ def _run(
             results = _empty_results(x, shape)
             arrays = [_array(result) for result in results]
             return results, _fill(x, initial, weights, lengths, reset, shape, arrays, training)
-    arrays = [np.empty(sizes, _NUMPY[x.dtype]) for sizes in shape.results]  # quicker than tensors
+    dtype = _NUMPY[x.dtype]
+    arrays = [np.empty(sizes, dtype) for sizes in shape.results]  # quicker than tensors
     record = _fill(x, initial, weights, lengths, reset, shape, arrays, training)
     return [torch.from_numpy(array) for array in arrays], record
 
@@ -523,6 +518,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _layer_gradient(ctx: Any, grads: Sequence[Any]) -> Any:
     lengths, reset, handle, y, x, *rest = ctx.saved_tensors
     initial, weights = rest[: ctx.states], rest[ctx.states :]
+    # the output has no gradient here: detached, or this would be called again with zeros
+    y = y.detach()
     args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
     if torch.is_grad_enabled() or not _plain([x, *grads[:-1], *rest]):
         dx, *others = _call("layer_backward", *args)
@@ -532,28 +529,91 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any]) -> Any:
 
 
 def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    grads, _, _, x, initial, weights, lengths, reset, ctx.cell, ctx.directions = inputs
+    grads, _, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions = inputs
     ctx.counts = len(grads), len(initial)
-    ctx.save_for_backward(lengths, reset, x, *grads, *initial, *weights)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(lengths, reset, y, x, *grads, *initial, *weights)
 
 
-def _second_gradient(ctx: Any, seeds: list[Tensor]) -> Any:
-    """The gradient of `_backward`, by replaying the layer."""
-    lengths, reset, x, *rest = ctx.saved_tensors
+def _second_gradient(ctx: Any, seeds: list[Tensor | None]) -> Any:
+    """The gradient of `_backward`."""
+    lengths, reset, y, x, *rest = ctx.saved_tensors
     first, second = ctx.counts[0], sum(ctx.counts)
     grads, initial, weights = rest[:first], rest[first:second], rest[second:]
     shape = _shape(x, weights, ctx.cell, ctx.directions)
     ends, marks = _host_lengths(lengths, shape.steps), None if reset is None else reset.cpu().numpy()
+    given = [seed for seed in seeds if seed is not None]
+    if x.is_cpu and shape.batch and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
+        wants_x = ctx.needs_input_grad[3]
+        dgrads, dx, dinitial, dweights = _run_second(
+            grads, y, x, initial, weights, seeds, ends, marks, shape, wants_x
+        )
+    else:
+        dgrads, dx, dinitial, dweights = _replay_second(grads, x, initial, weights, seeds, ends, marks, shape)
+    return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
+
+
+def _run_second(
+    grads: list[Tensor],
+    y: Tensor,
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    seeds: list[Tensor | None],  # of the gradients of x, of the initial states and of the weights
+    lengths: np.ndarray | None,
+    reset: np.ndarray | None,
+    shape: _Shape,
+    wants_x: bool,
+) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of `grads`, x, the initial states and the weights, by kernels."""
+    from .second_order import second_backward
+
+    moved_x, *moved = seeds
+    states = initial or [x.new_zeros((shape.directions, shape.batch, size)) for size in shape.sizes]
+    moved_states = moved[: len(initial)] or [None] * len(states)
+    each = len(weights) // shape.directions
+    results = []
+    for d in range(shape.directions):
+        part, own = slice(d * shape.outputs, (d + 1) * shape.outputs), slice(d * each, (d + 1) * each)
+        results.append(
+            second_backward(
+                shape.cell, x, y[..., part], [state[d] for state in states],
+                _unflatten(shape.cell, weights[own]), grads[0][..., part], [state[d] for state in grads[1:]],
+                moved_x, [None if state is None else state[d] for state in moved_states],
+                _unflatten(shape.cell, moved[len(initial) :][own]), lengths, reset, d == 1, wants_x,
+            )
+        )  # fmt: skip
+    dy, dfinal, dx, dinitial, dweights = zip(*results)
+    return (
+        [torch.cat(dy, -1), *map(torch.stack, zip(*dfinal))],
+        sum(dx[1:], dx[0]) if wants_x else None,
+        list(map(torch.stack, zip(*dinitial))) if initial else [],
+        [entry for each in dweights for entry in storage.flatten(each)],
+    )
+
+
+def _replay_second(
+    grads: list[Tensor],
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    seeds: list[Tensor | None],
+    lengths: np.ndarray | None,
+    reset: np.ndarray | None,
+    shape: _Shape,
+) -> Any:
+    """What `_run_second` computes, by replaying the layer."""
 
     def gradient(grads: list[Tensor], x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> Any:
         def layer(x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-            return _replay(x, initial, weights, ends, marks, shape)
+            return _replay(x, initial, weights, lengths, reset, shape)
 
         dx, dinitial, dweights = torch.func.vjp(layer, x, initial, weights)[1](grads)
         return [dx, *dinitial, *dweights]
 
-    dgrads, dx, dinitial, dweights = torch.func.vjp(gradient, grads, x, initial, weights)[1](seeds)
-    return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
+    parts = [x, *initial, *weights]
+    given = [torch.zeros_like(part) if seed is None else seed for part, seed in zip(parts, seeds)]
+    return torch.func.vjp(gradient, grads, x, initial, weights)[1](given)
 
 
 def _transformable(name: str, save: Any, gradient: Any) -> Any:
@@ -835,7 +895,7 @@ def _check_dtype(value: Tensor, weight: Tensor, label: str = "input") -> None:
             f"RNN {label} dtype ({value.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert {label}: {label}.to({weight.dtype}), or convert model: model.to({value.dtype})"
         )
-    if value.device != weight.device:
+    if not (value.is_cpu and weight.is_cpu) and value.device != weight.device:
         raise RuntimeError(f"{label} lies on {value.device}, but the weights on {weight.device}")
 
 

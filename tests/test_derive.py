@@ -10,10 +10,11 @@ import pytest
 import sympy
 from checks import ALL, name
 
+import fusedlstm.math
 from fusedlstm import cell
 from fusedlstm.cells import Cell, lstm
-from fusedlstm.derive import CellError, Graph, compile_source, differentiate
-from fusedlstm.math import exp, log, relu, sqrt, tanh, where
+from fusedlstm.derive import CellError, Graph, compile_source, differentiate, source, tangents, trace
+from fusedlstm.math import DERIVATIVES, exp, log, relu, sqrt, tanh, where
 
 
 class Greater(sympy.Function):
@@ -97,6 +98,24 @@ def test_adjoint_is_what_finite_differences_give(cell: Cell) -> None:
     for argument, gradient in zip(cell.arguments, cell.numpy.adjoint(**values)):
         slope = (loss(argument, h) - loss(argument, -h)) / (2 * h)
         assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-7), argument
+
+
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_tangents_are_the_transpose_of_the_adjoint(cell: Cell) -> None:
+    """<seeds, J directions> = <J^T seeds, directions>, and the adjoint is held against SymPy above."""
+    graph = Graph()
+    results = trace(cell.function, cell.arguments, cell.constants, graph)
+    moved = [f"moved_{name}" for name in cell.arguments]
+    symbols = [[graph.symbol(name) for name in names] for names in (cell.arguments, moved)]
+    text = source("tangent", (*cell.arguments, *moved), tangents(results, *symbols))
+    functions = {name: getattr(fusedlstm.math, name) for name in DERIVATIVES}
+    tangent = compile_source(text, functions | {"full_like": np.full_like}, "<tangent>").tangent
+    values = points(cell)
+    directions = np.random.default_rng(1).normal(size=(len(moved), 40))
+    along = tangent(*inputs(cell, values), *directions)
+    gradients = cell.numpy.adjoint(*inputs(cell, values), *(values[name] for name in cell.seeds))
+    forward = sum(values[name] * part for name, part in zip(cell.seeds, along))
+    np.testing.assert_allclose(forward, (directions * gradients).sum(0), rtol=1e-12, atol=1e-12)
 
 
 def test_source_is_readable_and_short() -> None:

@@ -1,0 +1,748 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="call-arg,var-annotated"
+"""Gradients of gradients of one direction of one layer, on the CPU.
+
+The first backward pass computes g = J^T dy, with J the derivative of the outputs with respect to the input,
+the initial state and the weights: call these w.  Given cotangents v of g, the second computes the gradient
+of <v, g> = <J v, dy>.  With respect to dy that is J v, the tangent of the outputs as w moves along v.  With
+respect to w it is the tangent of J^T dy along v.  So two sweeps do it, and no graph is recorded:
+
+* forward in time, values with their tangents.  The outputs are known, and so all pre-activations are one
+  product of all rows; that of a step is with the tangent of the output alone;
+* backward in time, gradients with their tangents, and then those of the weights and the input.
+
+Both are made of the register tiles of the engine.  The element-wise part is derived from the cell: reverse
+mode gives the adjoint, forward mode the tangents of the step and of the adjoint.
+(Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6, 1994.)
+
+Rows are the steps of the sequences, in the order of the steps, longer sequences first; there is none for
+padding.  With N of them, states have B more in front, the initial ones, and `entering` names the row of the
+state that enters each step.  Sizes as in :mod:`fusedlstm.torch`, and:
+
+    G  gates     K  pre-activations     S  states beside the output     V  learned vectors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
+from torch import Tensor
+
+from fusedlstm.kernels.cpu import engine, simd, team
+from fusedlstm.kernels.cpu.backward import add_outer, note_uniform
+from fusedlstm.kernels.cpu.memory import LINE, aligned, round_up
+from fusedlstm.kernels.cpu.simd import OPTIONS, inlined, part, write, write_int
+from fusedlstm.kernels.cpu.spec import Spec, entry_point
+from fusedlstm.kernels.cpu.team import barrier
+from fusedlstm.kernels.cpu.tile import PLANES, plane_rows, rows_times_planes, share, tile_table
+from fusedlstm.kernels.cpu.work import captured, compiled, run
+
+from . import derive
+from .cells import Cell, rnn_tanh
+from .derive import Graph, compile_source, differentiate, tangents, trace
+from .math import DERIVATIVES
+from .weights import Weights
+
+ONLY = engine.ONLY
+OUTER_ROWS = engine.BACKWARD_ROWS  # rows whose gates stay in cache
+OUTER_PANEL = 24  # rows of a weight's gradient that a thread takes together: whole tiles, of whatever height
+PACKED = 16  # columns of a weight that are laid out together: a line of cache, at least
+
+# --- The element-wise part, derived from the cell --------------------------------------------------------
+
+
+def derived(cell: Cell) -> str:
+    """Code of `step` and `adjoint`, which take and return values and then their tangents."""
+    graph = Graph()
+    results = trace(cell.function, cell.arguments, cell.constants, graph)
+    names, seeds = cell.arguments, cell.seeds
+    inputs, d_results = [graph.symbol(name) for name in names], [graph.symbol(name) for name in seeds]
+    moved = [[graph.symbol(name) for name in _moved(cell, part)] for part in (names, seeds)]
+    gradients = differentiate(results, d_results, inputs)
+    step = [*results, *tangents(results, inputs, moved[0])]
+    adjoint = [*gradients, *tangents(gradients, [*inputs, *d_results], [*moved[0], *moved[1]])]
+    both = (*names, *seeds)
+    step_source = derive.source("step", (*names, *_moved(cell, names)), step)
+    return f"{step_source}\n\n" + derive.source("adjoint", (*both, *_moved(cell, both)), adjoint)
+
+
+def _moved(cell: Cell, names: Sequence[str]) -> list[str]:
+    """Names of tangents, which no argument of the cell has."""
+    prefix = "t_"
+    while any(name.startswith(prefix) for name in (*cell.arguments, *cell.seeds)):
+        prefix += "_"
+    return [prefix + name for name in names]
+
+
+class Places(NamedTuple):
+    """Where values lie, or their tangents."""
+
+    gates: Any  # (N, K, H), in padded rows: pre-activations, and later their gradients
+    outputs: Any  # (B + N, P)
+    states: Any  # (S, B + N, H)
+    raw: Any  # (N, H): outputs before their projection
+    vectors: Any  # (V, H)
+    d_outputs: Any  # (B + N, P): gradients, which sum up until a step is reached
+    d_states: Any  # (S, B + N, H)
+    d_raw: Any  # (N, H)
+    d_vectors: Any  # (V, H): sums over all rows; tangents only
+
+
+class Planes(NamedTuple):
+    """Weights as the sweeps read them, at addresses; those that are called moved are tangents, 0 if zero."""
+
+    recurrent: Any  # (G, vectors of H, P)
+    transposed: Any  # (vectors of P, G*H)
+    moved_transposed: Any
+    project: Any  # (vectors of P, H)
+    moved_project: Any
+    unproject: Any  # (vectors of H, P)
+    moved_unproject: Any
+
+
+class Sizes(NamedTuple):
+    """What the sweeps need to know beside places."""
+
+    batch: Any  # B
+    rows: Any  # N
+    hidden: Any  # H
+    outputs: Any  # P
+    stride: Any  # bytes of a row of gates
+
+
+UPDATE = ("spec", "at", "moved", "sizes", "n", "entering", "offset", "valid")
+_HEAD = (
+    "    width = sizes.hidden * spec.size\n"
+    "    leaving, rows = sizes.batch + n, sizes.batch + sizes.rows\n"
+)  # fmt: skip
+
+
+def _arguments(cell: Cell) -> dict[str, str]:
+    """Where each argument of the cell lies."""
+    places = {name: _gate(k) for k, name in enumerate(cell.preactivations)}
+    places[cell.states[0]] = "outputs + entering * width"
+    places |= {name: f"states + ({k} * rows + entering) * width" for k, name in enumerate(cell.states[1:])}
+    places |= {name: f"vectors + {k} * width" for k, name in enumerate(cell.weights)}
+    return {name: places[name] for name in cell.arguments}
+
+
+def _gate(k: int) -> str:
+    return f"gates + n * sizes.stride + {k} * width"
+
+
+def _load(cell: Cell, places: dict[str, str]) -> list[str]:
+    return [
+        f"    {target} = load_row(spec, {side}.{place} + offset, valid)"
+        for name, place in places.items()
+        for side, target in (("at", name), ("moved", *_moved(cell, [name])))
+    ]
+
+
+def _store(value: str, place: str) -> str:
+    return f"    store_row(spec, {value}, {place} + offset, valid)"
+
+
+def _add(value: str, place: str) -> str:
+    return _store(f"load_row(spec, {place} + offset, valid) + {value}", place)
+
+
+def _update(cell: Cell, projected: bool) -> str:
+    """The step at a vector of hidden units of a row."""
+    names, count = cell.arguments, len(cell.states)
+    lines = _load(cell, _arguments(cell))
+    lines.append(f"    new = step({', '.join([*names, *_moved(cell, names)])})")
+    if projected:
+        lines += [_store("new[0]", "at.raw + n * width"), _store(f"new[{count}]", "moved.raw + n * width")]
+    else:  # the output itself is known
+        lines.append(_store(f"new[{count}]", "moved.outputs + leaving * width"))
+    for k in range(count - 1):
+        place = f"states + ({k} * rows + leaving) * width"
+        lines += [
+            _store(f"new[{k + 1}]", f"at.{place}"),
+            _store(f"new[{count + k + 1}]", f"moved.{place}"),
+        ]
+    return f"def update({', '.join(UPDATE)}):\n{_HEAD}" + "\n".join(lines) + "\n"
+
+
+def _update_adjoint(cell: Cell, projected: bool) -> str:
+    """The gradient of `update`."""
+    names, seeds = cell.arguments, cell.seeds
+    output = "d_raw + n * width" if projected else "d_outputs + leaving * width"
+    others = {name: f"d_states + ({k} * rows + leaving) * width" for k, name in enumerate(seeds[1:])}
+    lines = _load(cell, _arguments(cell) | {seeds[0]: output} | others)
+    both = (*names, *seeds)
+    lines.append(f"    d = adjoint({', '.join([*both, *_moved(cell, both)])})")
+    value = {name: f"d[{k}]" for k, name in enumerate(names)}
+    tangent = {name: f"d[{len(names) + k}]" for k, name in enumerate(names)}
+    for k, name in enumerate(cell.preactivations):
+        lines.append(_store(value[name], f"at.{_gate(k)}"))
+        lines.append(_store(tangent[name], f"moved.{_gate(k)}"))
+    entering = {cell.states[0]: "d_outputs + entering * width"}
+    entering |= {
+        name: f"d_states + ({k} * rows + entering) * width" for k, name in enumerate(cell.states[1:])
+    }
+    for name, place in entering.items():
+        if name in names:
+            lines += [_add(value[name], f"at.{place}"), _add(tangent[name], f"moved.{place}")]
+    for k, name in enumerate(cell.weights):
+        lines.append(_add(tangent[name], f"moved.d_vectors + {k} * width"))
+    return f"def update_adjoint({', '.join(UPDATE)}):\n{_HEAD}" + "\n".join(lines) + "\n"
+
+
+@cache
+def _source(cell: Cell, projected: bool) -> str:
+    return "\n\n".join([derived(cell), _update(cell, projected), _update_adjoint(cell, projected)])
+
+
+@cache
+def _module(cell: Cell, projected: bool) -> Any:
+    text = _source(cell, projected)
+    filename = f"<fusedlstm second order {cell.key}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    names = [*DERIVATIVES, "full_like", "load_row", "store_row"]
+    # Numba's cache on disk imports the module in which a function says that it stands
+    module = compile_source(
+        text, {name: getattr(simd, name) for name in names} | {"__name__": __name__}, filename
+    )
+    module.step = inlined(module.step)  # type: ignore[attr-defined]
+    module.adjoint = inlined(module.adjoint)  # type: ignore[attr-defined]
+    return module
+
+
+def update(*args: Any) -> None:
+    """A step and its tangent, for one vector of hidden units of one row."""
+    raise NotImplementedError("works in compiled code only")
+
+
+def update_adjoint(*args: Any) -> None:
+    """The gradient of a step and its tangent, likewise."""
+    raise NotImplementedError("works in compiled code only")
+
+
+@overload(update, jit_options={"forceinline": True, **OPTIONS})
+def _(spec, at, moved, sizes, n, entering, offset, valid):
+    return _module(spec.cell, spec.projected).update
+
+
+@overload(update_adjoint, jit_options={"forceinline": True, **OPTIONS})
+def _(spec, at, moved, sizes, n, entering, offset, valid):
+    return _module(spec.cell, spec.projected).update_adjoint
+
+
+# --- Products --------------------------------------------------------------------------------------------
+
+
+class Space(NamedTuple):
+    """The space of one thread: tables of row addresses, a packed block of columns, and room for a tile."""
+
+    source: int
+    target: int
+    values: int
+    scratch: int
+    end: int
+
+
+@part
+def space(spec, start, rows):
+    target = start + rows * 8
+    values = round_up(target + rows * 8, LINE)
+    scratch = values + OUTER_ROWS * PLANES * spec.lanes * spec.size
+    end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
+    return Space(start, target, values, scratch, end)
+
+
+@part
+def vectors_of(spec, length):
+    return -(-length // spec.lanes)
+
+
+@part
+def add_rows_times_planes(spec, count, weights, depth, low, high, length, own):
+    """Add `source @ weights` to `target`, for `count` rows and the vectors low to high of their columns."""
+    for v in range(low, high, PLANES):  # so that a block of the weights stays in cache
+        rows_times_planes(
+            spec, count, own.source, weights, depth, v, min(v + PLANES, high), own.target, length, True,
+            own.scratch,
+        )  # fmt: skip
+
+
+def pack_work(thread, threads, sync, arguments):
+    """Lay out a matrix (n, m) as planes (vectors of n, m); a thread takes some of them."""
+    spec, weight, target, _ = captured(arguments)
+    columns, depth = weight.shape
+    low, high = share(vectors_of(spec, columns), thread, threads)
+    for v in range(low, high):
+        plane, base = target + v * depth * spec.lanes * spec.size, v * spec.lanes
+        for begin in range(0, depth, PACKED):  # so that what lies on a cache line is read at once
+            for lane in range(spec.lanes):
+                for k in range(begin, min(begin + PACKED, depth)):
+                    value = weight[base + lane, k] if base + lane < columns else 0.0
+                    write(spec, value, plane + (k * spec.lanes + lane) * spec.size)
+
+
+def product_work(thread, threads, sync, arguments):
+    """Add (N, m) @ (m, n), the latter as planes, to (N, n); a thread takes some of the columns."""
+    spec, source, width, weights, target, target_width, rows, depth, length, start = captured(arguments)
+    own = space(spec, start + thread * space(spec, 0, rows).end, rows)
+    low, high = share(vectors_of(spec, length), thread, threads)
+    note_uniform(source, width, rows, own.source)
+    note_uniform(target, target_width, rows, own.target)
+    add_rows_times_planes(spec, rows, weights, depth, low, high, length, own)
+
+
+def outer_work(thread, threads, sync, arguments):
+    """Add the product of (N, m) transposed and (N, n) to (m, n); a thread takes some of the rows."""
+    spec, d, d_width, source, width, target, rows, length, columns, start = captured(arguments)
+    own = space(spec, start + thread * space(spec, 0, OUTER_ROWS).end, OUTER_ROWS)
+    low, high = share(-(-length // OUTER_PANEL), thread, threads)
+    for begin in range(0, rows, OUTER_ROWS):
+        count = min(OUTER_ROWS, rows - begin)
+        note_uniform(source + begin * width, width, count, own.source)
+        add_outer(
+            spec, d + begin * d_width, d_width, count, low, high, ONLY, OUTER_PANEL, length, own.source,
+            columns, target, False, own.values, own.scratch,
+        )  # fmt: skip
+
+
+def pack(team, threads, patience, work, spec, weight, target):
+    """Run `pack_work`."""
+    run(team, threads, patience, work, (spec, weight, target, 0))
+
+
+def product(
+    team, threads, patience, work, spec, source, width, weights, target, target_width, rows, depth, length
+):
+    """Run `product_work`."""
+    memory = np.empty(threads * space(spec, 0, rows).end + LINE, np.uint8)
+    args = (spec, source, width, weights, target, target_width, rows, depth, length, aligned(memory))
+    run(team, threads, patience, work, args)
+
+
+def outer(team, threads, patience, work, spec, d, d_width, source, width, target, rows, length, columns):
+    """Run `outer_work`."""
+    memory = np.empty(threads * space(spec, 0, OUTER_ROWS).end + LINE, np.uint8)
+    args = (spec, d, d_width, source, width, target, rows, length, columns, aligned(memory))
+    run(team, threads, patience, work, args)
+
+
+INT, INTS = types.int64, types.int64[::1]
+
+
+class Packed(NamedTuple):
+    """A matrix as planes."""
+
+    array: np.ndarray  # keeps the memory
+    address: int
+
+
+class Products:
+    """Products of matrices by the tiles of the engine, which for a layer's shapes are quicker than BLAS."""
+
+    def __init__(self, scalar: types.Float) -> None:
+        self.spec = spec = Spec(rnn_tanh, scalar, False)  # of any cell; products know nothing of it
+        self._table = tile_table(spec).ctypes.data
+        matrix = scalar[:, ::1]
+        self._pack = kernel(pack, pack_work, (spec, types.Array(scalar, 2, "A"), INT))
+        self._product = kernel(product, product_work, (spec, *[INT] * 8))
+        self._outer = kernel(outer, outer_work, (spec, *[INT] * 4, matrix, *[INT] * 3))
+
+    def pack(self, weight: Tensor, transpose: bool = False) -> Packed:  # (m, n)
+        """For products from the left with a matrix (..., m), or (..., n) if transposed."""
+        rows = (weight if transpose else weight.T).numpy()
+        columns, depth = rows.shape
+        target = engine.empty(-(-columns // self.spec.lanes) * self.spec.lanes * depth, rows.dtype)
+        address = target.ctypes.data
+        self._pack.entry(*self._team(rows.size), self._pack.address, self._table, rows, address)
+        return Packed(target, address)
+
+    def add(self, target: Tensor, source: Tensor, weight: Packed) -> None:  # (N, n), (N, m), planes of (m, n)
+        """target += source @ weight"""
+        rows, depth, columns = len(source), source.shape[1], target.shape[1]
+        self._product.entry(
+            *self._team(rows * depth * columns / 32), self._product.address, self._table, *_memory(source),
+            weight.address, *_memory(target), rows, depth, columns,
+        )  # fmt: skip
+
+    def add_outer(self, target: Tensor, d: Tensor, source: Tensor) -> None:  # (m, n), (N, m), (N, n)
+        """target += d.T @ source"""
+        rows, length, columns = len(d), *target.shape
+        self._outer.entry(
+            *self._team(rows * length * columns / 32), self._outer.address, self._table, *_memory(d),
+            *_memory(source), target.numpy(), rows, length, columns,
+        )  # fmt: skip
+
+    def _team(self, work: float) -> tuple[int, int, int]:
+        """What an entry is told of the threads that pay for an amount of work."""
+        threads = team.get_num_threads() if work > 1 << 16 else 1
+        return team.current().address if threads > 1 else 0, threads, team.PATIENCE_US
+
+
+products = cache(Products)
+
+
+def kernel(entry: Any, work: Any, arguments: tuple[Any, ...]) -> engine.Kernel:
+    """Compile, or load from Numba's cache."""
+    made = compiled(work, types.Tuple((*arguments, INT)))
+    return engine.Kernel(entry_point(entry, INT, INT, INT, made.type, *arguments), made, made.address)
+
+
+def _memory(matrix: Tensor) -> tuple[int, int]:
+    """Its address, and the bytes from row to row."""
+    return matrix.data_ptr(), matrix.stride(0) * matrix.element_size()
+
+
+# --- The two sweeps --------------------------------------------------------------------------------------
+
+
+@inlined
+def note_entering(start, width, entering, first, last, table):
+    """Write the addresses of the rows of `width` bytes that enter the rows first to last to a table."""
+    for n in range(first, last):
+        write_int(start + entering[n] * width, table + (n - first) * 8)
+
+
+def forward_work(thread, threads, sync, arguments):
+    """Add to the tangents of the pre-activations what comes from those of the outputs; fill all states."""
+    spec, first, entering, at, moved, planes, sizes, start = captured(arguments)
+    batch, hidden, outputs, size = sizes.batch, sizes.hidden, sizes.outputs, spec.size
+    vector = spec.lanes * size
+    low, high = share(vectors_of(spec, hidden), thread, threads)
+    low_output, high_output = share(vectors_of(spec, outputs), thread, threads)
+    own = space(spec, start + thread * space(spec, 0, 2 * batch).end, 2 * batch)
+    for step in range(first.size - 1):
+        begin, end = first[step], first[step + 1]
+        count = end - begin
+        note_entering(moved.outputs, outputs * size, entering, begin, end, own.source)
+        for gate in range(spec.gates):
+            row = begin * sizes.stride + (spec.splits + gate) * hidden * size
+            note_uniform(moved.gates + row, sizes.stride, count, own.target)
+            weights = planes.recurrent + gate * vectors_of(spec, hidden) * outputs * vector
+            add_rows_times_planes(spec, count, weights, outputs, low, high, hidden, own)
+        for n in range(begin, end):
+            for u in range(low, high):
+                update(spec, at, moved, sizes, n, entering[n], u * vector, hidden - u * spec.lanes)
+        barrier(sync, threads)
+        if spec.projected:
+            note_uniform(moved.outputs + (batch + begin) * outputs * size, outputs * size, count, own.target)
+            note_uniform(moved.raw + begin * hidden * size, hidden * size, count, own.source)
+            add_rows_times_planes(spec, count, planes.project, hidden, low_output, high_output, outputs, own)
+            if planes.moved_project != 0:
+                note_uniform(at.raw + begin * hidden * size, hidden * size, count, own.source)
+                add_rows_times_planes(
+                    spec, count, planes.moved_project, hidden, low_output, high_output, outputs, own
+                )
+            barrier(sync, threads)
+
+
+def backward_work(thread, threads, sync, arguments):
+    """The gradients of all pre-activations and states, and their tangents."""
+    spec, first, entering, at, moved, planes, sizes, start = captured(arguments)
+    batch, hidden, outputs, size = sizes.batch, sizes.hidden, sizes.outputs, spec.size
+    vector, depth = spec.lanes * size, spec.gates * hidden
+    low, high = share(vectors_of(spec, hidden), thread, threads)
+    low_output, high_output = low, high
+    if spec.projected:
+        low_output, high_output = share(vectors_of(spec, outputs), thread, threads)
+    own = space(spec, start + thread * space(spec, 0, 2 * batch).end, 2 * batch)
+    for step in range(first.size - 2, -1, -1):
+        begin, end = first[step], first[step + 1]
+        count = end - begin
+        second = count * 8  # where the tangents begin in the tables
+        if spec.projected:
+            leaving, width = (batch + begin) * outputs * size, outputs * size
+            note_uniform(at.d_outputs + leaving, width, count, own.source)
+            note_uniform(moved.d_outputs + leaving, width, count, own.source + second)
+            note_uniform(at.d_raw + begin * hidden * size, hidden * size, count, own.target)
+            note_uniform(moved.d_raw + begin * hidden * size, hidden * size, count, own.target + second)
+            add_rows_times_planes(spec, 2 * count, planes.unproject, outputs, low, high, hidden, own)
+            if planes.moved_unproject != 0:
+                note_uniform(moved.d_raw + begin * hidden * size, hidden * size, count, own.target)
+                add_rows_times_planes(spec, count, planes.moved_unproject, outputs, low, high, hidden, own)
+        for n in range(begin, end):
+            for u in range(low, high):
+                update_adjoint(spec, at, moved, sizes, n, entering[n], u * vector, hidden - u * spec.lanes)
+        barrier(sync, threads)
+        row = begin * sizes.stride + spec.splits * hidden * size
+        note_uniform(at.gates + row, sizes.stride, count, own.source)
+        note_uniform(moved.gates + row, sizes.stride, count, own.source + second)
+        note_entering(at.d_outputs, outputs * size, entering, begin, end, own.target)
+        note_entering(moved.d_outputs, outputs * size, entering, begin, end, own.target + second)
+        add_rows_times_planes(
+            spec, 2 * count, planes.transposed, depth, low_output, high_output, outputs, own
+        )
+        if planes.moved_transposed != 0:
+            note_entering(moved.d_outputs, outputs * size, entering, begin, end, own.target)
+            add_rows_times_planes(
+                spec, count, planes.moved_transposed, depth, low_output, high_output, outputs, own
+            )
+        if spec.projected:
+            barrier(sync, threads)
+
+
+def sweep(team, threads, patience, work, spec, first, entering, at, moved, planes, sizes):
+    """Run `forward_work` or `backward_work`."""
+    memory = np.empty(threads * space(spec, 0, 2 * sizes.batch).end + LINE, np.uint8)
+    run(team, threads, patience, work, (spec, first, entering, at, moved, planes, sizes, aligned(memory)))
+
+
+@cache
+def sweeps(spec: Spec) -> tuple[engine.Kernel, engine.Kernel]:
+    """Forward and backward."""
+    digest = hashlib.sha256(_source(spec.cell, spec.projected).encode()).hexdigest()[:16]
+    tuples = (types.NamedUniTuple(INT, len(t._fields), t) for t in (Places, Places, Planes, Sizes))
+    arguments = (spec, INTS, INTS, *tuples)
+
+    def named(work: Any) -> Any:
+        """Numba's cache tells by the name what has been generated differently."""
+        return FunctionType(work.__code__, work.__globals__, f"{work.__name__}_{digest}")
+
+    return kernel(sweep, named(forward_work), arguments), kernel(sweep, named(backward_work), arguments)
+
+
+# --- Rows --------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """The rows of the steps of the sequences."""
+
+    index: Tensor | None  # (N,): the places of the rows among all times and sequences; None if they are these
+    entering: np.ndarray  # (N,): the row of the state that enters each
+    first: np.ndarray  # (T + 1,): the number of rows before each step
+    order: Tensor  # (B,): sequences in descending order of length
+    last: Tensor  # (B,): the state's row after the last step of each of these
+
+    def take(self, array: Tensor) -> Tensor:  # (T, B, n)
+        """The rows (N, n) of an array."""
+        flat = array.reshape(-1, array.shape[-1])
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def put(self, rows: Tensor, steps: int) -> Tensor:  # (N, n)
+        """The array (T, B, n) of these rows, zero in the padding."""
+        if self.index is None:
+            return rows.reshape(steps, -1, rows.shape[-1])
+        flat = rows.new_zeros((steps * len(self.order), rows.shape[-1]))
+        return flat.index_copy_(0, self.index, rows).view(steps, -1, rows.shape[-1])
+
+
+def make_rows(
+    steps: int, batch: int, lengths: np.ndarray | None, reset: np.ndarray | None, reverse: bool
+) -> Rows:
+    """The rows of sequences of these lengths (B,), with boundaries (T, B), in one direction."""
+    ends = np.full(batch, steps) if lengths is None else lengths
+    order = np.argsort(-ends, kind="stable")
+    ends = ends[order]
+    active = np.arange(steps)[:, None] < ends
+    step, row = active.nonzero()
+    first = np.concatenate([[0], active.sum(1).cumsum()])
+    time = ends[row] - 1 - step if reverse else step
+    anew = step == 0
+    if reset is not None:  # a pass in reverse starts anew on the other side of a boundary
+        anew |= reset[np.where(anew, 0, time + reverse), order[row]]
+    entering = np.where(anew, row, batch + first[step - 1] + row)
+    last = batch + first[ends - 1] + np.arange(batch)
+    index = None if lengths is None and not reverse else torch.from_numpy(time * batch + order[row])
+    return Rows(index, entering, first, torch.from_numpy(order), torch.from_numpy(last))
+
+
+# --- The gradient of the first backward pass -------------------------------------------------------------
+
+
+class Second(NamedTuple):
+    """Gradients with respect to all that the first backward pass depends on."""
+
+    dy: Tensor  # (T, B, P)
+    dfinal: list[Tensor]  # (B, P) and (B, H)s
+    x: Tensor | None  # (T, B, I), if it is wanted
+    initial: list[Tensor]  # (B, P) and (B, H)s
+    weights: Weights
+
+
+def second_backward(
+    cell: Cell,
+    x: Tensor,  # (T, B, I)
+    y: Tensor,  # (T, B, P), the output
+    initial: Sequence[Tensor],  # (B, P) and (B, H)s
+    weights: Weights,
+    dy: Tensor,  # (T, B, P)
+    dfinal: Sequence[Tensor],  # (B, P) and (B, H)s
+    moved_x: Tensor | None,  # the cotangents of the first gradients, shaped as these; None is zero
+    moved_initial: Sequence[Tensor | None],
+    moved_weights: Weights,
+    lengths: np.ndarray | None,  # (B,)
+    reset: np.ndarray | None,  # (T, B)
+    reverse: bool,
+    wants_x: bool,
+) -> Second:
+    """The gradient of the first backward pass, of one direction of one layer."""
+    steps, batch, _ = x.shape
+    rows = make_rows(steps, batch, lengths, reset, reverse)
+    run = _Pass(cell, weights, moved_weights, rows, x, moved_x)
+    run.outputs[0, batch:] = rows.take(y)
+    for side, given in enumerate((initial, moved_initial)):
+        for target, state in zip((run.outputs[side], *run.states[side]), given):
+            if state is not None:
+                target[:batch] = state[rows.order]
+    run.d_outputs[0, batch:] = rows.take(dy)
+    for target, state in zip((run.d_outputs[0], *run.d_states[0]), dfinal):
+        target[rows.last] += state[rows.order]
+    run.project()
+    run.sweep()
+    dweights, dx = run.weight_gradients(), run.input_gradient() if wants_x else None
+    place = rows.order.argsort()
+    return Second(
+        rows.put(run.outputs[1, batch:], steps),
+        [part[rows.last][place] for part in (run.outputs[1], *run.states[1])],
+        None if dx is None else rows.put(dx, steps),
+        [part[:batch][place] for part in (run.d_outputs[1], *run.d_states[1])],
+        dweights,
+    )
+
+
+class _Pass:
+    """The buffers of one second backward pass, see `Places`: values, and after them their tangents."""
+
+    def __init__(
+        self, cell: Cell, weights: Weights, moved: Weights, rows: Rows, x: Tensor, moved_x: Tensor | None
+    ) -> None:
+        scalar = types.float32 if x.dtype is torch.float32 else types.float64
+        self.spec = spec = Spec(cell, scalar, weights.hr is not None)
+        self.tiles, self.rows = products(scalar), rows
+        self.own, self.moved = _by_product(cell, weights), _by_product(cell, moved)
+        self.inputs = [None if side is None else rows.take(side).contiguous() for side in (x, moved_x)]
+        self.hidden, self.wide = weights.ih.shape[0] // spec.gates, weights.ih.shape[0]
+        number = len(rows.entering)
+        count = len(rows.order) + number
+        self.outputs = x.new_zeros(2, count, weights.hh.shape[1])
+        self.states = x.new_zeros(2, spec.states, count, self.hidden)
+        self.raw = x.new_zeros(2, number if spec.projected else 0, self.hidden)
+        # a line more than a row needs, so that the rows of a column do not fall on the same cache set
+        width = spec.inputs * self.hidden
+        self.gates = x.new_empty(2, number, width + LINE // spec.size)[..., :width]
+        self.vectors = x.new_zeros(2, spec.vectors, self.hidden)
+        for side, given in enumerate((self.own, self.moved)):
+            self.gates[side] = self._bias(given)
+            for target, vector in zip(self.vectors[side], given.vectors):
+                if vector is not None:
+                    target.copy_(vector)
+        self.d_outputs, self.d_states, self.d_raw = map(
+            torch.zeros_like, (self.outputs, self.states, self.raw)
+        )
+        self.d_vectors = x.new_zeros(spec.vectors, self.hidden)
+        self.entering = torch.from_numpy(rows.entering)
+
+    def _bias(self, weights: Weights) -> Tensor:
+        """The biases of all pre-activations."""
+        total = self.outputs.new_zeros(self.gates.shape[-1])
+        for target, bias in zip(self.products(total), (weights.bias_ih, weights.bias_hh)):
+            if bias is not None:
+                target += bias
+        return total
+
+    def products(self, gates: Tensor) -> tuple[Tensor, Tensor]:  # (..., K*H)
+        """What the input product fills of the gates, and what the recurrent one does."""
+        return gates[..., : self.wide], gates[..., -self.wide :]
+
+    def project(self) -> None:
+        """Fill the gates, and their tangents but for what comes from the tangents of the outputs."""
+        own, moved, pack = self.own, self.moved, self.tiles.pack
+        terms: list[tuple[Tensor, Tensor, Packed]] = []
+        from_input, from_output = self.products(self.gates)
+        x, moved_x = self.inputs
+        for sources, targets, weight, moved_weight in (
+            ((x, moved_x), from_input, own.ih, moved.ih),
+            ((self.outputs[0][self.entering], None), from_output, own.hh, moved.hh),
+        ):
+            packed = pack(weight, transpose=True)
+            terms += [(target, rows, packed) for target, rows in zip(targets, sources) if rows is not None]
+            if moved_weight is not None:
+                terms.append((targets[1], sources[0], pack(moved_weight, transpose=True)))
+        for begin in range(0, len(self.entering), OUTER_ROWS):  # whose gates stay in cache
+            chunk = slice(begin, begin + OUTER_ROWS)
+            for target, rows, packed in terms:
+                self.tiles.add(target[chunk], rows[chunk], packed)
+
+    def sweep(self) -> None:
+        """Forward and backward through time."""
+        spec, own, moved = self.spec, self.own, self.moved
+        # each gate begins with a vector of its own
+        by_gate = own.hh.unflatten(0, (spec.gates, -1))
+        if missing := -self.hidden % spec.lanes:
+            by_gate = torch.nn.functional.pad(by_gate, (0, 0, 0, missing))
+        given = [(by_gate.flatten(0, 1), True), (own.hh, False), (moved.hh, False)]
+        given += [(part, transpose) for transpose in (True, False) for part in (own.hr, moved.hr)]
+        packed = [None if part is None else self.tiles.pack(part, transpose) for part, transpose in given]
+        planes = Planes(*(0 if part is None else part.address for part in packed))
+        at, along = (
+            Places(
+                *(getattr(self, name)[side].data_ptr() for name in Places._fields[:-1]),
+                self.d_vectors.data_ptr(),
+            )
+            for side in (0, 1)
+        )
+        number, batch = len(self.entering), len(self.rows.order)
+        _, stride = _memory(self.gates[0])
+        sizes = Sizes(batch, number, self.hidden, self.outputs.shape[-1], stride)
+        threads = self._threads()
+        for kernel in sweeps(spec):
+            kernel.entry(
+                team.current().address if threads > 1 else 0, threads, team.PATIENCE_US, kernel.address,
+                tile_table(spec).ctypes.data, self.rows.first, self.rows.entering, at, along, planes, sizes,
+            )  # fmt: skip
+
+    def _threads(self) -> int:
+        """As many as pay, which meet once a step."""
+        steps, weights = len(self.rows.first) - 1, self.own.hh.numel()
+        work = len(self.entering) * weights / engine.FLOPS + steps * weights * self.spec.size / engine.BYTES
+        if self.hidden <= self.spec.lanes or engine.START + steps * engine.BARRIER > work / 2:
+            return 1
+        return team.get_num_threads()
+
+    def weight_gradients(self) -> Weights:
+        """From the gradients of the gates, which have taken the place of these."""
+        own, new, batch = self.own, self.outputs.new_zeros, len(self.rows.order)
+        ih, hh, hr = (None if part is None else new(part.shape) for part in (own.ih, own.hh, own.hr))
+        d_input, d_output = self.products(self.gates)
+        for side, other in ((0, 1), (1, 0)):  # values by tangents, and tangents by values
+            if (rows := self.inputs[side]) is not None:
+                self.tiles.add_outer(ih, d_input[other], rows)
+            self.tiles.add_outer(hh, d_output[other], self.outputs[side][self.entering])
+            if hr is not None:
+                self.tiles.add_outer(hr, self.d_outputs[other, batch:], self.raw[side])
+        biases = [None if own.bias_ih is None else d[1].sum(0) for d in (d_input, d_output)]
+        return _by_product(self.spec.cell, Weights(ih, hh, *biases, hr, tuple(self.d_vectors)), back=True)
+
+    def input_gradient(self) -> Tensor:  # (N, I)
+        """From the gradients of the gates."""
+        d, moved_d = self.products(self.gates)[0]
+        dx = d.new_zeros(len(d), self.own.ih.shape[1])
+        self.tiles.add(dx, moved_d, self.tiles.pack(self.own.ih))
+        if self.moved.ih is not None:
+            self.tiles.add(dx, d, self.tiles.pack(self.moved.ih))
+        return dx
+
+
+def _by_product(cell: Cell, weights: Weights, back: bool = False) -> Weights:
+    """Weights whose gates are in the order of the products; or back from there."""
+    if not cell.split:
+        return weights
+
+    def reorder(entry: Tensor | None, gates: tuple[str, ...]) -> Tensor | None:
+        if entry is None:
+            return None
+        here, there = (gates, cell.gates) if back else (cell.gates, gates)
+        by_gate: Tensor = entry.unflatten(0, (len(gates), -1))
+        return by_gate[[here.index(gate) for gate in there]].flatten(0, 1)
+
+    inputs, recurrent = cell.input_gates, cell.recurrent_gates
+    return Weights(
+        reorder(weights.ih, inputs), reorder(weights.hh, recurrent), reorder(weights.bias_ih, inputs),
+        reorder(weights.bias_hh, recurrent), weights.hr, weights.vectors,
+    )  # fmt: skip

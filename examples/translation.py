@@ -101,8 +101,9 @@ class Translator:
         model = keras.Model(
             [source, written], self.decoder([written, source != PAD, *self.encoder(source)])[0]
         )
+        rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * -(-len(sources) // batch_size))
         model.compile(
-            keras.optimizers.Adam(2e-3, clipnorm=1.0),
+            keras.optimizers.Adam(rate, clipnorm=1.0),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=PAD),
         )
         x, y = self.read.encode(sources), self.write.encode(targets)

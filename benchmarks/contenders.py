@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 from .cases import Case, Data, as_state, name_results, recurrent
 from .contender import Contender, Prepared, stepping
 from .peer_jax import JaxScan
-from .peer_keras import KerasJax, KerasTensorFlow, KerasTorch
+from .peer_keras import (
+    FusedKerasJax,
+    FusedKerasTensorFlow,
+    FusedKerasTorch,
+    KerasJax,
+    KerasTensorFlow,
+    KerasTorch,
+)
 from .peer_onnx import OnnxRuntime, OpenVINO
 from .peer_torch import FusedTorch, Torch, TorchCell, TorchLoop
 
@@ -57,6 +64,9 @@ CONTENDERS: dict[str, type[Contender]] = {
     for contender in (
         FusedLSTM,
         FusedTorch,
+        FusedKerasTorch,
+        FusedKerasJax,
+        FusedKerasTensorFlow,
         Torch,
         TorchCell,
         OnnxRuntime,

@@ -39,6 +39,7 @@ class Keras(Contender):
 
     modules: ClassVar[tuple[str, ...]] = ("keras",)
     cells: ClassVar[tuple[str, ...] | None] = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    layers: ClassVar[str] = "keras.layers"  # the module that has the layers
 
     def array(self, values: np.ndarray) -> Any:
         """An array of the backend."""
@@ -59,7 +60,7 @@ class Keras(Contender):
         arrays = Arrays(
             batch_first(data.x), per_layer(data.state), batch_first(data.dy), per_layer(data.dstate)
         )
-        forward, train = self.functions(build_layers(case, data), arrays)
+        forward, train = self.functions(build_layers(self.layers, case, data), arrays)
         calls = {
             "forward": lambda: forward(None),
             "train": train,
@@ -68,17 +69,17 @@ class Keras(Contender):
         return Prepared(calls[case.mode], lambda result: read_results(case, *result))
 
 
-def build_layers(case: Case, data: Data) -> list[Any]:
-    """Keras's layers with the weights of a case."""
-    keras: Any = importlib.import_module("keras")
-    kinds = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU}
+def build_layers(module: str, case: Case, data: Data) -> list[Any]:
+    """The layers of a module, Keras's or ours, with the weights of a case."""
+    source: Any = importlib.import_module(module)
+    kinds = {"lstm": source.LSTM, "gru": source.GRU}
     layers = []
     for weights in layer_weights(case, data.weights):
         options = {"return_sequences": True, "return_state": True, "dtype": case.dtype}
         if case.cell in kinds:
             layer = kinds[case.cell](case.hidden, **options)
         else:
-            layer = keras.layers.SimpleRNN(case.hidden, case.cell.removeprefix("rnn_"), **options)
+            layer = source.SimpleRNN(case.hidden, case.cell.removeprefix("rnn_"), **options)
         layer.build((case.batch, case.steps, weights.ih.shape[1]))
         layer.set_weights(to_keras(case, weights))
         layers.append(layer)
@@ -244,3 +245,24 @@ class KerasTorch(Keras):
             return y.detach(), detached, (dx, dstates, list(states))
 
         return run, train
+
+
+class FusedKerasTensorFlow(KerasTensorFlow):
+    """Our layers in Keras on TensorFlow."""
+
+    name, title = "fusedlstm-keras-tensorflow", "fusedlstm in Keras + TensorFlow"
+    layers = "fusedlstm.keras"
+
+
+class FusedKerasJax(KerasJax):
+    """Our layers in Keras on JAX."""
+
+    name, title = "fusedlstm-keras-jax", "fusedlstm in Keras + JAX"
+    layers = "fusedlstm.keras"
+
+
+class FusedKerasTorch(KerasTorch):
+    """Our layers in Keras on PyTorch."""
+
+    name, title = "fusedlstm-keras-torch", "fusedlstm in Keras + PyTorch"
+    layers = "fusedlstm.keras"

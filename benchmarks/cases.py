@@ -196,13 +196,16 @@ class WrongResult(Exception):
     """A contender's result is not that of the reference."""
 
 
-def check(case: Case, results: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
-    """The largest relative error of any result.
+def check(
+    case: Case, results: dict[str, np.ndarray], right: dict[str, np.ndarray], tolerance: float | None = None
+) -> float:
+    """The largest relative error of any result; by default the tolerance is that of the case's dtype.
 
     Raises:
         WrongResult: if one is missing, misshapen, or further off than the tolerance.
     """
     worst = 0.0
+    tolerance = TOLERANCES[case.dtype] if tolerance is None else tolerance
     for name, reference in right.items():
         if name not in results:
             raise WrongResult(f"{name} is missing")
@@ -211,7 +214,7 @@ def check(case: Case, results: dict[str, np.ndarray], right: dict[str, np.ndarra
             raise WrongResult(f"{name} has the shape {got.shape}, expected {reference.shape}")
         scale = np.linalg.norm(reference) or 1.0
         error = float(np.linalg.norm(got.astype(np.float64) - reference) / scale)
-        if not error <= TOLERANCES[case.dtype]:
+        if not error <= tolerance:
             raise WrongResult(f"{name} has the relative error {error:.1e}")
         worst = max(worst, error)
     return worst

@@ -43,6 +43,7 @@ class Contender:
         modules: what must be importable.
         packages: the distributions whose versions are recorded.
         modes, cells, dtypes: what it can do; None for everything.
+        tolerance: the relative error up to which its results count as right; None for that of the dtype.
         environment: variables to set before its process starts.
     """
 
@@ -53,18 +54,28 @@ class Contender:
     modes: ClassVar[tuple[str, ...]] = MODES
     cells: ClassVar[tuple[str, ...] | None] = None
     dtypes: ClassVar[tuple[str, ...] | None] = None
+    tolerance: ClassVar[float | None] = None
     environment: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
     @classmethod
-    def installed(cls) -> bool:
-        """Whether its modules can be imported; nothing is imported but the packages that hold them."""
+    def missing(cls) -> str | None:
+        """What it lacks to run here, if anything.
+
+        Whether modules can be imported is found without importing more than the packages that hold them.
+        """
         try:
-            return all(importlib.util.find_spec(module) is not None for module in cls.modules)
+            found = all(importlib.util.find_spec(module) is not None for module in cls.modules)
         except ImportError:
-            return False
+            found = False
+        return None if found else ", ".join(cls.modules)
+
+    @classmethod
+    def installed(cls) -> bool:
+        """Whether it can run here."""
+        return cls.missing() is None
 
     @classmethod
     def versions(cls) -> dict[str, str]:

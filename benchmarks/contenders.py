@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from .cases import Case, Data, as_state, name_results, recurrent
 from .contender import Contender, Prepared, stepping
+from .peer_cuda import CuDNN, FusedCUDA, Haste, in_precisions
 from .peer_jax import JaxScan
 from .peer_keras import (
     FusedKerasJax,
@@ -59,32 +60,42 @@ class NumPy(FusedLSTM):
     backend = "reference"
 
 
-CONTENDERS: dict[str, type[Contender]] = {
-    contender.name: contender
-    for contender in (
-        FusedLSTM,
-        FusedTorch,
-        FusedKerasTorch,
-        FusedKerasJax,
-        FusedKerasTensorFlow,
-        Torch,
-        TorchCell,
-        OnnxRuntime,
-        OpenVINO,
-        KerasTensorFlow,
-        KerasJax,
-        KerasTorch,
-        JaxScan,
-        TorchLoop,
-        NumPy,
-    )
-}
+_ALL: tuple[type[Contender], ...] = (
+    FusedLSTM,
+    FusedTorch,
+    *in_precisions(FusedCUDA),
+    FusedKerasTorch,
+    FusedKerasJax,
+    FusedKerasTensorFlow,
+    Torch,
+    *in_precisions(CuDNN),
+    Haste,
+    TorchCell,
+    OnnxRuntime,
+    OpenVINO,
+    KerasTensorFlow,
+    KerasJax,
+    KerasTorch,
+    JaxScan,
+    TorchLoop,
+    NumPy,
+)
+CONTENDERS = {contender.name: contender for contender in _ALL}
 OURS = tuple(name for name in CONTENDERS if name.startswith("fusedlstm"))
 
 
 def best_peer(seconds: Mapping[str, float]) -> str | None:
     """The fastest of the others."""
     return min((name for name in seconds if name not in OURS), key=seconds.__getitem__, default=None)
+
+
+def absent() -> dict[str, list[str]]:
+    """The contenders that cannot run here, by what they lack."""
+    lacking: dict[str, list[str]] = {}
+    for name, contender in CONTENDERS.items():
+        if what := contender.missing():
+            lacking.setdefault(what, []).append(name)
+    return lacking
 
 
 def choose(names: str | None) -> list[type[Contender]]:
@@ -101,6 +112,6 @@ def choose(names: str | None) -> list[type[Contender]]:
             raise ValueError(f"there is no contender {name!r}; there are {', '.join(CONTENDERS)}")
         contender = CONTENDERS[name]
         if not contender.installed():
-            raise ValueError(f"contender {name!r} needs {', '.join(contender.modules)}: pip install them")
+            raise ValueError(f"contender {name!r} needs {contender.missing()}")
         chosen.append(contender)
     return chosen

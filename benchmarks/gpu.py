@@ -205,8 +205,8 @@ def ours(problem: Problem, given: Data, precision: Precision) -> Prepared:
         return direction.forward(x, None, y, final, None, None, False, training)
 
     def train(gradient: Any = dy) -> Weights:
-        _, gradients = direction.backward(forward(training=True), gradient, None, dx, False)
-        return gradients
+        weights: Weights = direction.backward(forward(training=True), gradient, None, dx, False)[1]
+        return weights
 
     def checked() -> dict[str, np.ndarray]:
         forward()

@@ -51,6 +51,13 @@ def processor() -> str:
     return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
 
+@cache
+def gpu() -> str | None:
+    """The name of the first NVIDIA GPU, if there is one."""
+    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return names[0] if names else None
+
+
 def describe() -> dict[str, Any]:
     """The machine, for the record."""
     import llvmlite.binding as llvm

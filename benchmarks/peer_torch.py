@@ -36,6 +36,10 @@ class Torch(Contender):
         self.torch.set_num_threads(threads)
         self.layers: Any = self.torch.nn
 
+    def tensor(self, array: Any, requires_grad: bool = False) -> Any:
+        """An array as a tensor of the kind that the layers take."""
+        return self.torch.tensor(array, requires_grad=requires_grad)
+
     def module(self, case: Case) -> Any:
         """A layer without its weights."""
         nn, dtype = self.layers, getattr(self.torch, case.dtype)
@@ -45,9 +49,8 @@ class Torch(Contender):
         return {"lstm": nn.LSTM, "gru": nn.GRU}[case.cell](case.inputs, case.hidden, case.layers, dtype=dtype)
 
     def prepare(self, case: Case, data: Data) -> Prepared:
-        torch = self.torch
         layer = self.module(case)
-        layer.load_state_dict({name: torch.tensor(array) for name, array in data.weights.items()})
+        layer.load_state_dict({name: self.tensor(array) for name, array in data.weights.items()})
         return self.prepare_module(case, data, layer, dict(layer.named_parameters()))
 
     def prepare_module(
@@ -56,9 +59,9 @@ class Torch(Contender):
         """For a function like a layer of PyTorch: `layer(x, state)` gives outputs and the final state."""
         torch = self.torch
         training = case.mode == "train"
-        x = torch.tensor(data.x, requires_grad=training)
-        states = tuple(torch.tensor(part, requires_grad=training) for part in data.state)
-        seeds = [torch.tensor(part) for part in (data.dy, *data.dstate)]
+        x = self.tensor(data.x, requires_grad=training)
+        states = tuple(self.tensor(part, requires_grad=training) for part in data.state)
+        seeds = [self.tensor(part) for part in (data.dy, *data.dstate)]
         inputs = [x, *states, *parameters.values()]
 
         def forward() -> Any:
@@ -81,12 +84,13 @@ class Torch(Contender):
 
 
 def _detached(values: Any) -> Any:
-    """Nested tensors without their history."""
+    """Nested tensors without their history, on the host, of a type that NumPy has."""
     if isinstance(values, tuple):
         return tuple(_detached(value) for value in values)
     if isinstance(values, dict):
         return {name: _detached(value) for name, value in values.items()}
-    return values.detach()
+    values = values.detach().cpu()
+    return values.float() if values.dtype.itemsize < 4 else values
 
 
 class FusedTorch(Torch):

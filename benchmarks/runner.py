@@ -38,7 +38,7 @@ from .cases import (
     unique,
 )
 from .contender import Contender, Unsupported
-from .contenders import OURS, best_peer, choose
+from .contenders import OURS, absent, best_peer, choose
 from .worker import Failed, Worker
 
 SCHEMA = 1  # version of the record; see schema.json
@@ -291,6 +291,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(report.text(results))
     if arguments.against is not None:
         print("\n" + report.against(results, read(arguments.against)))
+    if arguments.source is None and arguments.contenders is None:
+        for what, names in absent().items():
+            print(f"Not compared: {', '.join(names)}. To take part they need {what}.")
     return int(any("failed" in result for row in results["rows"] for result in row["results"].values()))
 
 

@@ -84,7 +84,7 @@ class Bench:
 
     def _check(self, result: Any) -> float:
         with np.load(self.right) as right:
-            return check(self.case, self.read(result), dict(right))
+            return check(self.case, self.read(result), dict(right), self.contender.tolerance)
 
     def _seconds(self, calls: int) -> float:
         call = self.call

@@ -106,7 +106,8 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module.asarray, module.from_dlpack = asarray, from_dlpack
     for function in ("ascontiguousarray", "empty", "zeros"):
         setattr(module, function, made(getattr(np, function)))
-    module.cuda = types.SimpleNamespace(Device=GPU)
+    stream = types.SimpleNamespace(synchronize=lambda: None)
+    module.cuda = types.SimpleNamespace(Device=GPU, get_current_stream=lambda: stream)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setitem(dispatch._loaded, ("cuda", "float32", "auto"), dispatch.engine("reference", X))
     yield module

@@ -1,0 +1,153 @@
+"""On a GPU: the CUDA kernels of this package, cuDNN through PyTorch, and haste.
+
+Each precision is a contender of its own.  All answer when the GPU is done, so times are those that a caller
+waits; ``python -m benchmarks.gpu`` measures without the host.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, ClassVar
+
+from fusedlstm.dispatch import on_host
+
+from .cases import Case, Data, as_state, name_results, recurrent
+from .contender import Contender, Prepared, Unsupported, stepping
+from .machine import gpu
+from .peer_torch import Torch
+
+# The relative error up to which a result, gradients among them, counts as right.
+TOLERANCES = {"float32": None, "tf32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
+
+
+class OnGPU(Contender):
+    """What runs on an NVIDIA GPU only."""
+
+    precision: ClassVar[str] = "float32"
+    cells: ClassVar[tuple[str, ...] | None] = ("lstm", "gru")
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or (None if gpu() else "an NVIDIA GPU, and nvidia-smi, which finds it")
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {**super().versions(), "GPU": gpu() or ""}
+
+
+class FusedCUDA(OnGPU):
+    """The layers of this package on CuPy arrays."""
+
+    name, title = "fusedlstm-cuda", "fusedlstm (CUDA)"
+    modules = ("fusedlstm", "numba_cuda", "cupy")
+    packages = ("fusedlstm", "numba-cuda")
+    cells = None
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        (cupy, *_) = metadata.packages_distributions()["cupy"]
+        return {**super().versions(), cupy: metadata.version(cupy)}
+
+    def prepare(self, case: Case, data: Data) -> Prepared:
+        cupy = importlib.import_module("cupy")
+        layer = recurrent(case, dtype=case.dtype, backend="cuda", precision=self.precision)
+        layer.load_state_dict(data.weights)
+        x, dy = cupy.asarray(data.x), cupy.asarray(data.dy)
+        state, dstate = (as_state(tuple(map(cupy.asarray, part))) for part in (data.state, data.dstate))
+
+        def train() -> Any:
+            y, final, tape = layer.forward(x, state, training=True)
+            assert tape is not None
+            return y, final, tape.backward(dy, dstate)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda: layer(x),
+            "train": train,
+            "step": stepping(lambda state: layer(x, state), state),
+        }
+        wait = cupy.cuda.get_current_stream().synchronize
+        return Prepared(_finished(calls[case.mode], wait), lambda found: name_results(case, *_on_host(found)))
+
+
+class CuDNN(OnGPU, Torch):
+    """``torch.nn.LSTM`` and its like on a GPU, where cuDNN runs them."""
+
+    name, title = "cudnn", "cuDNN (PyTorch)"
+    device = "cuda"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        backends = self.torch.backends
+        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        narrow = self.precision in ("bfloat16", "float16")
+        self.narrow = getattr(self.torch, self.precision) if narrow else None
+
+    def tensor(self, array: Any, requires_grad: bool = False) -> Any:
+        return self.torch.tensor(array).to(self.device, self.narrow).requires_grad_(requires_grad)
+
+    def module(self, case: Case) -> Any:
+        return super().module(case).to(self.device, self.narrow)
+
+    def prepare(self, case: Case, data: Data) -> Prepared:
+        prepared = super().prepare(case, data)
+        return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
+
+
+class Haste(CuDNN):
+    """The kernels of haste, forward."""
+
+    name, title = "haste", "haste"
+    modules, packages = ("torch", "haste_pytorch"), ("torch", "haste_pytorch")
+    modes, dtypes = ("forward",), ("float32",)
+
+    def prepare(self, case: Case, data: Data) -> Prepared:
+        if case.layers > 1:
+            raise Unsupported("no stack of layers")
+        haste = importlib.import_module("haste_pytorch")
+        layer = {"lstm": haste.LSTM, "gru": haste.GRU}[case.cell](case.inputs, case.hidden).to(self.device)
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        layer.from_native_weights(*(self.tensor(data.weights[name]) for name in names))
+        prepared = self.prepare_module(case, data, layer.eval(), {})
+        return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
+
+
+def in_precisions(contender: type[OnGPU]) -> list[type[Contender]]:
+    """A contender in each precision of its products."""
+    return [
+        contender
+        if precision == "float32"
+        else type(
+            f"{contender.__name__}_{precision}",
+            (contender,),
+            {
+                "name": f"{contender.name}-{precision}",
+                "title": f"{contender.title}, {precision}",
+                "precision": precision,
+                "dtypes": ("float32",),
+                "tolerance": tolerance,
+            },
+        )
+        for precision, tolerance in TOLERANCES.items()
+    ]
+
+
+def _finished(call: Callable[[], Any], wait: Callable[[], None]) -> Callable[[], Any]:
+    """The call, when what it asked for is done."""
+
+    def finished() -> Any:
+        result = call()
+        wait()
+        return result
+
+    return finished
+
+
+def _on_host(values: Any) -> Any:
+    """Nested arrays of CuPy as NumPy's."""
+    if isinstance(values, tuple):
+        return tuple(_on_host(value) for value in values)
+    if isinstance(values, dict):
+        return {name: _on_host(value) for name, value in values.items()}
+    return on_host("a result", values)

@@ -513,7 +513,7 @@ def sweeps(spec: Spec) -> tuple[engine.Kernel, engine.Kernel]:
 class Rows(NamedTuple):
     """The rows of the steps of the sequences."""
 
-    index: Tensor | None  # (N,): the places of the rows among all times and sequences; None if they are these
+    places: Tensor | None  # (N,): of the rows among all times and sequences; None if they are these
     entering: np.ndarray  # (N,): the row of the state that enters each
     first: np.ndarray  # (T + 1,): the number of rows before each step
     order: Tensor  # (B,): sequences in descending order of length
@@ -522,14 +522,14 @@ class Rows(NamedTuple):
     def take(self, array: Tensor) -> Tensor:  # (T, B, n)
         """The rows (N, n) of an array."""
         flat = array.reshape(-1, array.shape[-1])
-        return flat if self.index is None else flat.index_select(0, self.index)
+        return flat if self.places is None else flat.index_select(0, self.places)
 
     def put(self, rows: Tensor, steps: int) -> Tensor:  # (N, n)
         """The array (T, B, n) of these rows, zero in the padding."""
-        if self.index is None:
+        if self.places is None:
             return rows.reshape(steps, -1, rows.shape[-1])
         flat = rows.new_zeros((steps * len(self.order), rows.shape[-1]))
-        return flat.index_copy_(0, self.index, rows).view(steps, -1, rows.shape[-1])
+        return flat.index_copy_(0, self.places, rows).view(steps, -1, rows.shape[-1])
 
 
 def make_rows(
@@ -548,8 +548,8 @@ def make_rows(
         anew |= reset[np.where(anew, 0, time + reverse), order[row]]
     entering = np.where(anew, row, batch + first[step - 1] + row)
     last = batch + first[ends - 1] + np.arange(batch)
-    index = None if lengths is None and not reverse else torch.from_numpy(time * batch + order[row])
-    return Rows(index, entering, first, torch.from_numpy(order), torch.from_numpy(last))
+    places = None if lengths is None and not reverse else torch.from_numpy(time * batch + order[row])
+    return Rows(places, entering, first, torch.from_numpy(order), torch.from_numpy(last))
 
 
 # --- The gradient of the first backward pass -------------------------------------------------------------
@@ -581,7 +581,10 @@ def second_backward(
     reverse: bool,
     wants_x: bool,
 ) -> Second:
-    """The gradient of the first backward pass, of one direction of one layer."""
+    """The gradient of the first backward pass, of one direction of one layer.
+
+    The recurrent weights multiply the output; cells in which they multiply another state have to be replayed.
+    """
     steps, batch, _ = x.shape
     rows = make_rows(steps, batch, lengths, reset, reverse)
     run = _Pass(cell, weights, moved_weights, rows, x, moved_x)
@@ -616,7 +619,8 @@ class _Pass:
         self.spec = spec = Spec(cell, scalar, weights.hr is not None)
         self.tiles, self.rows = products(scalar), rows
         self.own, self.moved = _by_product(cell, weights), _by_product(cell, moved)
-        self.inputs = [None if side is None else rows.take(side).contiguous() for side in (x, moved_x)]
+        self.x = rows.take(x).contiguous()
+        self.moved_x = None if moved_x is None else rows.take(moved_x).contiguous()
         self.hidden, self.wide = weights.ih.shape[0] // spec.gates, weights.ih.shape[0]
         number = len(rows.entering)
         count = len(rows.order) + number
@@ -652,22 +656,26 @@ class _Pass:
 
     def project(self) -> None:
         """Fill the gates, and their tangents but for what comes from the tangents of the outputs."""
-        own, moved, pack = self.own, self.moved, self.tiles.pack
-        terms: list[tuple[Tensor, Tensor, Packed]] = []
+
+        def pack(weight: Tensor | None) -> Packed | None:
+            return None if weight is None else self.tiles.pack(weight, transpose=True)
+
+        own, moved = self.own, self.moved
+        ih, hh = pack(own.ih), pack(own.hh)
         from_input, from_output = self.products(self.gates)
-        x, moved_x = self.inputs
-        for sources, targets, weight, moved_weight in (
-            ((x, moved_x), from_input, own.ih, moved.ih),
-            ((self.outputs[0][self.entering], None), from_output, own.hh, moved.hh),
-        ):
-            packed = pack(weight, transpose=True)
-            terms += [(target, rows, packed) for target, rows in zip(targets, sources) if rows is not None]
-            if moved_weight is not None:
-                terms.append((targets[1], sources[0], pack(moved_weight, transpose=True)))
+        entering = self.outputs[0][self.entering]
+        terms = (
+            (from_input[0], self.x, ih),
+            (from_input[1], self.x, pack(moved.ih)),
+            (from_input[1], self.moved_x, ih),
+            (from_output[0], entering, hh),
+            (from_output[1], entering, pack(moved.hh)),
+        )
         for begin in range(0, len(self.entering), OUTER_ROWS):  # whose gates stay in cache
             chunk = slice(begin, begin + OUTER_ROWS)
-            for target, rows, packed in terms:
-                self.tiles.add(target[chunk], rows[chunk], packed)
+            for target, source, weight in terms:
+                if source is not None and weight is not None:
+                    self.tiles.add(target[chunk], source[chunk], weight)
 
     def sweep(self) -> None:
         """Forward and backward through time."""
@@ -703,26 +711,30 @@ class _Pass:
         work = len(self.entering) * weights / engine.FLOPS + steps * weights * self.spec.size / engine.BYTES
         if self.hidden <= self.spec.lanes or engine.START + steps * engine.BARRIER > work / 2:
             return 1
-        return team.get_num_threads()
+        return int(team.get_num_threads())
 
     def weight_gradients(self) -> Weights:
         """From the gradients of the gates, which have taken the place of these."""
         own, new, batch = self.own, self.outputs.new_zeros, len(self.rows.order)
-        ih, hh, hr = (None if part is None else new(part.shape) for part in (own.ih, own.hh, own.hr))
+        gradients = Weights(new(own.ih.shape), new(own.hh.shape), vectors=tuple(self.d_vectors))
         d_input, d_output = self.products(self.gates)
-        for side, other in ((0, 1), (1, 0)):  # values by tangents, and tangents by values
-            if (rows := self.inputs[side]) is not None:
-                self.tiles.add_outer(ih, d_input[other], rows)
-            self.tiles.add_outer(hh, d_output[other], self.outputs[side][self.entering])
-            if hr is not None:
-                self.tiles.add_outer(hr, self.d_outputs[other, batch:], self.raw[side])
-        biases = [None if own.bias_ih is None else d[1].sum(0) for d in (d_input, d_output)]
-        return _by_product(self.spec.cell, Weights(ih, hh, *biases, hr, tuple(self.d_vectors)), back=True)
+        if own.bias_ih is not None:
+            gradients = gradients._replace(bias_ih=d_input[1].sum(0), bias_hh=d_output[1].sum(0))
+        if own.hr is not None:
+            gradients = gradients._replace(hr=new(own.hr.shape))
+        for side, source in enumerate((self.x, self.moved_x)):  # values by tangents, tangents by values
+            other = 1 - side
+            if source is not None:
+                self.tiles.add_outer(gradients.ih, d_input[other], source)
+            self.tiles.add_outer(gradients.hh, d_output[other], self.outputs[side][self.entering])
+            if own.hr is not None:
+                self.tiles.add_outer(gradients.hr, self.d_outputs[other, batch:], self.raw[side])
+        return _by_product(self.spec.cell, gradients, back=True)
 
     def input_gradient(self) -> Tensor:  # (N, I)
         """From the gradients of the gates."""
         d, moved_d = self.products(self.gates)[0]
-        dx = d.new_zeros(len(d), self.own.ih.shape[1])
+        dx: Tensor = d.new_zeros(len(d), self.own.ih.shape[1])
         self.tiles.add(dx, moved_d, self.tiles.pack(self.own.ih))
         if self.moved.ih is not None:
             self.tiles.add(dx, d, self.tiles.pack(self.moved.ih))
@@ -738,8 +750,9 @@ def _by_product(cell: Cell, weights: Weights, back: bool = False) -> Weights:
         if entry is None:
             return None
         here, there = (gates, cell.gates) if back else (cell.gates, gates)
-        by_gate: Tensor = entry.unflatten(0, (len(gates), -1))
-        return by_gate[[here.index(gate) for gate in there]].flatten(0, 1)
+        by_gate = entry.unflatten(0, (len(gates), -1))  # type: ignore[no-untyped-call]
+        ordered: Tensor = by_gate[[here.index(gate) for gate in there]].flatten(0, 1)
+        return ordered
 
     inputs, recurrent = cell.input_gates, cell.recurrent_gates
     return Weights(

@@ -34,6 +34,7 @@ from . import cells, dispatch, layers
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
+from .directions import prepare
 from .dispatch import Direction
 from .weights import Weights
 
@@ -117,12 +118,13 @@ def _direction(cell: Cell, weights: Sequence[Tensor]) -> Direction:
 def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     engine = dispatch.engine(weights[1].device.type)
     if not all(weight.is_contiguous() for weight in weights):  # what would be looked at is a copy
-        return engine.prepare(cell, _unflatten(cell, [_array(weight.contiguous()) for weight in weights]))
+        arrays = [_array(weight.contiguous()) for weight in weights]
+        return prepare(engine, cell, _unflatten(cell, arrays))
     arrays, key = [_array(weight) for weight in weights], tuple(map(id, weights))
     places = tuple([weight.data_ptr() for weight in weights])
     words = () if weights[1].is_cuda else tuple([array.reshape(-1).view(np.uint32) for array in arrays])
     stamp = _stamp(words, weights)
-    direction = engine.prepare(cell, _unflatten(cell, arrays))
+    direction = prepare(engine, cell, _unflatten(cell, arrays))
 
     def drop(reference: Any) -> None:
         if (entry := _packed.get(key)) is not None and any(owner is reference for owner in entry.owners):
@@ -332,7 +334,9 @@ def _bound(tape: Any, x: Any, y: Any) -> Any:
 
     A compiled graph may use theirs again once it has passed them on to backward.
     """
-    return tape._replace(**{name: value for name, value in (("x", x), ("y", y)) if name in tape._fields})
+    fields = getattr(tape, "_fields", ())  # a tape that holds copies has none
+    parts = {name: value for name, value in (("x", x), ("y", y)) if name in fields}
+    return tape._replace(**parts) if parts else tape
 
 
 def _backward(
@@ -346,8 +350,9 @@ def _backward(
     reset: Tensor | None,
     cell: str,
     directions: int,
-) -> list[Tensor]:
-    """Gradients of x, of the initial states and of the weights."""
+    wants_x: bool = True,
+) -> list[Tensor | None]:
+    """Gradients of x, of the initial states and of the weights; x's has a product of its own."""
     if not x.shape[1]:
         return [torch.zeros_like(part) for part in (x, *initial, *weights)]
     record = _records.get(int(handle))
@@ -355,15 +360,21 @@ def _backward(
         (y, *_), record = _run(x, initial, weights, lengths, reset, cell, directions, True)
     with _on_stream(x):
         return _run_backward(
-            cast(_Record, record), grads, y, x, initial, _shape(x, weights, cell, directions)
+            cast(_Record, record), grads, y, x, initial, _shape(x, weights, cell, directions), wants_x
         )
 
 
 def _run_backward(
-    record: _Record, grads: list[Tensor], y: Tensor, x: Tensor, initial: list[Tensor], shape: _Shape
-) -> list[Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    source, output, target = _array(x), _array(y), _array(dx)
+    record: _Record,
+    grads: list[Tensor],
+    y: Tensor,
+    x: Tensor,
+    initial: list[Tensor],
+    shape: _Shape,
+    wants_x: bool,
+) -> list[Tensor | None]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None
+    source, output, target = _array(x), _array(y), None if dx is None else _array(dx)
     dy, *dfinal = map(_array, grads)
     dinitial, dweights = [], []
     for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
@@ -412,6 +423,7 @@ _FUNCTIONS: dict[str, Any] = {
     "exp": torch.exp,
     "log": torch.log,
     "sqrt": torch.sqrt,
+    "erf": torch.erf,
     "absolute": torch.abs,
     "minimum": _pairwise(torch.minimum),
     "maximum": _pairwise(torch.maximum),
@@ -456,6 +468,8 @@ def _replay_direction(
     reset: np.ndarray | None,  # (T, B)
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
+    if cell.half is not None:
+        return _replay_halves(cell, cell.half, weights, x, initial, lengths, reset, reverse)
     steps, batch, _ = x.shape
     active, boundary, order = schedule(steps, batch, lengths, reset, reverse)
     running, anew = (torch.from_numpy(mask).to(x.device)[..., None] for mask in (active, boundary))
@@ -465,7 +479,7 @@ def _replay_direction(
     for t in order:
         if boundary[t].any():
             states = [torch.where(anew[t], s0, s) for s0, s in zip(initial, states)]
-        from_output = nn.functional.linear(states[0], weights.hh, weights.bias_hh)
+        from_output = nn.functional.linear(states[cell.operand], weights.hh, weights.bias_hh)
         given = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
         for gate, a, b in zip(cell.gates, from_input[t].chunk(count, -1), from_output.chunk(count, -1)):
             given |= {f"{gate}_x": a, f"{gate}_h": b} if gate in cell.split else {gate: a + b}
@@ -479,6 +493,30 @@ def _replay_direction(
             y[t] = torch.where(running[t], y[t], 0)
             states = [torch.where(running[t], n, s) for n, s in zip(new, states)]
     return torch.stack(y), states
+
+
+def _replay_halves(
+    cell: Cell,
+    half: Cell,
+    weights: Weights,
+    x: Tensor,
+    initial: list[Tensor],
+    lengths: np.ndarray | None,
+    reset: np.ndarray | None,
+    reverse: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Each step as two of half of it, as :class:`fusedlstm.directions.TwoProducts` runs it."""
+    zero = torch.zeros_like(initial[0])
+    given = dict(zip(cell.states, initial)) | {"operand": initial[0], "update": zero, "phase": zero}
+    if reset is not None:
+        reset, marks = np.zeros((2 * len(x), x.shape[1]), bool), reset
+        reset[::2] = marks
+    y, final = _replay_direction(
+        half, weights, x.repeat_interleave(2, 0), [given[name] for name in half.states],
+        None if lengths is None else 2 * lengths, reset, reverse,
+    )  # fmt: skip
+    found = dict(zip(half.states, final))
+    return y[0 if reverse else 1 :: 2], [found[name] for name in cell.states]
 
 
 # --- The operators ---------------------------------------------------------------------------------------
@@ -515,16 +553,14 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(lengths, reset, output[-1], output[0], x, *initial, *weights)
 
 
-def _layer_gradient(ctx: Any, grads: Sequence[Any]) -> Any:
+def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
     lengths, reset, handle, y, x, *rest = ctx.saved_tensors
     initial, weights = rest[: ctx.states], rest[ctx.states :]
     # the output has no gradient here: detached, or this would be called again with zeros
     y = y.detach()
     args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
-    if torch.is_grad_enabled() or not _plain([x, *grads[:-1], *rest]):
-        dx, *others = _call("layer_backward", *args)
-    else:
-        dx, *others = _backward(*args)
+    watched = torch.is_grad_enabled() or not _plain([x, *grads[:-1], *rest])
+    dx, *others = _call("layer_backward", *args) if watched else _backward(*args, wants_x)
     return dx, others[: ctx.states], others[ctx.states :], None, None, None, None, None
 
 
@@ -535,7 +571,7 @@ def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(lengths, reset, y, x, *grads, *initial, *weights)
 
 
-def _second_gradient(ctx: Any, seeds: list[Tensor | None]) -> Any:
+def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any:
     """The gradient of `_backward`."""
     lengths, reset, y, x, *rest = ctx.saved_tensors
     first, second = ctx.counts[0], sum(ctx.counts)
@@ -543,8 +579,8 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None]) -> Any:
     shape = _shape(x, weights, ctx.cell, ctx.directions)
     ends, marks = _host_lengths(lengths, shape.steps), None if reset is None else reset.cpu().numpy()
     given = [seed for seed in seeds if seed is not None]
-    if x.is_cpu and shape.batch and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
-        wants_x = ctx.needs_input_grad[3]
+    known = x.is_cpu and shape.batch and shape.cell.half is None and shape.cell.operand == 0
+    if known and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
         dgrads, dx, dinitial, dweights = _run_second(
             grads, y, x, initial, weights, seeds, ends, marks, shape, wants_x
         )
@@ -630,7 +666,7 @@ def _transformable(name: str, save: Any, gradient: Any) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return None, *tree_leaves(gradient(ctx, list(grads)))
+            return None, *tree_leaves(gradient(ctx, list(grads), True))
 
         @staticmethod
         def vmap(info: Any, dims: Any, spec: Any, *flat: Any) -> Any:
@@ -659,8 +695,12 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-_layer.register_autograd(_layer_gradient, setup_context=_save)
-_layer_backward.register_autograd(_second_gradient, setup_context=_save_backward)
+_layer.register_autograd(
+    lambda ctx, grads: _layer_gradient(ctx, grads, ctx.needs_input_grad[0]), setup_context=_save
+)
+_layer_backward.register_autograd(
+    lambda ctx, seeds: _second_gradient(ctx, seeds, ctx.needs_input_grad[3]), setup_context=_save_backward
+)
 _TRANSFORMABLE = {
     "layer": _transformable("layer", _save, _layer_gradient),
     "layer_backward": _transformable("layer_backward", _save_backward, _second_gradient),
@@ -702,7 +742,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dx, dinitial, dweights, *_ = _layer_gradient(ctx, [*grads, None])
+        dx, dinitial, dweights, *_ = _layer_gradient(ctx, [*grads, None], ctx.needs_input_grad[0])
         return dx, *[None] * 6, *dinitial, *dweights
 
 

@@ -254,7 +254,9 @@ def np_leaves(y: np.ndarray, final: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(
-    "cell", [cells.lstm, cells.gru, cells.peephole_lstm, checks.three_states], ids=checks.name
+    "cell",
+    [cells.lstm, cells.gru, cells.peephole_lstm, checks.three_states, cells.gru_reset_before],
+    ids=checks.name,
 )
 def test_gradients_of_gradients(cell: fusedlstm.Cell, bidirectional: bool) -> None:
     module = fused.Recurrent(cell, 2, 3, bidirectional=bidirectional, dtype=torch.float64)
@@ -286,6 +288,31 @@ def test_gradient_penalty_is_pytorchs() -> None:
         )
     kept = [n for n, part in enumerate(results[0]) if part is not None]
     assert_same([results[1][n] for n in kept], [results[0][n] for n in kept])
+
+
+def test_third_derivatives() -> None:
+    """Those of the second, which are replayed."""
+    theirs, ours = pair("LSTM", 2, 3, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (theirs, ours):
+        value = module(x)[0].square().sum()
+        for _ in range(3):
+            (dx,) = torch.autograd.grad(value, x, create_graph=True)
+            value = dx.square().sum()
+        results.append([dx, *torch.autograd.grad(value, list(module.parameters()), allow_unused=True)])
+    kept = [n for n, part in enumerate(results[0]) if part is not None]
+    assert_same([results[1][n] for n in kept], [results[0][n] for n in kept])
+
+
+def test_input_without_gradient() -> None:
+    _, ours = pair("LSTM", INPUTS, HIDDEN, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    expected, found = (
+        torch.autograd.grad(ours(given)[0].square().sum(), list(ours.parameters()))
+        for given in (x.clone().requires_grad_(), x)
+    )
+    assert_same(found, expected)
 
 
 def test_gradients_of_samples() -> None:

@@ -168,8 +168,8 @@ class _Arguments:
     @property
     def run_steps(self) -> np.ndarray:
         """(T, B, I): the input as kernels take it."""
-        x = self.x if self.steps is None else self.steps.front(self.x)
-        return x.swapaxes(0, 1)
+        x: np.ndarray = self.x if self.steps is None else self.steps.front(self.x)
+        return np.swapaxes(x, 0, 1)
 
 
 def forward(run: Run, training: bool, *flat: Any) -> list[np.ndarray]:

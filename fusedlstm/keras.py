@@ -42,6 +42,7 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "celu": lambda x: _elu(x),
     "elu": lambda x: _elu(x),
     "exponential": math.exp,
+    "gelu": lambda x: 0.5 * x * (1 + math.erf(x * 0.5**0.5)),
     "hard_shrink": lambda x: math.where(math.absolute(x) > 0.5, x, 0.0),
     "hard_sigmoid": math.hard_sigmoid,
     "hard_silu": lambda x: x * math.hard_sigmoid(x),
@@ -121,8 +122,21 @@ def _gru(activation: str, gate: str) -> Cell:
     return cells.cell(gates=cells.gru.gates, states=cells.gru.states, split=cells.gru.split)(gru)
 
 
+@cache
 def _gru_reset_before(activation: str, gate: str) -> Cell:
-    raise ValueError("reset_after must be True: there is no kernel for a reset before the product yet")
+    standard = cells.gru_reset_before
+    if (activation, gate) == ("tanh", "sigmoid"):
+        return standard
+    act, rec = _ACTIVATIONS[activation], _ACTIVATIONS[gate]
+
+    def gru_reset_before(r: Any, z: Any, n: Any, h: Any, update: Any, phase: Any) -> Any:
+        first = phase < 0.5
+        new = math.where(first, h, act(n) + update * (h - act(n)))
+        return new, math.where(first, rec(r) * h, new), rec(z), math.where(first, 1.0, 0.0)
+
+    half = cast(Cell, standard.half)
+    made = cells.cell(gates=half.gates, states=half.states, recurrent=half.recurrent)(gru_reset_before)
+    return cells._TwoProducts(made)
 
 
 @cache
@@ -154,15 +168,6 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         self._fused_cell = self._mathematics()
         self.supports_jit = _BACKEND != "tensorflow"  # XLA compiles no calls of the host there
 
-    @property
-    def use_cudnn(self) -> bool:
-        """Never: our kernels run in its place, whatever was asked for."""
-        return False
-
-    @use_cudnn.setter
-    def use_cudnn(self, value: Any) -> None:
-        pass
-
     def _mathematics(self) -> Cell:
         """The cell of ours that computes what Keras's does.
 
@@ -178,10 +183,9 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         """
         mask = mask[0] if keras.tree.is_nested(mask) else mask
         mask = None if mask is None else ops.cast(mask, "bool")
-        cell, dtype = self._fused_cell, "float64" if self.compute_dtype == "float64" else "float32"
+        cell, dtype = self._fused_cell, self._computes
         x = ops.cast(sequences, dtype)
         states = [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)]
-        count = len(states)
         if self.stateful and _BACKEND == "torch":  # the layer writes to them before backward reads them
             states = [ops.copy(state) for state in states]
         if training and self.cell.dropout:
@@ -190,32 +194,52 @@ class _Fused(layers.RNN):  # type: ignore[misc]
             drops = _one_mask(self.cell.get_recurrent_dropout_mask(states[cell.operand]), dtype)
             states += [drops, drops * states[cell.operand]]
             cell = cells.recurrent_dropout(cell)
+        shown, finals = self._run(cell, bool(training), x, mask, dict(zip(cell.states, states)))
+        last = shown[:, -1] if self.return_sequences else shown
+        return last, shown, [finals[name] for name in self._fused_cell.states]
+
+    def _run(
+        self, cell: Cell, training: bool, x: Any, mask: Any, states: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """What is shown of the outputs, and the final states by name."""
+        if cell.half is not None:  # two recurrent products a step: two steps of half of it
+            x, mask = ops.repeat(x, 2, axis=1), None if mask is None else ops.repeat(mask, 2, axis=1)
+            output = states[cell.states[0]]
+            states |= {"operand": output, "update": ops.zeros_like(output), "phase": ops.zeros_like(output)}
+            shown, finals = self._run(cell.half, training, x, mask, states)
+            return shown[:, 1::2] if self.return_sequences else shown, finals
         run = Run(
             cell,
             self.go_backwards,
             self.return_sequences,
             self.zero_output_for_mask,
-            _BACKEND == "jax",
-            mask is not None,
+            carries=_BACKEND == "jax",
+            masked=mask is not None,
         )
-        shown, *finals = _CORES[_BACKEND](run, bool(training), x, mask, states, self._weights(dtype))
-        return (shown[:, -1] if self.return_sequences else shown), shown, finals[:count]
+        initial = [states[name] for name in cell.states]
+        shown, *final = _CORES[_BACKEND](run, training, x, mask, initial, self._weights())
+        return shown, dict(zip(cell.states, final))
 
-    def _weights(self, dtype: str) -> list[Any]:
+    @property
+    def _computes(self) -> str:
+        """What the kernels compute in; the results are cast to Keras's type."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def _weights(self) -> list[Any]:
         """The weights in our layout: (gates*H, I), (gates*H, H), both biases, the learned vectors."""
         cell = self.cell
-        kernels = [self._in_order(kernel, dtype) for kernel in (cell.kernel, cell.recurrent_kernel)]
+        kernels = [self._in_order(kernel) for kernel in (cell.kernel, cell.recurrent_kernel)]
         flat = [ops.transpose(kernel) for kernel in kernels]
         if cell.bias is not None:
-            bias = self._in_order(cell.bias, dtype)
+            bias = self._in_order(cell.bias)
             flat += [bias[0], bias[1]] if len(bias.shape) == 2 else [bias, ops.zeros_like(bias)]
-        return [*flat, *(ops.cast(vector, dtype) for vector in getattr(cell, "vectors", ()))]
+        return [*flat, *(ops.cast(vector, self._computes) for vector in getattr(cell, "vectors", ()))]
 
-    def _in_order(self, weight: Any, dtype: str) -> Any:
+    def _in_order(self, weight: Any) -> Any:
         """A weight with its gates, along the last axis, in the order of our cell."""
         ours = self._fused_cell.gates
         theirs = _GATES.get(type(self.cell), ours)
-        weight = ops.cast(weight, dtype)
+        weight = ops.cast(weight, self._computes)
         if theirs == ours:
             return weight
         parts = ops.split(weight, len(theirs), axis=-1)
@@ -530,13 +554,15 @@ def _jax(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weight
 def _jax_layer() -> Any:
     import jax
 
-    def like(*arrays: Any) -> list[Any]:
-        return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+    array: Any = jax.ShapeDtypeStruct  # its shape and type
+
+    def like(*given: Any) -> list[Any]:
+        return [array(part.shape, part.dtype) for part in given]
 
     def call(run: Run, training: bool, x: Any, mask: Any, initial: Any, weights: Any) -> list[Any]:
         batch, steps, _ = x.shape
         shape = (batch, *((steps,) if run.sequences else ()), initial[0].shape[1])
-        results = [jax.ShapeDtypeStruct(shape, x.dtype), *like(*initial), jax.ShapeDtypeStruct((), "int32")]
+        results = [array(shape, x.dtype), *like(*initial), array((), "int32")]
         flat = (x, *_present(mask), *initial, *weights)
         return list(jax.pure_callback(_forward(run, training), results, *flat, vmap_method="sequential"))
 

@@ -5,7 +5,8 @@
 
 What a program has to offer for its page:
 
-- its docstring: a title in the first line, then what it shows, its data and where they come from;
+- its docstring: a title, a colon and a summary in the first line, then what it shows, its data and where
+  they come from;
 - functions named ``*_model``, which build its models and are shown;
 - ``main(argv)``, which takes ``--picture FILE`` and returns its figures by name, of which the first is the
   figure of merit and the second that of the baseline;
@@ -50,8 +51,9 @@ PROGRAMS = (
 class Page(NamedTuple):
     """What is known about a program that has run."""
 
-    title: str
-    about: str  # the rest of its docstring
+    title: str  # the first line of its docstring up to the colon
+    summary: str  # the rest of that line
+    about: str  # the rest of the docstring
     models: str  # source code of the functions that build its models
     figures: dict[str, float]  # the first is the figure of merit, the second that of the baseline
     seconds: float
@@ -82,21 +84,24 @@ def run(program: str, arguments: Sequence[str]) -> Page:
         module = load(program)
         figures = module.main(arguments)
     seconds = time.perf_counter() - start
-    title, _, about = inspect.getdoc(module).partition("\n")
+    first, _, about = inspect.getdoc(module).partition("\n")
+    title, _, summary = first.partition(": ")
     models = [
         inspect.getsource(function)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if name.endswith("_model") and function.__module__ == program
     ]
-    return Page(title, about.strip(), "\n\n".join(models), figures, seconds, printed.getvalue().strip())
+    return Page(
+        title, summary, about.strip(), "\n\n".join(models), figures, seconds, printed.getvalue().strip()
+    )
 
 
 def markdown(program: str, page: Page, picture: bool) -> str:
     """The page of a program."""
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in page.figures.items())
-    # Indented blocks of a docstring are code in Markdown too.
     parts = [
         f"# {page.title}",
+        page.summary[:1].upper() + page.summary[1:],
         page.about,
         f"![{page.title}](../pictures/program-{program}.png)" if picture else "",
         f"| figure | value |\n|---|---|\n{rows}\n| seconds on {os.cpu_count()} cores | {page.seconds:.0f} |",

@@ -102,12 +102,13 @@ def clause(random: np.random.Generator) -> Clause:
     return Clause(*forms[random.integers(len(forms))])
 
 
-def reviews(count: int, seed: int) -> tuple[list[str], np.ndarray]:
-    """Texts of reviews, and 1 for those that are favourable and 0 for those that are not."""
+def reviews(count: int, seed: int, wrong: float = 0.0) -> tuple[list[str], np.ndarray]:
+    """Texts of reviews, and 1 for those that are favourable and 0 for those that are not, or the other way
+    round for a share that is labelled wrongly."""
     random = np.random.default_rng(seed)
     texts, labels = [], []
     while len(texts) < count:
-        clauses = [clause(random) for _ in range(random.integers(3, 8))]
+        clauses = [clause(random) for _ in range(random.integers(1, 6))]
         score = sum(part.score for part in clauses)
         if score == 0:
             continue
@@ -116,7 +117,7 @@ def reviews(count: int, seed: int) -> tuple[list[str], np.ndarray]:
             text += LINKS[random.integers(len(LINKS))] + part.text
         texts.append(re.sub(r"(^|[.!] )([a-z])", lambda start: start[0].upper(), text) + ".")
         labels.append(score > 0)
-    return texts, np.array(labels, "float32")
+    return texts, np.array(labels ^ (random.random(count) < wrong), "float32")
 
 
 # --- From text to numbers -------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def sentiment_model(units: int, dropout: float = 0.0, l2: float = 0.0) -> keras.
             layers.Dense(1, activation="sigmoid"),
         ]
     )
-    model.compile(keras.optimizers.Adam(2e-3), "binary_crossentropy", metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(3e-3), "binary_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -201,22 +202,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     default = "The plot was anything but boring, and I never disliked the music."
     parser.add_argument("sentence", nargs="?", default=default, help="to be judged at the end")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--reviews", type=int, default=4000, help="to learn from; as many are held out")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--reviews", type=int, default=3000, help="to learn from; as many are held out")
     parser.add_argument("--units", type=int, default=64)
-    parser.add_argument("--words", type=int, default=60, help="of a review that the model reads")
+    parser.add_argument("--words", type=int, default=50, help="of a review that the model reads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", metavar="FILE", help="save loss and accuracy after each epoch")
     options = parser.parse_args(argv)
     keras.utils.set_random_seed(options.seed)
 
-    texts, labels = reviews(options.reviews, seed=1)
+    texts, labels = reviews(options.reviews, seed=1, wrong=1 / 8)
     new_texts, new_labels = reviews(options.reviews, seed=2)
     numbers = vocabulary(texts)
     x, x_new = (encode(some, numbers, options.words) for some in (texts, new_texts))
-    print(
-        f"{len(texts)} reviews made to learn from, {len(new_texts)} held out, {len(numbers)} words; one is\n"
-    )
+    print(f"{len(texts)} reviews made to learn from, {len(new_texts)} held out, {len(numbers)} words")
     for text, label in list(zip(texts, labels))[:2]:
         print(f"\n{text}\nfavourable: {'yes' if label else 'no'}")
 

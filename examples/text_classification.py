@@ -103,7 +103,7 @@ def classification_model(classes: int) -> keras.Model:
             layers.Dense(classes, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     default = "Return the signature of the callable object."
     parser.add_argument("line", nargs="?", default=default, help="to be classified at the end")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lines", type=int, help="to use; default: all")
     parser.add_argument("--words", type=int, default=32, help="of a line that the model reads")
     parser.add_argument("--seed", type=int, default=0)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     model = classification_model(len(MODULES))
     history = model.fit(
-        x[:end], labels[:end], 64, options.epochs, validation_data=(x[end:], labels[end:]), verbose=PROGRESS
+        x[:end], labels[:end], 128, options.epochs, validation_data=(x[end:], labels[end:]), verbose=PROGRESS
     ).history
 
     truth = labels[end:]

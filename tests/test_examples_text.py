@@ -111,6 +111,7 @@ def test_reviews_are_balanced_and_those_held_out_are_others() -> None:
     again, _ = sentiment.reviews(500, seed=1)
     others, _ = sentiment.reviews(500, seed=2)
     assert texts == again
+    assert np.mean(labels != sentiment.reviews(500, seed=1, wrong=0.25)[1]) == pytest.approx(0.25, abs=0.06)
     assert len(set(texts) & set(others)) < 5
     assert 0.4 < labels.mean() < 0.6
     assert all(text[0].isupper() and text.endswith(".") for text in texts)
@@ -267,15 +268,14 @@ def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.Monke
 
     page = (docs / "programs" / "sentiment.md").read_text()
     parts = (
-        "# A title: with words.",
-        "About it.",
+        "# A title\n\nWith words.\n\nAbout it.",
         "| accuracy, ours | 0.75 |",
         "def tiny_model",
         "printed by",
     )
     for part in parts:
         assert part in page
-    assert "![A title: with words.](../pictures/program-sentiment.png)" in page
+    assert "![A title](../pictures/program-sentiment.png)" in page
     records = json.loads((docs / "programs" / "figures.json").read_text())
     assert records["sentiment"]["figures"] == {"accuracy, ours": 0.75, "accuracy, baseline": 0.5}
     row = "sentiment.md) | accuracy, ours: 0.75 | accuracy, baseline: 0.5 |"

@@ -302,11 +302,24 @@ def bound(case: Case, limits: dict[str, Any]) -> Bound:
             products += [*products, (*once, inputs), (*once, case.hidden)]
         for times, count, columns in products:
             work, weights = 2 * count * rows * columns, rows * columns * size
-            computing, reading = work / rate, weights / limits["read"][level][threads]
+            computing = work / rate
+            reading = weights * seconds_of_a_byte(resident, limits["read"], case.threads)
             name = "FMA" if computing >= reading else level
             spent[name] = spent.get(name, 0) + times * max(computing, reading)
             operations, bytes_ = operations + times * work, bytes_ + times * weights
     return Bound(sum(spent.values()), max(spent, key=spent.__getitem__), operations, bytes_)
+
+
+def seconds_of_a_byte(resident: int, rates: dict[str, Any], threads: int) -> float:
+    """The least time to read one of so many bytes of weights, again and again.
+
+    A sweep that goes there and back finds in each level of cache what that can hold.
+    """
+    sizes, seconds, left = cache_sizes(), 0.0, 1.0
+    for level, size in (("L1", threads * sizes["L1"]), ("L2", threads * sizes["L2"]), ("L3", sizes["L3"])):
+        part = min(left, size / resident)
+        seconds, left = seconds + part / rates[level][str(threads)], left - part
+    return seconds + left / rates["memory"][str(threads)]
 
 
 def level_of(weights: int, threads: int) -> str:

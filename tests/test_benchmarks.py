@@ -342,6 +342,14 @@ def test_weights_lie_in_the_level_that_holds_a_threads_share(
     assert limits.level_of(weights, 2) == level
 
 
+def test_each_level_gives_what_it_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "cache_sizes", lambda: {"L1": 10, "L2": 90, "L3": 400})
+    rates = {level: {"2": rate} for level, rate in (("L1", 8.0), ("L2", 4.0), ("L3", 2.0), ("memory", 1.0))}
+    assert limits.seconds_of_a_byte(20, rates, 2) == pytest.approx(1 / 8)
+    assert limits.seconds_of_a_byte(200, rates, 2) == pytest.approx(0.1 / 8 + 0.9 / 4)
+    assert limits.seconds_of_a_byte(1000, rates, 2) == pytest.approx(0.02 / 8 + 0.18 / 4 + 0.4 / 2 + 0.4)
+
+
 def test_the_better_of_two_measurements() -> None:
     first = {
         "registers": "some",

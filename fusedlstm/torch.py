@@ -90,32 +90,33 @@ class _Packed(NamedTuple):
     owners: list[weakref.ref[Tensor]]  # the weights
     places: tuple[int, ...]  # where they lie
     words: tuple[np.ndarray, ...]  # their memory, so that nothing else can lie there; none on a GPU
-    stamp: tuple[int, ...]
+    stamps: dict[int, tuple[int, ...]]  # by how much was looked at
     direction: Direction
 
 
 _packed: dict[tuple[int, ...], _Packed] = {}  # by the identities of the weights, until one of them goes
 
 
-def _direction(cell: Cell, weights: Sequence[Tensor]) -> Direction:
-    """One direction with these weights, as they are now.
+def _direction(cell: Cell, weights: Sequence[Tensor], rows: int) -> Direction:
+    """One direction with these weights, as they are now, to be run on so many rows, T times B.
 
     What was laid out is used again if the tensors are the same, contiguous, lie where they lay, and have
     the same version counters and the same bits.  The bits are for what the counters do not see: a write to
     ``weight.data``, or to memory shared with NumPy.  On a GPU it is the counters alone.
     """
+    every = _every(weights, rows)
     known = _packed.get(tuple(map(id, weights)))
     if (
         known is not None
         and known.cell is cell
         and known.places == tuple([weight.data_ptr() for weight in weights])
-        and known.stamp == _stamp(known.words, weights)
+        and known.stamps.get(every) == _stamp(known.words, weights, every)
     ):
         return known.direction
-    return _pack(cell, weights)
+    return _pack(cell, weights, {every, _every(weights, 1)})
 
 
-def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
+def _pack(cell: Cell, weights: Sequence[Tensor], looks: set[int]) -> Direction:
     engine = dispatch.engine(weights[1].device.type)
     if not all(weight.is_contiguous() for weight in weights):  # what would be looked at is a copy
         arrays = [_array(weight.contiguous()) for weight in weights]
@@ -123,7 +124,7 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     arrays, key = [_array(weight) for weight in weights], tuple(map(id, weights))
     places = tuple([weight.data_ptr() for weight in weights])
     words = () if weights[1].is_cuda else tuple([array.reshape(-1).view(np.uint32) for array in arrays])
-    stamp = _stamp(words, weights)
+    stamps = {every: _stamp(words, weights, every) for every in looks}
     direction = prepare(engine, cell, _unflatten(cell, arrays))
 
     def drop(reference: Any) -> None:
@@ -131,24 +132,26 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
             del _packed[key]
 
     owners = [weakref.ref(weight, drop) for weight in weights]
-    _packed[key] = _Packed(cell, owners, places, words, stamp, direction)
+    _packed[key] = _Packed(cell, owners, places, words, stamps, direction)
     return direction
 
 
-# Words of the weights that are looked at in a call: more would push others out of the cache.
-_LOOKED_AT = 1 << 16
+_LOOKED_AT = 1 << 16  # numbers of large weights that are looked at: more would push others out of the cache
+_MANY_ROWS = 1024  # for so many rows all numbers are: that takes a few per cent of what the products take
 
 
-def _stamp(words: tuple[np.ndarray, ...], weights: Sequence[Tensor]) -> tuple[int, ...]:
-    """Version counters, and a number for the bits: of all, or of evenly spread parts of large weights."""
+def _every(weights: Sequence[Tensor], rows: int) -> int:
+    """Which part of the weights is looked at: one block of numbers in so many."""
+    return 1 if rows >= _MANY_ROWS else 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
+
+
+def _stamp(words: tuple[np.ndarray, ...], weights: Sequence[Tensor], every: int) -> tuple[int, ...]:
+    """Version counters, and a number for the bits that are looked at."""
     try:
         versions = [weight._version for weight in weights]
     except RuntimeError:  # tensors made in inference mode have no counters
         return (_fingerprint()(words, 1),) if words else ()
-    if not words:
-        return tuple(versions)
-    every = 1 + (words[0].size + words[1].size) // _LOOKED_AT
-    return (*versions, _fingerprint()(words, every))
+    return (*versions, _fingerprint()(words, every)) if words else tuple(versions)
 
 
 @cache
@@ -312,7 +315,7 @@ def _fill(
     used, tapes = [], []
     each = len(weights) // shape.directions
     for d in range(shape.directions):
-        direction = _direction(shape.cell, weights[d * each : (d + 1) * each])
+        direction = _direction(shape.cell, weights[d * each : (d + 1) * each], shape.steps * shape.batch)
         tape = direction.forward(
             source,
             tuple([part[d] for part in given]) if given else None,
@@ -976,7 +979,13 @@ class _TorchStack(_Stack, nn.RNNBase):
         return _MODES[self.mode]
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: the kernels keep a layout of their own, which follows the parameters."""
+        """Lay out the weights anew at the next call.
+
+        Not needed but after a write to few entries of large weights that PyTorch does not see, through
+        ``.data`` or NumPy: the layout that the kernels keep follows all else by itself.
+        """
+        for names in self._all_weights:
+            _packed.pop(tuple([id(_parameter(self, name)) for name in names]), None)
 
 
 class LSTM(_TorchStack):

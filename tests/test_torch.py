@@ -514,6 +514,21 @@ def test_large_weights_written_unseen_by_counters() -> None:
         assert_same(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_one_entry_of_large_weights_written_unseen_by_counters(told: bool) -> None:
+    """Seen by itself where there is so much to compute that all weights are looked at."""
+    theirs, ours = pair("LSTM", 300, 300)
+    x = torch.randn(2 if told else 64, 16, 300)
+    with torch.no_grad():
+        for value in (3.0, -3.0):
+            ours(x)
+            for module in (ours, theirs):
+                module.weight_hh_l0.data[77, 133] = value
+            if told:
+                ours.flatten_parameters()
+            assert_same(ours(x), theirs(x))
+
+
 def test_weights_made_in_inference_mode() -> None:
     with torch.inference_mode():
         theirs, ours = pair("LSTM")

@@ -8,16 +8,15 @@ The bound of a case is a roofline over its matrix products.  A product of `rows`
 takes the longer of
 
 * 2 * rows * n * k operations at the multiply-add rate of all threads, and
-* reading the n x k weights once, at the read bandwidth of the level that holds them.
+* reading the n x k weights once: as much as each level of cache can hold at the rate of that level, since a
+  kernel that goes through its weights there and back finds there what it read last, the rest from memory.
 
-The recurrent product runs T times with B rows; the product with the input runs once, with T * B rows.  A
-thread keeps its own share of the recurrent weights, so they are held by L1 or L2 if a share fits there,
-by L3 if all of them do, else by memory; in a single step the input weights are read beside them.
-Training has each product three times: forward, for the gradient of what enters, and for the gradient of
-the weights, which is one product over all steps.  From 4 rows on the multiply-adds usually decide, below
-the reads.  Nothing else is counted, neither the cell's functions nor barriers, so 100% is out of reach; but
-a kernel that goes through its weights there and back finds those that it read last in a nearer level, and
-can beat the bound where a share does not fit.
+The recurrent product runs T times with B rows; the product with the input runs once, with T * B rows.  It is
+the recurrent weights that are read again and again, each thread its own share of them; in a single step the
+input weights are read beside them.  Training has each product three times: forward, for the gradient of what
+enters, and for the gradient of the weights, which is one product over all steps.  From 4 rows on the
+multiply-adds usually decide, below the reads.  Nothing else is counted, neither the cell's functions nor
+barriers, so 100% is out of reach.
 
 Run as a program, with numbers of threads, this module prints the limits as JSON.
 """

@@ -1,0 +1,384 @@
+"""The programs in examples/ about sequences: their parts on cases made by hand, and each of them, small."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("MPLBACKEND", "agg")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import compare_cells
+import dialogue
+import forecasting
+import keras
+import numpy as np
+import pytest
+import speech
+import translation
+
+RANDOM = np.random.default_rng
+
+
+def small(program: ModuleType, folder: Path, *options: str) -> dict[str, float]:
+    """The figures of a program, which are finite; it saves a picture."""
+    picture = folder / "picture.png"
+    figures = program.main([*options, "--picture", str(picture)])
+    assert len(figures) >= 2
+    assert all(np.isfinite(value) for value in figures.values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return figures
+
+
+# --- Translation ----------------------------------------------------------------------------------------
+
+
+class Toy:
+    """Log probabilities of five tokens that depend on all that is written: those from 2 on can follow."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def one(self, written: tuple[int, ...]) -> np.ndarray:
+        weights = RANDOM([self.seed, *written]).random(5) ** 3
+        weights[[translation.PAD, translation.START]] = 0
+        with np.errstate(divide="ignore"):
+            return np.log(weights / weights.sum())
+
+    def __call__(self, written: np.ndarray) -> np.ndarray:
+        return np.stack([self.one(tuple(row)) for row in written.tolist()])
+
+    def score(self, sentence: tuple[int, ...]) -> float:
+        beginnings = [(translation.START, *sentence[:n]) for n in range(len(sentence))]
+        return sum(self.one(beginning)[token] for beginning, token in zip(beginnings, sentence))
+
+    def sentences(self, longest: int) -> list[tuple[int, ...]]:
+        """All that end, or are as long as can be; the likeliest first."""
+        found = [()]
+        for _ in range(longest):
+            found = [s + t for s in found for t in ([()] if translation.END in s else [(2,), (3,), (4,)])]
+        return sorted(found, key=self.score, reverse=True)
+
+
+def beam(toy: Toy, width: int, longest: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    found, scores = translation.beam_search(toy, 1, width, longest)
+    return [tuple(n for n in row if n != translation.PAD) for row in found[0].tolist()], scores[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_that_holds_everything_finds_the_best_in_order(seed: int) -> None:
+    toy = Toy(seed)
+    right = toy.sentences(4)
+    found, scores = beam(toy, len(right), 4)
+    np.testing.assert_allclose(scores, [toy.score(sentence) for sentence in right])
+    assert found == right
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_of_one_is_greedy(seed: int) -> None:
+    toy, greedy = Toy(seed), ()
+    while len(greedy) < 6 and translation.END not in greedy:
+        greedy += (int(toy.one((translation.START, *greedy)).argmax()),)
+    (found,), (score,) = beam(toy, 1, 6)
+    assert found == greedy
+    assert score == pytest.approx(toy.score(greedy))
+
+
+def test_beams_of_a_batch_do_not_mix() -> None:
+    toys = Toy(1), Toy(2)
+
+    def both(written: np.ndarray) -> np.ndarray:
+        return np.concatenate([toy(part) for toy, part in zip(toys, np.split(written, 2))])
+
+    found, scores = translation.beam_search(both, 2, 3, 5)
+    for toy, sentences, score in zip(toys, found, scores):
+        alone, expected = translation.beam_search(toy, 1, 3, 5)
+        np.testing.assert_array_equal(sentences[:, : alone.shape[2]], alone[0])
+        np.testing.assert_allclose(score, expected[0])
+
+
+def test_a_vocabulary_brings_back_what_it_encoded() -> None:
+    sentences = [("b", "a"), (), ("a", "c", "a")]
+    vocabulary = translation.Vocabulary(sentences)
+    ids = vocabulary.encode(sentences)
+    assert ids.shape == (3, 5)
+    assert [vocabulary.decode(row[1:]) for row in ids] == sentences
+    assert ids[1].tolist() == [translation.START, translation.END] + 3 * [translation.PAD]
+    with pytest.raises(ValueError, match="not in the vocabulary: x, y"):
+        vocabulary.encode([("a", "x", "y")])
+
+
+@pytest.mark.parametrize(
+    ("number", "english", "dictionary"),
+    [
+        (16, "sixteen", "sixteen"),
+        (57, "fifty seven", "seven fifty"),
+        (240_611, "two hundred and forty thousand six hundred and eleven", None),
+        (1000, "one thousand", "one thousand"),
+        (100_001, "one hundred thousand and one", "one hundred and thousand one"),
+    ],
+)
+def test_number_words(number: int, english: str, dictionary: str | None) -> None:
+    assert " ".join(translation.english(number)) == english
+    assert " ".join(translation.by_dictionary(translation.german(number))) == (dictionary or english)
+
+
+def test_a_sentence_is_read_alike_alone_and_beside_longer_ones() -> None:
+    keras.utils.set_random_seed(0)
+    numbers = [7, 57_684]
+    sources, targets = [*map(translation.german, numbers)], [*map(translation.english, numbers)]
+    model = translation.Translator(sources, targets, units=8)
+    written = model.write.encode(targets)[:1, :4]
+
+    def log_probabilities(source: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [array[:1] for array in model.encoder.predict_on_batch(source)]
+        inputs = [written[:, :steps], source[:1] != translation.PAD, *encoded]
+        return model.decoder.predict_on_batch(inputs)
+
+    alone, attention = log_probabilities(model.read.encode(sources[:1]), 4)
+    beside, padded = log_probabilities(model.read.encode(sources), 4)
+    np.testing.assert_allclose(beside, alone, atol=1e-5)
+    np.testing.assert_allclose(np.exp(alone).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(padded[..., attention.shape[-1] :], 0, atol=1e-7)
+    shorter, _ = log_probabilities(model.read.encode(sources[:1]), 2)
+    np.testing.assert_allclose(shorter, alone[:, :2], atol=1e-5)  # nothing looks ahead
+
+
+def test_translation_runs(tmp_path: Path) -> None:
+    options = ["--sentences", "110", "--unseen", "5", "--largest", "200", "--units", "16"]
+    figures = small(translation, tmp_path, *options, "--epochs", "1", "--beam", "2", "--number", "21")
+    assert list(figures)[:2] == ["accuracy, beam search", "accuracy of the dictionary"]
+
+
+# --- Dialogue -------------------------------------------------------------------------------------------
+
+
+def meanings(say: object, values: range, draws: int) -> dict[str, int]:
+    """What each phrase means; none means two things."""
+    random, found = RANDOM(0), {}
+    for value in values:
+        for _ in range(draws):
+            assert found.setdefault(say(value, random), value) == value
+    return found
+
+
+@pytest.fixture(scope="module")
+def times() -> dict[str, int]:
+    return meanings(dialogue.spoken_time, range(0, dialogue.DAY, dialogue.STEP), 20)
+
+
+@pytest.fixture(scope="module")
+def durations() -> dict[str, int]:
+    return meanings(dialogue.spoken_duration, range(15, dialogue.LONGEST + 1, 15), 40)
+
+
+def test_times_as_people_say_them(times: dict[str, int], durations: dict[str, int]) -> None:
+    expected = {
+        "midnight": "00:00",
+        "twelve o'clock at night": "00:00",
+        "five to noon": None,
+        "twelve oh five am": "00:05",
+        "half past three at night": "03:30",
+        "a quarter to seven in the morning": "06:45",
+        "noon": "12:00",
+        "twelve thirty pm": "12:30",
+        "five to one in the afternoon": "12:55",
+        "twenty five past nine in the evening": "21:25",
+        "five to twelve pm": "23:55",
+    }
+    for text, clock in expected.items():
+        assert (dialogue.clock(times[text]) if text in times else None) == clock, text
+    assert durations["three quarters of an hour"] == durations["forty five minutes"] == 45
+    assert durations["two hours"] == 120
+
+
+def test_answers_are_right(times: dict[str, int], durations: dict[str, int]) -> None:
+    patterns = {
+        r"i put the \w+ in at (?P<first>.*) and it takes (?P<takes>.*) when is it ready": "ready",
+        r"the \w+ takes (?P<takes>.*) when will it be done if it goes in at (?P<first>.*)": "ready",
+        r"how long is the [\w ]+ from (?P<first>.*) to (?P<last>(?:\S+ ){0,4}\S+)": "length",
+        r"the [\w ]+ starts at (?P<first>.*) and ends at (?P<last>.*) how long does it take": "length",
+    }
+    questions, answers = dialogue.exchanges(400, RANDOM(1))
+    seen = set()
+    for question, answer in zip(questions, answers):
+        assert "".join(dialogue.pieces(answer)) == answer
+        for pattern, kind in patterns.items():
+            if not (match := re.fullmatch(pattern, question)) or match["first"] not in times:
+                continue
+            first = times[match["first"]]
+            if kind == "ready":
+                assert answer == f"At {dialogue.clock((first + durations[match['takes']]) % dialogue.DAY)}."
+            elif match["last"] in times:
+                assert answer == f"{(times[match['last']] - first) % dialogue.DAY} minutes."
+            seen.add(pattern)
+    assert seen == set(patterns)
+
+
+def test_the_most_similar_question_shares_the_most_telling_words() -> None:
+    known = ["call anna on friday", "feed the cat at noon", "feed the dog at noon"]
+    assert dialogue.most_similar(known, ["at noon feed the dog", "please call anna"]) == [2, 0]
+
+
+def test_dialogue_runs(tmp_path: Path) -> None:
+    options = ["--questions", "150", "--unseen", "5", "--units", "16", "--epochs", "1", "--beam", "2"]
+    small(dialogue, tmp_path, *options)
+
+
+# --- Forecasting ----------------------------------------------------------------------------------------
+
+
+def test_windows_are_all_stretches_in_square_roots() -> None:
+    stretches = forecasting.windows(forecasting.LARGE * np.arange(20.0) ** 2, past=5)
+    assert stretches.shape == (16, 5, 1)
+    assert stretches.dtype == "float32"
+    np.testing.assert_allclose(stretches[[0, 15], :, 0], [range(5), range(15, 20)])
+
+
+@pytest.mark.parametrize("name", forecasting.BASELINES)
+def test_baselines_forecast_a_series_that_repeats(name: str) -> None:
+    cycle = 50 + 40 * np.sin(2 * np.pi * np.arange(forecasting.CYCLE) / forecasting.CYCLE)
+    forecast = forecasting.BASELINES[name](np.tile(cycle, 8) + RANDOM(0).normal(0, 0.01, 8 * len(cycle)))
+    np.testing.assert_allclose(forecast, cycle, atol=0.5)
+
+
+def test_forecasts_do_not_see_the_future() -> None:
+    options = Namespace(past=6, units=4, models=1, epochs=1, batch=16)
+    series, start = RANDOM(0).uniform(0, 100, 60), 40
+    changed = np.concatenate([series[: start + 3], np.zeros(60 - start - 3)])
+    forecasts = []
+    for known in (series, changed):
+        keras.utils.set_random_seed(0)
+        forecasts.append(forecasting.lstm_forecasts(known, start, options))
+    np.testing.assert_array_equal(forecasts[0][:4], forecasts[1][:4])
+    assert (forecasts[0][4] != forecasts[1][4]).any()
+
+
+def test_forecasting_runs(tmp_path: Path) -> None:
+    options = ["--past", "12", "--models", "1", "--epochs", "1", "--units", "4", "--end", "1790"]
+    small(forecasting, tmp_path, *options)
+
+
+# --- Speech ---------------------------------------------------------------------------------------------
+
+
+def test_the_loudest_band_is_that_of_the_tone() -> None:
+    seconds = np.arange(speech.RATE // 2) / speech.RATE
+    peaks = speech.mel_filters().argmax(0) * speech.RATE / speech.FRAME  # hertz, of the bands
+    for band in (5, 12, 20):
+        features = speech.log_mel(np.sin(2 * np.pi * peaks[band] * seconds))
+        assert features.shape == ((len(seconds) - speech.FRAME) // speech.HOP + 1, speech.BANDS)
+        assert (features.argmax(1) == band).all()
+
+
+def test_voices_of_one_name_are_not_parted() -> None:
+    variants = [f"{name}{n}" for name in "abcdefghij" for n in ("", "2", "10")]
+    known, unknown = speech.families(variants, RANDOM(0))
+    assert sorted(known + unknown) == sorted(variants)
+    assert len(unknown) == 6
+    assert not {name[0] for name in known} & {name[0] for name in unknown}
+
+
+def test_slow_speech_is_longer_and_voices_differ() -> None:
+    synthesizer = speech.Synthesizer()
+    waves = [synthesizer.say("three", voice, speed, 50) for voice, speed in [("en", 120), ("en", 220)]]
+    assert len(waves[0]) > 1.3 * len(waves[1])
+    assert 1000 < np.abs(waves[0]).max() < 2**15
+    with pytest.raises(ValueError, match="no voice 'nobody'"):
+        synthesizer.say("three", "nobody", 120, 50)
+
+
+def test_repetitions_are_merged_and_blanks_dropped() -> None:
+    best = [3, 3, speech.BLANK, 3, 5, 5, speech.BLANK, 7]
+    scores = np.eye(len(speech.DIGITS) + 1, dtype="float32")[[best, best]]
+    assert speech.read_off(scores, np.array([8, 5])) == [(3, 3, 5, 7), (3, 3, 5)]
+
+
+def test_the_loss_sums_over_all_ways_to_place_the_digits() -> None:
+    scores = RANDOM(0).normal(size=(2, 4, len(speech.DIGITS) + 1)).astype("float32")
+    probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    said, frames = [(2, 2), (7,)], [4, 3]
+
+    def merged(path: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(n for n, _ in itertools.groupby(path) if n != speech.BLANK)
+
+    expected = []
+    for n, (digits, count) in enumerate(zip(said, frames)):
+        paths = itertools.product([*set(digits), speech.BLANK], repeat=count)
+        ways = [np.prod(probabilities[n, range(count), path]) for path in paths if merged(path) == digits]
+        expected.append(-np.log(sum(ways)))
+    utterances = [speech.Utterance(d, np.ones((t, speech.BANDS))) for d, t in zip(said, frames)]
+    x, y = speech.arrays(utterances)
+    assert x.shape == (2, 4, speech.BANDS)
+    assert not x[1, 3].any()
+    loss = speech.ctc_loss(keras.ops.convert_to_tensor(y), keras.ops.convert_to_tensor(scores))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(loss), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heard", "said", "errors"),
+    [("", "", 0), ("", "12", 2), ("123", "123", 0), ("1243", "123", 1), ("13", "123", 1), ("921", "123", 2)],
+)
+def test_word_errors(heard: str, said: str, errors: int) -> None:
+    assert speech.word_errors(tuple(map(int, heard)), tuple(map(int, said))) == errors
+
+
+def test_the_rate_is_of_all_words() -> None:
+    utterances = [speech.Utterance(digits, np.zeros((1, 1))) for digits in [(1, 2, 3), (4,)]]
+    assert speech.word_error_rate([(1, 3), (4, 4)], utterances) == 2 / 4
+
+
+def test_stretched_templates_are_found() -> None:
+    random = RANDOM(0)
+    templates = [speech.Utterance((n,), random.normal(size=(6 + n, 4))) for n in range(4)]
+    silence = speech.Utterance((), np.full((1, 4), -5.0))
+    parts = [templates[2].features.repeat(2, axis=0), silence.features.repeat(3, axis=0)]
+    parts += [templates[0].features, templates[3].features[::2], templates[3].features]
+    noise = random.normal(0, 0.05, (sum(map(len, parts)), 4))
+    assert speech.by_templates(np.concatenate(parts) + noise, [*templates, silence]) == (2, 0, 3, 3)
+
+
+def test_speech_runs(tmp_path: Path) -> None:
+    options = ["--utterances", "24", "--unheard", "4", "--templates", "1", "--epochs", "1", "--units", "8"]
+    small(speech, tmp_path, *options, "--say", "31")
+
+
+# --- Comparing cells ------------------------------------------------------------------------------------
+
+
+def test_two_numbers_are_marked_and_their_sum_is_wanted() -> None:
+    x, y = compare_cells.adding_problem(2000, 30, RANDOM(0))
+    assert x.shape == (2000, 30, 2)
+    marks = x[..., 1]
+    np.testing.assert_array_equal(marks[:, :3].sum(1), 1)
+    np.testing.assert_array_equal(marks[:, 15:].sum(1), 1)
+    np.testing.assert_array_equal(marks.sum(1), 2)
+    np.testing.assert_allclose(y[:, 0], x.prod(-1).sum(1))
+    assert np.mean((y - 1) ** 2) == pytest.approx(compare_cells.BASELINE, rel=0.1)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "bidirectional LSTM"])
+def test_gradients_are_differences(cell: str) -> None:
+    keras.utils.set_random_seed(0)
+    model = compare_cells.adding_model(cell, 8)
+    x, _ = compare_cells.adding_problem(1, 5, RANDOM(0))
+    step = 1e-2
+    moved = (x + step * np.eye(10).reshape(10, 5, 2)).astype("float32")
+    back = (x - step * np.eye(10).reshape(10, 5, 2)).astype("float32")
+    slope = (model.predict_on_batch(moved) - model.predict_on_batch(back)) / (2 * step)
+    norms = np.linalg.norm(slope.reshape(5, 2), axis=1)
+    np.testing.assert_allclose(compare_cells.gradient_norms(model, x), norms[::-1], rtol=1e-2)
+
+
+def test_comparing_cells_runs(tmp_path: Path) -> None:
+    figures = small(
+        compare_cells, tmp_path, "--steps", "10", "--updates", "2", "--batch", "4", "--units", "8"
+    )
+    assert figures["mean squared error, always 1"] == compare_cells.BASELINE

@@ -169,7 +169,7 @@ def sentiment_model(units: int, dropout: float = 0.0, l2: float = 0.0) -> keras.
             layers.Dense(1, activation="sigmoid"),
         ]
     )
-    model.compile(keras.optimizers.Adam(3e-3), "binary_crossentropy", metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(2e-3), "binary_crossentropy", metrics=["accuracy"])
     return model
 
 

@@ -103,7 +103,7 @@ def classification_model(classes: int) -> keras.Model:
             layers.Dense(classes, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     model = classification_model(len(MODULES))
     history = model.fit(
-        x[:end], labels[:end], 128, options.epochs, validation_data=(x[end:], labels[end:]), verbose=PROGRESS
+        x[:end], labels[:end], 64, options.epochs, validation_data=(x[end:], labels[end:]), verbose=PROGRESS
     ).history
 
     truth = labels[end:]

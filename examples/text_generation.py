@@ -104,13 +104,13 @@ def word_model(size: int, units: int) -> keras.Model:
         [
             keras.Input((None,), dtype="int32"),
             layers.Embedding(size, 128),
-            layers.Dropout(0.2),
+            layers.Dropout(0.3),
             LSTM(units, return_sequences=True),
-            layers.Dropout(0.2),
+            layers.Dropout(0.3),
             layers.Dense(size, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.RMSprop(0.005), "sparse_categorical_crossentropy")
+    model.compile(keras.optimizers.RMSprop(0.003), "sparse_categorical_crossentropy")
     return model
 
 
@@ -172,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=4, help="of the character model")
-    parser.add_argument("--word-epochs", type=int, default=8, help="of the word model")
+    parser.add_argument("--epochs", type=int, default=3, help="of the character model")
+    parser.add_argument("--word-epochs", type=int, default=12, help="of the word model")
     parser.add_argument("--characters", type=int, help="of text to use; default: all")
     parser.add_argument("--units", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=2000, help="words that are told apart")

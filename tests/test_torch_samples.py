@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import checks
 import pytest
 import torch
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db
@@ -14,7 +15,6 @@ KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 INFOS: dict[str, ModuleInfo] = {
     info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in KINDS
 }
-DTYPES = (torch.float32, torch.float64)
 
 
 def samples(kind: str, dtype: torch.dtype, training: bool = True, **options: Any) -> list[Any]:
@@ -58,15 +58,37 @@ def packed_options(kind: str) -> dict[str, Any]:
     return {"with_packed_sequence": True} if kind in ("GRU", "RNN") else {}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def doubled(value: Any) -> Any:
+    """The same in float64."""
+    if isinstance(value, tuple) and not isinstance(value, torch.nn.utils.rnn.PackedSequence):
+        return tuple(map(doubled, value))
+    if isinstance(value, torch.Tensor):
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return None if value is None else value.double()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_backward(kind: str, dtype: torch.dtype) -> None:
-    """In float64 with gradients; the samples are so large that float32 keeps few digits of those."""
-    for sample in samples(kind, dtype, **packed_options(kind)):
-        theirs, ours = modules(kind, sample, dtype)
+def test_forward_and_backward(kind: str) -> None:
+    for sample in samples(kind, torch.float64, **packed_options(kind)):
+        theirs, ours = modules(kind, sample, torch.float64)
         args = sample.forward_input.args
-        compare = results if dtype is torch.float64 else outputs
-        torch.testing.assert_close(compare(ours, args), compare(theirs, args))
+        torch.testing.assert_close(results(ours, args), results(theirs, args))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_backward_in_single_precision(kind: str) -> None:
+    """Against PyTorch in float64.
+
+    The samples saturate many gates, where 1 - y*y keeps few digits: PyTorch's own results in float32 are up to
+    2e-5 off the right ones, and ours 3e-5, of the norm.
+    """
+    torch.manual_seed(0)
+    for sample in samples(kind, torch.float32, **packed_options(kind)):
+        theirs, ours = modules(kind, sample, torch.float32)
+        args = sample.forward_input.args
+        exact = results(theirs.double(), doubled(args))
+        for found, right in zip(results(ours, args), exact, strict=True):
+            assert checks.error(found.detach().numpy(), right.detach().numpy()) <= 5e-5
 
 
 def check_gradients(kind: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:

@@ -79,8 +79,8 @@ def test_forward_and_backward(kind: str) -> None:
 def test_forward_and_backward_in_single_precision(kind: str) -> None:
     """Against PyTorch in float64.
 
-    The samples saturate many gates, where 1 - y*y keeps few digits: PyTorch's own results in float32 are up to
-    2e-5 off the right ones, and ours 3e-5, of the norm.
+    The samples saturate many gates, where 1 - y*y keeps few digits: PyTorch's own results in float32 are up
+    to 2e-5 off the right ones, and ours 3e-5, of the norm.
     """
     torch.manual_seed(0)
     for sample in samples(kind, torch.float32, **packed_options(kind)):

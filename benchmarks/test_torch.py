@@ -1,0 +1,62 @@
+"""The PyTorch module alone and after other PyTorch operations, which share its threads and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fusedlstm.benchmarks.cases import Case
+
+torch = pytest.importorskip("torch")
+fused = pytest.importorskip("fusedlstm.torch")
+
+
+@pytest.fixture(params=["alone", "after others"])
+def before(request: pytest.FixtureRequest, shape: Case) -> Callable[[], None] | None:
+    """What runs before each call, and is not timed."""
+    if request.param == "alone":
+        return None
+    x, signal = torch.randn(shape.steps, shape.batch, shape.inputs), torch.randn(16, 16, 256)
+    linear = torch.nn.Linear(shape.inputs, shape.inputs)
+    convolution = torch.nn.Conv1d(16, 16, 3)
+
+    def others() -> None:
+        with torch.no_grad():
+            linear(x)
+            convolution(signal)
+
+    return others
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_among_other_operations(benchmark: Any, shape: Case, before: Any, mode: str) -> None:
+    module = fused.LSTM(shape.inputs, shape.hidden)
+    x = torch.randn(shape.steps, shape.batch, shape.inputs, requires_grad=mode == "train")
+
+    def run() -> Any:
+        with torch.set_grad_enabled(mode == "train"):
+            y, _ = module(x)
+        return torch.autograd.grad(y, [x, *module.parameters()], y) if mode == "train" else y
+
+    results = benchmark.pedantic(run, setup=before, rounds=50, warmup_rounds=3)
+    assert all(part.isfinite().all() for part in results)
+
+
+@pytest.mark.parametrize("order", ["first", "second", "gradient penalty"])
+def test_gradients_of_gradients(benchmark: Any, shape: Case, order: str) -> None:
+    module = fused.LSTM(shape.inputs, shape.hidden)
+    x = torch.randn(shape.steps, shape.batch, shape.inputs, requires_grad=True)
+    wanted = [x, *module.parameters()]
+    y, _ = module(x)
+    dy = torch.randn_like(y, requires_grad=True)
+    first = torch.autograd.grad(y, wanted, dy, create_graph=True)
+    calls = {
+        "first": (y, wanted, dy),
+        "second": (first, [dy, *wanted], [torch.randn_like(part) for part in first]),
+        "gradient penalty": (first[0], wanted[1:], torch.randn_like(x)),
+    }
+    outputs, inputs, seeds = calls[order]
+    results = benchmark(torch.autograd.grad, outputs, inputs, seeds, retain_graph=True)
+    assert all(part.isfinite().all() for part in results)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 
-PAGES = {"cpu": "results.md", "step": "results_step.md", "peephole": "results_peephole.md"}  # by record
+PAGES = {"cpu": "results.md", "peephole": "results_peephole.md"}  # by record
 SCALING = "scaling"  # a record whose tables and pictures stand inside a page that explains them
 REPLACED = {  # what our drop-ins take the place of
     "fusedlstm-torch": "torch",

@@ -262,9 +262,7 @@ def test_a_tape_is_used_twice(cell: Cell) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 20), (other_operand, 0)], ids=name)
-def test_any_number_of_threads(
-    cell: Cell, proj: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_number_of_threads(cell: Cell, proj: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where several are not worth while; the bits are the same."""
     from fusedlstm.kernels.cpu import team
 

@@ -250,7 +250,7 @@ def test_baselines_forecast_a_series_that_repeats(name: str) -> None:
 
 
 def test_forecasts_do_not_see_the_future() -> None:
-    options = Namespace(past=6, units=4, models=1, epochs=1, batch=16)
+    options = Namespace(past=22, units=4, models=1, epochs=1, batch=16)
     series, start = RANDOM(0).uniform(0, 100, 60), 40
     changed = np.concatenate([series[: start + 3], np.zeros(60 - start - 3)])
     forecasts = []
@@ -262,7 +262,7 @@ def test_forecasts_do_not_see_the_future() -> None:
 
 
 def test_forecasting_runs(tmp_path: Path) -> None:
-    options = ["--past", "12", "--models", "1", "--epochs", "1", "--units", "4", "--end", "1790"]
+    options = ["--past", "22", "--models", "1", "--epochs", "1", "--units", "4", "--end", "1790"]
     small(forecasting, tmp_path, *options)
 
 

@@ -324,6 +324,7 @@ def product(
     memory = np.empty(threads * space(spec, 0, rows).end + LINE, np.uint8)
     args = (spec, source, width, weights, target, target_width, rows, depth, length, aligned(memory))
     run(team, threads, patience, work, args)
+    memory[0] = 0  # Numba frees an array after its last use, whoever still has its address
 
 
 def outer(team, threads, patience, work, spec, d, d_width, source, width, target, rows, length, columns):
@@ -331,6 +332,7 @@ def outer(team, threads, patience, work, spec, d, d_width, source, width, target
     memory = np.empty(threads * space(spec, 0, OUTER_ROWS).end + LINE, np.uint8)
     args = (spec, d, d_width, source, width, target, rows, length, columns, aligned(memory))
     run(team, threads, patience, work, args)
+    memory[0] = 0  # Numba frees an array after its last use, whoever still has its address
 
 
 INT, INTS = types.int64, types.int64[::1]
@@ -491,6 +493,7 @@ def sweep(team, threads, patience, work, spec, first, entering, at, moved, plane
     """Run `forward_work` or `backward_work`."""
     memory = np.empty(threads * space(spec, 0, 2 * sizes.batch).end + LINE, np.uint8)
     run(team, threads, patience, work, (spec, first, entering, at, moved, planes, sizes, aligned(memory)))
+    memory[0] = 0  # Numba frees an array after its last use, whoever still has its address
 
 
 @cache

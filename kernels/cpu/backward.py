@@ -506,7 +506,8 @@ def backward(
             set_rows(spec, dfinal[n + 1], sequences, room.states + n * batch * parts.width, parts.width)
     if wanted and not accumulate:
         zero_padding(dx, sequences)
-    queues = aligned(np.empty((2 * threads + 1) * LINE, np.uint8))
+    lines = np.empty((2 * threads + 1) * LINE, np.uint8)
+    queues = aligned(lines)
     close_queues(queues, 2 * threads)
     weights = Transposed(packed[0], packed[1], packed[2], packed[3])
     args = Given(
@@ -515,6 +516,7 @@ def backward(
         hidden, chunk, queues,
     )  # fmt: skip
     run(team, threads, patience, work, args)
+    lines[0] = 0  # Numba frees an array after its last use, whoever still has its address
     get_rows(spec, room.initial, sequences, dinitial[0], parts.output_width)
     for n in range(spec.states):
         get_rows(spec, room.initial_states + n * batch * parts.width, sequences, dinitial[n + 1], parts.width)

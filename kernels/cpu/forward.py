@@ -233,5 +233,6 @@ def forward(
         spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, queues, queues + threads * LINE
     )  # fmt: skip
     run(team, threads, patience, work, args)
+    space[0] = 0  # Numba frees an array after its last use, whoever still has its address
     zero_padding(y, sequences)
     get_final(spec, y, final, sequences, start, parts, taped)

@@ -306,6 +306,7 @@ if sys.platform == "linux":
         others[core // 64] &= ~(np.uint64(1) << np.uint64(core % 64))
         if _set_affinity(0, CPU_SET_BYTES, others.ctypes.data) == 0:  # unless there is no other
             _set_affinity(0, CPU_SET_BYTES, allowed.ctypes.data)
+        others[0] = allowed[0]  # Numba frees an array after its last use, whoever still has its address
 
 else:
 

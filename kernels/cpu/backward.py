@@ -438,7 +438,9 @@ def write_dx(given, shares, own, table, start, end):
     count = rows_before(sequences, end) - rows_before(sequences, start)
     note_uniform(work.from_input, work.gates_width, count, own.first)
     note_rows(given.dx, start, end, sequences, own.second)
-    row_parts, columns = -(-count // DX_ROWS), -(-given.x.shape[2] // (PLANES * spec.lanes))
+    # as many pieces for a chunk with fewer rows, see shares.each
+    row_parts = -(-given.x.shape[1] * given.chunk // DX_ROWS)
+    columns = -(-given.x.shape[2] // (PLANES * spec.lanes))
     each(shares, row_parts * columns, False, write_block, (given, own, table.scratch, count, row_parts))
 
 

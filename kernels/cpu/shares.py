@@ -41,8 +41,9 @@ def close_queues(queues, threads):
 def each(shares, pieces, backwards, do, arguments):
     """Call `do(piece, *arguments)` for each of the pieces, on all threads together.
 
-    A thread goes through its own share first, from either end.  Barriers must stand before and after if
-    there are queues: a share may only be begun anew when nobody takes pieces of it any more.
+    A thread goes through its own share first, from either end.  If there are queues, barriers must stand
+    before and after, so that a share is only begun anew when nobody takes pieces of it any more; and there
+    must be as many pieces each time, or what is left of a queue would look like one that has been begun.
     """
     for turn in range(shares.threads if shares.queues != 0 else 1):
         owner = (shares.thread + turn) % shares.threads

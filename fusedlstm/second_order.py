@@ -39,11 +39,12 @@ from torch import Tensor
 from fusedlstm.kernels.cpu import engine, simd, team
 from fusedlstm.kernels.cpu.backward import add_outer, note_uniform
 from fusedlstm.kernels.cpu.memory import LINE, aligned, round_up
+from fusedlstm.kernels.cpu.shares import share
 from fusedlstm.kernels.cpu.simd import OPTIONS, inlined, part, write, write_int
 from fusedlstm.kernels.cpu.spec import Spec, entry_point
 from fusedlstm.kernels.cpu.team import barrier
-from fusedlstm.kernels.cpu.tile import PLANES, plane_rows, rows_times_planes, share, tile_table
-from fusedlstm.kernels.cpu.work import captured, compiled, run
+from fusedlstm.kernels.cpu.tile import PLANES, plane_rows, rows_times_planes, tile_table
+from fusedlstm.kernels.cpu.work import captured, compiled, run, run_with
 
 from . import derive
 from .cells import Cell, rnn_tanh
@@ -323,16 +324,14 @@ def product(
     """Run `product_work`."""
     memory = np.empty(threads * space(spec, 0, rows).end + LINE, np.uint8)
     args = (spec, source, width, weights, target, target_width, rows, depth, length, aligned(memory))
-    run(team, threads, patience, work, args)
-    memory[0] = 0  # Numba frees an array after its last use, whoever still has its address
+    run_with(team, threads, patience, work, args, memory)
 
 
 def outer(team, threads, patience, work, spec, d, d_width, source, width, target, rows, length, columns):
     """Run `outer_work`."""
     memory = np.empty(threads * space(spec, 0, OUTER_ROWS).end + LINE, np.uint8)
     args = (spec, d, d_width, source, width, target, rows, length, columns, aligned(memory))
-    run(team, threads, patience, work, args)
-    memory[0] = 0  # Numba frees an array after its last use, whoever still has its address
+    run_with(team, threads, patience, work, args, memory)
 
 
 INT, INTS = types.int64, types.int64[::1]
@@ -492,8 +491,8 @@ def backward_work(thread, threads, sync, arguments):
 def sweep(team, threads, patience, work, spec, first, entering, at, moved, planes, sizes):
     """Run `forward_work` or `backward_work`."""
     memory = np.empty(threads * space(spec, 0, 2 * sizes.batch).end + LINE, np.uint8)
-    run(team, threads, patience, work, (spec, first, entering, at, moved, planes, sizes, aligned(memory)))
-    memory[0] = 0  # Numba frees an array after its last use, whoever still has its address
+    args = (spec, first, entering, at, moved, planes, sizes, aligned(memory))
+    run_with(team, threads, patience, work, args, memory)
 
 
 @cache

@@ -27,11 +27,17 @@ def test_shares_are_equal_and_cover_all(count: int, parts: int) -> None:
 
 
 @njit
-def note(piece, who, order, taken, thread, delay):
-    """Note who does a piece, and when; the first thread is slow."""
+def hold_up(thread, delay):
+    """Make the first thread slow."""
     if thread == 0:
         for _ in range(delay):
             team._pause()
+
+
+@njit
+def note(piece, who, order, taken, thread, delay):
+    """Note who does a piece, and when."""
+    hold_up(thread, delay)
     who[piece] += thread + 1
     order[thread, taken[thread]] = piece
     taken[thread] += 1
@@ -41,7 +47,8 @@ def note(piece, who, order, taken, thread, delay):
 def work(thread, threads, sync, queues, pieces, backwards, delay, who, order, taken):
     shares = Shares(thread, threads, queues)
     for n in range(ROUNDS):
-        each(shares, pieces, backwards, note, (who[n], order[n], taken[n], thread, delay))
+        hold_up(thread, delay)
+        each(shares, pieces[n], backwards, note, (who[n], order[n], taken[n], thread, delay))
         barrier(sync, threads)
 
 
@@ -54,10 +61,14 @@ def run(home, threads, helped, pieces, backwards, delay, who, order, taken):
     fork(home, threads, work, (queues, pieces, backwards, delay, who, order, taken), 100_000)
 
 
-def done(threads: int, pieces: int, helped: bool, backwards: bool = False, delay: int = 0) -> Any:
-    """Who did each piece (1, 2, ...), the order in which each thread did its own, and how many."""
-    who = np.zeros((ROUNDS, pieces), np.int64)
-    order = np.full((ROUNDS, threads, pieces), -1)
+def done(threads: int, pieces: Any, helped: bool, backwards: bool = False, delay: int = 0) -> Any:
+    """Who did each piece (1, 2, ...), the order in which each thread did its own, and how many.
+
+    There are so many pieces in each round, or one number for all.
+    """
+    pieces = np.broadcast_to(pieces, ROUNDS).copy()
+    who = np.zeros((ROUNDS, pieces.max()), np.int64)
+    order = np.full((ROUNDS, threads, pieces.max()), -1)
     taken = np.zeros((ROUNDS, threads), np.int64)
     home = team.current().address if threads > 1 else 0
     run(home, threads, helped, pieces, backwards, delay, who, order, taken)
@@ -94,6 +105,17 @@ def test_without_queues_each_does_its_own_share_in_order(backwards: bool) -> Non
             low, high = share(7, thread, 2)
             own = list(range(low, high))
             assert list(order[n, thread, : high - low]) == (own[::-1] if backwards else own)
+
+
+def test_another_number_of_pieces_each_time() -> None:
+    """What is left of a queue must not look like one that has been begun."""
+    pieces = np.random.default_rng(0).choice([1, 2, 9, 40], ROUNDS)
+    for delay in (0, 5_000):
+        who, _, taken = done_by_two(pieces, True, delay=delay)
+        assert (taken.sum(1) == pieces).all()
+        for n in range(ROUNDS):
+            assert (who[n, : pieces[n]] > 0).all()
+            assert (who[n, pieces[n] :] == 0).all()
 
 
 def test_a_slow_thread_is_helped() -> None:

@@ -39,7 +39,7 @@ from .shares import Shares, close_queues, each, share
 from .simd import address, inlined, load, load_row, part, read, read_int, splat, store, store_row, write_int
 from .team import barrier
 from .tile import PLANES, outer_product, plane_rows, rows_times_planes, thin_outer_product
-from .work import captured, run
+from .work import captured, run_with
 
 GROUP = 4  # panels whose weights' gradients are a piece of the work
 DX_ROWS = 64  # rows of the gradient of the input that are one, at most
@@ -288,8 +288,8 @@ class Given(NamedTuple):
     queues: Any  # addresses of two sets of queues, see shares.py
 
 
-class Share(NamedTuple):
-    """What is one thread's at each step: panels of hidden units, and vectors of the output."""
+class Own(NamedTuple):
+    """What is one thread's own at each step: panels of hidden units, and vectors of the output."""
 
     low: int
     high: int
@@ -298,8 +298,8 @@ class Share(NamedTuple):
 
 
 @inlined
-def share_of(given, thread, threads):
-    """The share of one thread."""
+def own_of(given, thread, threads):
+    """What is one thread's own."""
     spec = given.spec
     panels = round_up(given.hidden, spec.panel) // spec.panel
     low, high = share(panels, thread, threads)
@@ -308,7 +308,7 @@ def share_of(given, thread, threads):
         low_output, high_output = share(output_vectors, thread, threads)
     else:
         low_output, high_output = low * spec.units, min(high * spec.units, output_vectors)
-    return Share(low, high, low_output, high_output)
+    return Own(low, high, low_output, high_output)
 
 
 @inlined
@@ -438,9 +438,7 @@ def write_dx(given, shares, own, table, start, end):
     count = rows_before(sequences, end) - rows_before(sequences, start)
     note_uniform(work.from_input, work.gates_width, count, own.first)
     note_rows(given.dx, start, end, sequences, own.second)
-    # as many pieces for a chunk with fewer rows, see shares.each
-    row_parts = -(-given.x.shape[1] * given.chunk // DX_ROWS)
-    columns = -(-given.x.shape[2] // (PLANES * spec.lanes))
+    row_parts, columns = -(-count // DX_ROWS), -(-given.x.shape[2] // (PLANES * spec.lanes))
     each(shares, row_parts * columns, False, write_block, (given, own, table.scratch, count, row_parts))
 
 
@@ -448,7 +446,7 @@ def backward_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`backward`."""
     given = captured(arguments)
     spec, steps, batch = given.spec, given.x.shape[0], given.x.shape[1]
-    mine = share_of(given, thread, threads)
+    mine = own_of(given, thread, threads)
     own = space(spec, given.work.threads, batch * given.chunk, batch)
     own = space(spec, given.work.threads + thread * (own.end - own.first), batch * given.chunk, batch)
     table = tables(spec, own.step, 0, batch)
@@ -517,8 +515,7 @@ def backward(
         Gradients(grads[0], grads[1], grads[2], grads[3], grads[4]), sequences, aligned(memory), parts, room,
         hidden, chunk, queues,
     )  # fmt: skip
-    run(team, threads, patience, work, args)
-    lines[0] = 0  # Numba frees an array after its last use, whoever still has its address
+    run_with(team, threads, patience, work, args, lines)
     get_rows(spec, room.initial, sequences, dinitial[0], parts.output_width)
     for n in range(spec.states):
         get_rows(spec, room.initial_states + n * batch * parts.width, sequences, dinitial[n + 1], parts.width)

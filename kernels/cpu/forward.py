@@ -36,7 +36,7 @@ from .shares import Shares, close_queues, each, share
 from .simd import inlined, load, part, read, read_int, store, write_int
 from .team import barrier
 from .tile import panel_product, panel_rows, rows_times_planes
-from .work import captured, run
+from .work import captured, run_with
 
 
 class Packed(NamedTuple):
@@ -232,7 +232,6 @@ def forward(
     args = (
         spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, queues, queues + threads * LINE
     )  # fmt: skip
-    run(team, threads, patience, work, args)
-    space[0] = 0  # Numba frees an array after its last use, whoever still has its address
+    run_with(team, threads, patience, work, args, space)
     zero_padding(y, sequences)
     get_final(spec, y, final, sequences, start, parts, taped)

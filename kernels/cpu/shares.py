@@ -41,9 +41,9 @@ def close_queues(queues, threads):
 def each(shares, pieces, backwards, do, arguments):
     """Call `do(piece, *arguments)` for each of the pieces, on all threads together.
 
-    A thread goes through its own share first, from either end.  If there are queues, barriers must stand
-    before and after, so that a share is only begun anew when nobody takes pieces of it any more; and there
-    must be as many pieces each time, or what is left of a queue would look like one that has been begun.
+    A thread goes through its own share first, from either end, and closes its queue when nothing is left.
+    Barriers must stand before and after if there are queues: a share may only be begun anew when nobody takes
+    pieces of it any more.
     """
     for turn in range(shares.threads if shares.queues != 0 else 1):
         owner = (shares.thread + turn) % shares.threads
@@ -57,3 +57,5 @@ def each(shares, pieces, backwards, do, arguments):
         while n < high:
             do(low + high - 1 - n if backwards else n, *arguments)
             n = n + 1 if shares.queues == 0 else low + add(queue, 1)
+        if turn == 0 and shares.queues != 0:
+            store(queue, TAKEN)

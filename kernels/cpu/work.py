@@ -126,6 +126,16 @@ def run(team, threads, patience, work, arguments):
     _call_launch(start, (team, threads, patience, function, _capture(work, arguments)))
 
 
+@inlined
+def run_with(team, threads, patience, work, arguments, space):
+    """:func:`run` with an array whose address is among the arguments.
+
+    Numba frees an array after its last use, whoever still has its address: this is that use.
+    """
+    run(team, threads, patience, work, arguments)
+    space[0] = 0
+
+
 class Compiled(NamedTuple):
     """A compiled function to be run on several threads; keep it as long as it may run."""
 

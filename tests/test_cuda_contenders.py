@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ MODES = ("forward", "train", "step")
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """PyTorch's CPU in place of the GPU; the list grows whenever the GPU is waited for."""
     waits: list[str] = []
     monkeypatch.setattr(CuDNN, "device", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("wait"))
-    return waits
+    # PyTorch's test utilities, which other tests import, forbid to change its settings
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        yield waits
 
 
 def run(contender: type[Any], case: Case) -> float:

@@ -89,7 +89,7 @@ def test_the_readme_begins_with_what_a_newcomer_needs() -> None:
     assert EXAMPLES[0] in first_screen
     assert len([line for line in EXAMPLES[0].splitlines() if line]) <= 10
     assert "pip install -e . && fusedlstm demo\n" in first_screen
-    assert 'pip install -e ".[test]" && pytest\n' in first_screen
+    assert 'pip install -e ".[test]" && pytest -n auto\n' in first_screen
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

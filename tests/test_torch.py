@@ -829,5 +829,5 @@ def test_bad_input(case: str) -> None:
 def test_bad_cell() -> None:
     with pytest.raises(TypeError, match="cell must be made with"):
         fused.Recurrent(torch.tanh, 2, 3)
-    with pytest.raises(ValueError, match="read its own output"):
+    with pytest.raises(ValueError, match="reads its own output"):
         fused.Recurrent(cells.gru, 2, 3, proj_size=2)

@@ -1,4 +1,4 @@
-"""The PyTorch module alone and after other PyTorch operations, which share its threads and caches."""
+"""The PyTorch module: among other operations, which share its threads and caches; one step; derived twice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fusedlstm
 from fusedlstm.benchmarks.cases import Case
 
 torch = pytest.importorskip("torch")
@@ -42,6 +43,20 @@ def test_among_other_operations(benchmark: Any, shape: Case, before: Any, mode: 
 
     results = benchmark.pedantic(run, setup=before, rounds=50, warmup_rounds=3)
     assert all(part.isfinite().all() for part in results)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["from zero", "from a state"])
+@pytest.mark.parametrize("layer", ["arrays", "module"])
+def test_one_step(benchmark: Any, layer: str, state: bool) -> None:
+    """What the module adds to the layer for arrays: the shortest sequence of one row, without gradients."""
+    x, *hidden = torch.randn(3, 1, 1, 64)
+    if layer == "module":
+        module, args = fused.LSTM(64, 64), (x, tuple(hidden))
+    else:
+        module, args = fusedlstm.LSTM(64, 64), (x.numpy(), tuple(part.numpy() for part in hidden))
+    with torch.inference_mode():
+        y, _ = benchmark(module, *args[: 1 + state])
+    assert y.shape == (1, 1, 64)
 
 
 @pytest.mark.parametrize("order", ["first", "second", "gradient penalty"])

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fusedlstm import weights as storage
+from fusedlstm.cells import Cell
 from fusedlstm.math import DERIVATIVES
 
 from .cases import MODES, Case, Data
@@ -110,6 +111,23 @@ def stepping(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[],
     return call
 
 
+def layer_call(
+    layer: Any, mode: str, x: Any, state: Any, dy: Any, dstate: Any
+) -> Callable[[], tuple[Any, ...]]:
+    """What is timed of a layer for arrays, in a mode; the arrays are of the layer's own kind."""
+
+    def train() -> tuple[Any, ...]:
+        y, final, tape = layer.forward(x, state, training=True)
+        return y, final, tape.backward(dy, dstate)
+
+    calls: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "forward": lambda: layer(x),
+        "train": train,
+        "step": stepping(lambda state: layer(x, state), state),
+    }
+    return calls[mode]
+
+
 def layer_weights(case: Case, parameters: Mapping[str, Any]) -> list[storage.Weights]:
     """Parameters by name, as the weights of each layer."""
     cell = case.mathematics
@@ -134,11 +152,22 @@ def cell_functions(module: Any, activations: Any) -> dict[str, Callable[..., Any
     return {name: function for name, function in found.items() if function is not None}
 
 
+def one_product(case: Case) -> Cell:
+    """The cell, which :func:`any_step` can run.
+
+    Raises:
+        Unsupported: if a step has two products with the recurrent weights.
+    """
+    if case.mathematics.half is not None:
+        raise Unsupported(f"no cell {case.cell}, whose step is two half steps")
+    return case.mathematics
+
+
 def any_step(
-    cell: Any, step: Callable[..., Any], weights: storage.Weights, product: Any, states: Any
+    cell: Cell, step: Callable[..., Any], weights: storage.Weights, product: Any, states: Any
 ) -> list[Any]:
     """One step of any cell in any framework; `product` is that of the input with its weights and bias."""
-    recurrent_product = states[0] @ weights.hh.T + weights.bias_hh
+    recurrent_product = states[cell.operand] @ weights.hh.T + weights.bias_hh
     size = states[0].shape[-1]
     values = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
     for n, gate in enumerate(cell.gates):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 from .cases import Case, Data, as_state, name_results, recurrent
-from .contender import Contender, Prepared, stepping
+from .contender import Contender, Prepared, layer_call
 from .peer_cuda import CuDNN, FusedCUDA, Haste, in_precisions
 from .peer_jax import JaxScan
 from .peer_keras import (
@@ -37,19 +37,9 @@ class FusedLSTM(Contender):
     def prepare(self, case: Case, data: Data) -> Prepared:
         layer = recurrent(case, dtype=case.dtype, backend=self.backend)
         layer.load_state_dict(data.weights)
-        x, state, dy, dstate = data.x, as_state(data.state), data.dy, as_state(data.dstate)
-
-        def train() -> Any:
-            y, final, tape = layer.forward(x, state, training=True)
-            assert tape is not None
-            return y, final, tape.backward(dy, dstate)
-
-        calls: dict[str, Callable[[], Any]] = {
-            "forward": lambda: layer(x),
-            "train": train,
-            "step": stepping(lambda state: layer(x, state), state),
-        }
-        return Prepared(calls[case.mode], lambda result: name_results(case, *result))
+        state, dstate = as_state(data.state), as_state(data.dstate)
+        call = layer_call(layer, case.mode, data.x, state, data.dy, dstate)
+        return Prepared(call, lambda result: name_results(case, *result))
 
 
 class NumPy(FusedLSTM):

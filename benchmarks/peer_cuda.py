@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fusedlstm.dispatch import on_host
 
 from .cases import Case, Data, as_state, name_results, recurrent
-from .contender import Contender, Prepared, Unsupported, stepping
+from .contender import Contender, Prepared, Unsupported, layer_call
 from .machine import gpu
 from .peer_torch import Torch
 
@@ -56,19 +56,9 @@ class FusedCUDA(OnGPU):
         layer.load_state_dict(data.weights)
         x, dy = cupy.asarray(data.x), cupy.asarray(data.dy)
         state, dstate = (as_state(tuple(map(cupy.asarray, part))) for part in (data.state, data.dstate))
-
-        def train() -> Any:
-            y, final, tape = layer.forward(x, state, training=True)
-            assert tape is not None
-            return y, final, tape.backward(dy, dstate)
-
-        calls: dict[str, Callable[[], Any]] = {
-            "forward": lambda: layer(x),
-            "train": train,
-            "step": stepping(lambda state: layer(x, state), state),
-        }
+        call = layer_call(layer, case.mode, x, state, dy, dstate)
         wait = cupy.cuda.get_current_stream().synchronize
-        return Prepared(_finished(calls[case.mode], wait), lambda found: name_results(case, *_on_host(found)))
+        return Prepared(_finished(call, wait), lambda found: name_results(case, *_on_host(found)))
 
 
 class CuDNN(OnGPU, Torch):

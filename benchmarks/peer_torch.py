@@ -18,6 +18,7 @@ from .contender import (
     as_parts,
     cell_functions,
     layer_weights,
+    one_product,
     stepping,
 )
 
@@ -151,7 +152,7 @@ class TorchLoop(Torch):
             name: torch.tensor(array, requires_grad=case.mode == "train")
             for name, array in data.weights.items()
         }
-        cell = case.mathematics
+        cell = one_product(case)
         step = compile_source(cell.source, cell_functions(torch, torch), f"<{cell.name} in PyTorch>").step
         layers = layer_weights(case, parameters)
 

@@ -70,7 +70,8 @@ ASLEEP, LOCK = 0, 8  # whether it sleeps, and the lock on which it does
 GOMP, KMPC, OWN = 1, 2, 3  # kinds
 LEAVE = -1  # at the door: the team is dissolved
 
-YIELD_AFTER = 1000  # spins, after which a waiting thread offers its core to others: some 20 microseconds
+YIELD_AFTER = 1000  # spins, after which an idle worker offers its core to others: some 20 microseconds
+SLEEP_AFTER = 5000  # after which a thread that waits for others of its region sleeps for a moment
 OFFER_EVERY = 200  # spins, in which a caller that waits for sleepers does so
 IDLE_YIELDS = 10_000  # after which an idle worker of our own team sleeps: some milliseconds
 MOST_THREADS = 4096
@@ -85,8 +86,10 @@ _C = {"i32": ir.IntType(32), "i64": _I64, "void": ir.VoidType()}
 
 if sys.platform == "win32":
     _yield_core = types.ExternalFunction("SwitchToThread", types.int32())
+    _sleep = types.ExternalFunction("Sleep", types.void(types.uint32))
 else:
     _yield_core = types.ExternalFunction("sched_yield", types.int32())
+    _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 # Python's own lock: a semaphore on every platform, which needs neither the GIL nor its owner to release.
 _acquire_lock = types.ExternalFunction("PyThread_acquire_lock", types.int32(types.int64, types.int32))
 _release_lock = types.ExternalFunction("PyThread_release_lock", types.void(types.int64))
@@ -253,7 +256,21 @@ def _new_region(typingctx):
 
 @njit(error_model="numpy")
 def _wait(spins):
-    """One turn of a loop that waits for another thread."""
+    """One turn of a loop that waits for another thread of the region.
+
+    Where others use the cores, that thread may have none.  It is given ours if we sleep: to yield would keep
+    both waiting for as long as the others may run, at each barrier anew.
+    """
+    if spins < SLEEP_AFTER:
+        _pause()
+    else:
+        _sleep(1)
+    return spins + 1
+
+
+@njit(error_model="numpy")
+def _idle(spins):
+    """One turn of a loop that waits for the next region, which may come soon."""
     if spins < YIELD_AFTER:
         _pause()
     else:
@@ -277,7 +294,7 @@ def barrier(sync, threads):
     spins = 0
     while _load(sync + PHASE) == phase:
         spins = _wait(spins)
-        if spins > YIELD_AFTER and _load(sync + FAILED):
+        if spins > SLEEP_AFTER and _load(sync + FAILED):
             return
 
 
@@ -450,7 +467,7 @@ def _serve(team, worker):
                 _take_part(team, worker, wanted, (door & 0xFFFF) + 1, door >> 32)
             idle = 0
         elif idle < YIELD_AFTER + IDLE_YIELDS:
-            idle = _wait(idle)
+            idle = _idle(idle)
         else:
             # Each looks after writing (a store alone would not order the two): whoever opens the door
             # sees us asleep, or we see that it is open.

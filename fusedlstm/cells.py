@@ -11,6 +11,7 @@ import inspect
 import keyword
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
+from types import FunctionType
 from typing import Any
 
 from . import math
@@ -30,6 +31,8 @@ __all__ = [
     "recurrent_dropout",
     "rnn_relu",
     "rnn_tanh",
+    "with_functions",
+    "with_gates",
 ]
 
 # names of the layers' own parameters, and of what generated code calls besides the functions of math
@@ -266,6 +269,53 @@ class _TwoProducts(Cell):
         self.states = tuple(name for name in half.states if name not in self.OWN)
         self.recurrent, self.constants, self.arguments = self.states[0], half.constants, half.arguments
         self.seeds, self.source = half.seeds, half.source
+
+
+def with_functions(cell: Cell, **functions: Callable[..., Any]) -> Cell:
+    """`cell` with other functions in place of those that its mathematics calls by these names.
+
+    Args:
+        cell: what :func:`cell` made of a function, or one of this module.
+        functions: by the global name under which the function of the cell calls them.
+
+    Raises:
+        CellError: if the cell calls nothing by such a name.
+
+    Example:
+        >>> with_functions(lstm, sigmoid=math.hard_sigmoid)
+        <fusedlstm cell lstm: gates ('i', 'f', 'g', 'o'), states ('h', 'c')>
+    """
+    given: Any = cell.function
+    for name in functions:
+        if name not in given.__code__.co_names:
+            raise CellError(f"cell {cell.name} calls nothing by the name {name!r}")
+    made = FunctionType(
+        given.__code__, given.__globals__ | functions, given.__name__, given.__defaults__, given.__closure__
+    )
+    for name in ("__kwdefaults__", "__doc__", "__module__", "__qualname__"):
+        setattr(made, name, getattr(given, name))
+    return _rebuilt(cell, made, cell.gates)
+
+
+def with_gates(cell: Cell, gates: Sequence[str]) -> Cell:
+    """`cell` with its gates in another order, in which the weights then stack them.
+
+    Raises:
+        CellError: if `gates` are not those of the cell.
+
+    Example:
+        >>> with_gates(gru, ("z", "r", "n")).gates
+        ('z', 'r', 'n')
+    """
+    if sorted(gates) != sorted(cell.gates):
+        raise CellError(f"the gates of cell {cell.name} are {cell.gates}, got {tuple(gates)}")
+    return _rebuilt(cell, cell.function, gates)
+
+
+def _rebuilt(cell: Cell, function: Callable[..., Any], gates: Sequence[str]) -> Cell:
+    if cell.half is not None:
+        return _TwoProducts(_rebuilt(cell.half, function, gates))
+    return Cell(function, gates, cell.states, cell.split, cell.weights, cell.recurrent)
 
 
 @cache

@@ -5,13 +5,28 @@ They take and return the states of the user's cell, and run another cell that ha
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from .cells import Cell
 from .dispatch import Direction, Engine, States
 from .weights import Weights
+
+
+def half_states(cell: Cell, given: Sequence[Any], operand: Any, zero: Any) -> tuple[Any, ...]:
+    """The states with which the half of a cell of two products starts, in its order.
+
+    Args:
+        cell: whose `half` is meant.
+        given: its own states, (B, H) each.
+        operand: what the recurrent weights multiply first, (B, H).
+        zero: zeros (B, H), for what one half of a step hands on to the other.
+    """
+    half = cast(Cell, cell.half)
+    named = dict(zip(cell.states, given)) | {"operand": operand, "update": zero, "phase": zero}
+    return tuple([named[name] for name in half.states])
 
 
 def prepare(engine: Engine, cell: Cell, weights: Weights) -> Direction:
@@ -129,10 +144,7 @@ class TwoProducts(NamedTuple):
         return (output + found["operand"], *others), grads
 
     def _states(self, given: States, operand: Any) -> States:
-        """The states of the half: those of the cell, and its own."""
-        zero = np.zeros_like(operand)
-        named = dict(zip(self.cell.states, given)) | {"operand": operand, "update": zero, "phase": zero}
-        return tuple(named[name] for name in self.half.states)
+        return half_states(self.cell, given, operand, np.zeros_like(operand))
 
     def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
         said = self.direction.explain(2 * steps, batch, training)

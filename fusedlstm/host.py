@@ -23,7 +23,6 @@ from . import dispatch
 from . import weights as storage
 from .cells import Cell
 from .dispatch import Direction
-from .weights import Weights
 
 
 class Run(NamedTuple):
@@ -107,11 +106,43 @@ class Steps:
         return gathered, 0, before
 
 
-# --- What backward needs ---------------------------------------------------------------------------------
+# --- What is kept from call to call ----------------------------------------------------------------------
+
+
+class _Table:
+    """Entries by key, up to so many bytes of all of them, or one; the oldest go."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        with self._lock:
+            self._entries[key] = value, size
+            total = sum(size for _, size in self._entries.values())
+            while total > self.most and len(self._entries) > 1:
+                total -= self._entries.popitem(last=False)[1][1]
+
+    def take(self, key: Any) -> Any:
+        """The entry, which is gone then; None if there is none."""
+        with self._lock:
+            return self._entries.pop(key, (None, 0))[0]
+
+    def use(self, key: Any) -> Any:
+        """The entry, which is the youngest then; None if there is none."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
 
 class _Record(NamedTuple):
-    """Of one forward pass."""
+    """What backward needs of one forward pass."""
 
     direction: Direction
     tape: Any  # without the input, whose memory is the framework's
@@ -122,25 +153,36 @@ class _Record(NamedTuple):
 
 
 _numbers = count(1)
-_records: OrderedDict[int, _Record] = OrderedDict()
-_lock = Lock()
-MOST = 2 << 30  # bytes of all records; a framework does not tell when it has no use for one
+_records = _Table(2 << 30)  # by number; a framework does not tell when it has no use for one
+_packed = _Table(1 << 28)  # directions, by the bits of the weights that are laid out in them
 
 
 def _keep(record: _Record) -> int:
-    """The number of a record; the oldest go when there are too many."""
+    """The number of a record."""
     number = next(_numbers) % (1 << 31)
-    with _lock:
-        _records[number] = record
-        size = sum(kept.size for kept in _records.values())
-        while size > MOST and len(_records) > 1:
-            size -= _records.popitem(last=False)[1].size
+    _records.put(number, record, record.size)
     return number
 
 
-def _take(number: Any) -> _Record | None:
-    with _lock:
-        return _records.pop(int(number), None)
+def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> Direction:
+    """A direction with these weights, for inference: laid out once, as long as their bits are the same."""
+    from fusedlstm.kernels.cpu.fingerprint import fingerprint, table
+
+    dense = [array.ravel(order="K") for array in flat]
+    layout = tuple([(array.shape, array.strides) for array in flat])
+    key = (cell, flat[0].dtype, layout, fingerprint(table(dense), 1))
+    direction: Direction | None = _packed.use(key)
+    if direction is None:
+        direction = _pack(cell, flat)
+        _packed.put(key, direction, 2 * sum(array.nbytes for array in flat))
+    return direction
+
+
+def _pack(cell: Cell, flat: Sequence[np.ndarray]) -> Direction:
+    # copies, since the memory of the framework is ours during this call only, laid out as backward needs them
+    kernels = [storage.transposed(kernel).T for kernel in flat[:2]]
+    rest = [np.array(array) for array in flat[2:]]
+    return dispatch.engine("cpu").prepare(cell, storage.from_keras(cell, [*kernels, *rest], np.zeros_like))
 
 
 # --- Forward and backward --------------------------------------------------------------------------------
@@ -179,7 +221,7 @@ def forward(run: Run, training: bool, *flat: Any) -> list[np.ndarray]:
         run: what is the same in every call.
         training: whether to keep a record, which makes backward quicker.
         flat: the input (B, T, I); the mask (B, T) if there is one; the initial states (B, H); the weights,
-            as :func:`fusedlstm.weights.flatten` gives them.
+            as :func:`fusedlstm.weights.from_keras` takes them.
     """
     given = _Arguments(run, flat)
     y, finals, record = _forward(run, training, given)
@@ -194,21 +236,14 @@ def _forward(
     x, steps = given.run_steps, given.steps
     y = np.empty(given.shape, x.dtype)
     finals = tuple([np.empty_like(state) for state in given.initial])
-    # the memory of the framework is ours during this call only
-    weights = [np.array(weight) for weight in given.weights] if training else given.weights
-    direction = dispatch.engine("cpu").prepare(run.cell, _weights(run.cell, weights))
+    # in training the weights are others at each call
+    direction = (_pack if training else _packed_direction)(run.cell, given.weights)
     lengths = None if steps is None else steps.lengths
     tape = direction.forward(x, given.initial, y.swapaxes(0, 1), finals, lengths, None, False, training)
     if steps is not None and steps.moves:
         for final, state in zip(finals, given.initial):
             final[steps.empty] = state[steps.empty]
     return y, finals, _Record(direction, tape._replace(x=None)) if training else None
-
-
-def _weights(cell: Cell, flat: Sequence[np.ndarray]) -> Weights:
-    own = len(flat) - len(cell.weights)  # 2, and 2 more with biases
-    bias_ih, bias_hh = flat[2:4] if own == 4 else (None, None)
-    return Weights(flat[0], flat[1], bias_ih, bias_hh, vectors=tuple(flat[own:]))
 
 
 def _shown(run: Run, given: _Arguments, y: np.ndarray, finals: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -238,7 +273,7 @@ def backward(run: Run, number: Any, *flat: Any) -> list[np.ndarray]:
     states = len(run.cell.states)
     given = _Arguments(run, flat[: -1 - states])
     dshown, *dfinals = [np.asarray(gradient) for gradient in flat[-1 - states :]]
-    record = _take(number) or _forward(run, True, given)[2]
+    record = _records.take(int(number)) or _forward(run, True, given)[2]
     assert record is not None
     dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
     x, steps = given.run_steps, given.steps
@@ -249,7 +284,7 @@ def backward(run: Run, number: Any, *flat: Any) -> list[np.ndarray]:
     if steps is not None:
         dx = steps.back(dx)
         dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
-    return [dx[:, ::-1] if run.backwards else dx, *dinitial, *storage.flatten(dweights)]
+    return [dx[:, ::-1] if run.backwards else dx, *dinitial, *storage.to_keras(dweights, given.weights)]
 
 
 def _seeds(

@@ -24,8 +24,10 @@ from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 from keras.src.models.functional import Functional
 
 from . import cells, host, math
+from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
+from .directions import half_states
 from .host import Run
 from .weights import GATE_ORDERS
 
@@ -97,59 +99,13 @@ def _activation_name(argument: str, function: Any) -> str:
 
 
 @cache
-def _lstm(activation: str, gate: str) -> Cell:
-    if (activation, gate) == ("tanh", "sigmoid"):
-        return cells.lstm
-    act, rec = _ACTIVATIONS[activation], _ACTIVATIONS[gate]
-
-    def lstm(i: Any, f: Any, g: Any, o: Any, c: Any) -> Any:
-        c = rec(f) * c + rec(i) * act(g)
-        return rec(o) * act(c), c
-
-    return cells.cell(gates=cells.lstm.gates, states=cells.lstm.states)(lstm)
-
-
-@cache
-def _gru(activation: str, gate: str) -> Cell:
-    if (activation, gate) == ("tanh", "sigmoid"):
-        return cells.gru
-    act, rec = _ACTIVATIONS[activation], _ACTIVATIONS[gate]
-
-    def gru(r: Any, z: Any, n_x: Any, n_h: Any, h: Any) -> Any:
-        n = act(n_x + rec(r) * n_h)
-        return n + rec(z) * (h - n)
-
-    return cells.cell(gates=cells.gru.gates, states=cells.gru.states, split=cells.gru.split)(gru)
-
-
-@cache
-def _gru_reset_before(activation: str, gate: str) -> Cell:
-    standard = cells.gru_reset_before
-    if (activation, gate) == ("tanh", "sigmoid"):
-        return standard
-    act, rec = _ACTIVATIONS[activation], _ACTIVATIONS[gate]
-
-    def gru_reset_before(r: Any, z: Any, n: Any, h: Any, update: Any, phase: Any) -> Any:
-        first = phase < 0.5
-        new = math.where(first, h, act(n) + update * (h - act(n)))
-        return new, math.where(first, rec(r) * h, new), rec(z), math.where(first, 1.0, 0.0)
-
-    half = cast(Cell, standard.half)
-    made = cells.cell(gates=half.gates, states=half.states, recurrent=half.recurrent)(gru_reset_before)
-    return cells._TwoProducts(made)
-
-
-@cache
-def _rnn(activation: str) -> Cell:
-    known = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
-    if activation in known:
-        return known[activation]
-    act = _ACTIVATIONS[activation]
-
-    def rnn(a: Any) -> Any:
-        return act(a)
-
-    return cells.cell(gates=cells.rnn_tanh.gates)(rnn)
+def _cell(kind: str, **activations: str) -> Cell:
+    """A cell with its gates in Keras's order, and with activations by the names of functions of the cell."""
+    standard: Cell = getattr(cells, kind)
+    functions = {name: _ACTIVATIONS[chosen] for name, chosen in activations.items() if chosen != name}
+    found = cells.with_functions(standard, **functions) if functions else standard
+    gates = GATE_ORDERS["keras"].get(kind.removesuffix("_reset_before"), found.gates)
+    return found if gates == found.gates else cells.with_gates(found, gates)
 
 
 # --- Layers ----------------------------------------------------------------------------------------------
@@ -179,35 +135,38 @@ class _Fused(layers.RNN):  # type: ignore[misc]
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
         """The last output (B, H), the outputs (B, T, H), and the final states (B, H), as Keras asks for them.
 
-        Where only the last output is asked for, the outputs are that one.
+        Where only the last output is asked for, the outputs are that one; where all of them are, Keras has no
+        use for the last one, and it is the final state, which a mask may set apart from it.
         """
         mask = mask[0] if keras.tree.is_nested(mask) else mask
         mask = None if mask is None else ops.cast(mask, "bool")
         cell, dtype = self._fused_cell, self._computes
+        drops_state = training and self.cell.recurrent_dropout
+        if sequences.shape[1] == 1 and not drops_state and _traced(sequences):
+            # a single step has no loop to be fused, and compiled code is quicker than a call of the host
+            return layers.RNN.inner_loop(self, sequences, initial_state, mask, training)
         x = ops.cast(sequences, dtype)
         states = [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)]
         if self.stateful and _BACKEND == "torch":  # the layer writes to them before backward reads them
             states = [ops.copy(state) for state in states]
         if training and self.cell.dropout:
             x = x * _one_mask(self.cell.get_dropout_mask(sequences[:, 0]), dtype)[:, None]
-        if training and self.cell.recurrent_dropout:
+        if drops_state:
             drops = _one_mask(self.cell.get_recurrent_dropout_mask(states[cell.operand]), dtype)
             states += [drops, drops * states[cell.operand]]
             cell = cells.recurrent_dropout(cell)
-        shown, finals = self._run(cell, bool(training), x, mask, dict(zip(cell.states, states)))
-        last = shown[:, -1] if self.return_sequences else shown
-        return last, shown, [finals[name] for name in self._fused_cell.states]
+        shown, finals = self._run(cell, bool(training), x, mask, states)
+        last = finals[0] if self.return_sequences else shown
+        return last, shown, finals[: len(self._fused_cell.states)]
 
-    def _run(
-        self, cell: Cell, training: bool, x: Any, mask: Any, states: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        """What is shown of the outputs, and the final states by name."""
+    def _run(self, cell: Cell, training: bool, x: Any, mask: Any, states: list[Any]) -> tuple[Any, list[Any]]:
+        """What is shown of the outputs, and the final states."""
         if cell.half is not None:  # two recurrent products a step: two steps of half of it
             x, mask = ops.repeat(x, 2, axis=1), None if mask is None else ops.repeat(mask, 2, axis=1)
-            output = states[cell.states[0]]
-            states |= {"operand": output, "update": ops.zeros_like(output), "phase": ops.zeros_like(output)}
-            shown, finals = self._run(cell.half, training, x, mask, states)
-            return shown[:, 1::2] if self.return_sequences else shown, finals
+            halves = half_states(cell, states, states[0], ops.zeros_like(states[0]))
+            shown, finals = self._run(cell.half, training, x, mask, list(halves))
+            found = dict(zip(cell.half.states, finals))
+            return shown[:, 1::2] if self.return_sequences else shown, [found[name] for name in cell.states]
         run = Run(
             cell,
             self.go_backwards,
@@ -216,9 +175,8 @@ class _Fused(layers.RNN):  # type: ignore[misc]
             carries=_BACKEND == "jax",
             masked=mask is not None,
         )
-        initial = [states[name] for name in cell.states]
-        shown, *final = _CORES[_BACKEND](run, training, x, mask, initial, self._weights())
-        return shown, dict(zip(cell.states, final))
+        shown, *finals = _CORES[_BACKEND](run, training, x, mask, states, self._weights())
+        return shown, finals
 
     @property
     def _computes(self) -> str:
@@ -226,27 +184,11 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _weights(self) -> list[Any]:
-        """The weights in our layout: (gates*H, I), (gates*H, H), both biases, the learned vectors."""
+        """As :func:`fusedlstm.weights.from_keras` takes them."""
         cell = self.cell
-        kernels = [self._in_order(kernel) for kernel in (cell.kernel, cell.recurrent_kernel)]
-        flat = [ops.transpose(kernel) for kernel in kernels]
-        if cell.bias is not None:
-            bias = self._in_order(cell.bias)
-            flat += [bias[0], bias[1]] if len(bias.shape) == 2 else [bias, ops.zeros_like(bias)]
-        return [*flat, *(ops.cast(vector, self._computes) for vector in getattr(cell, "vectors", ()))]
-
-    def _in_order(self, weight: Any) -> Any:
-        """A weight with its gates, along the last axis, in the order of our cell."""
-        ours = self._fused_cell.gates
-        theirs = _GATES.get(type(self.cell), ours)
-        weight = ops.cast(weight, self._computes)
-        if theirs == ours:
-            return weight
-        parts = ops.split(weight, len(theirs), axis=-1)
-        return ops.concatenate([parts[theirs.index(gate)] for gate in ours], axis=-1)
-
-
-_GATES = {layers.LSTMCell: GATE_ORDERS["keras"]["lstm"], layers.GRUCell: GATE_ORDERS["keras"]["gru"]}
+        bias = () if cell.bias is None else (cell.bias,)
+        every = (cell.kernel, cell.recurrent_kernel, *bias, *getattr(cell, "vectors", ()))
+        return [ops.cast(weight, self._computes) for weight in every]
 
 
 def _one_mask(masks: Any, dtype: str) -> Any:
@@ -265,7 +207,7 @@ class LSTM(_Fused, layers.LSTM):  # type: ignore[misc]
     """
 
     def _mathematics(self) -> Cell:
-        return _lstm(*_activation_names(self))
+        return _cell("lstm", **_activation_names(self))
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
@@ -273,8 +215,7 @@ class GRU(_Fused, layers.GRU):  # type: ignore[misc]
     """``keras.layers.GRU`` with fused kernels, as :class:`LSTM` is ``keras.layers.LSTM``."""
 
     def _mathematics(self) -> Cell:
-        names = _activation_names(self)
-        return _gru(*names) if self.reset_after else _gru_reset_before(*names)
+        return _cell("gru" if self.reset_after else "gru_reset_before", **_activation_names(self))
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
@@ -282,12 +223,14 @@ class SimpleRNN(_Fused, layers.SimpleRNN):  # type: ignore[misc]
     """``keras.layers.SimpleRNN`` with fused kernels, as :class:`LSTM` is ``keras.layers.LSTM``."""
 
     def _mathematics(self) -> Cell:
-        return _rnn(_activation_name("activation", self.activation))
+        name = _activation_name("activation", self.activation)
+        return cells.rnn_relu if name == "relu" else _cell("rnn_tanh", tanh=name)
 
 
-def _activation_names(layer: Any) -> tuple[str, str]:
+def _activation_names(layer: Any) -> dict[str, str]:
+    """Of a layer with gates, by the functions of its cell."""
     gate = _activation_name("recurrent_activation", layer.recurrent_activation)
-    return _activation_name("activation", layer.activation), gate
+    return {"tanh": _activation_name("activation", layer.activation), "sigmoid": gate}
 
 
 # --- Any cell --------------------------------------------------------------------------------------------
@@ -517,9 +460,11 @@ def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weig
     if run.backwards:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
 
+    flat = storage.flatten(storage.from_keras(run.cell, weights, _torch_zeros))
+
     def operator(x: Any, lengths: Any) -> Any:
         states = [state.unsqueeze(0) for state in initial]
-        y, *finals = adapter._apply(x.transpose(0, 1), states, weights, lengths, None, run.cell, 1)
+        y, *finals = adapter._apply(x.transpose(0, 1), states, flat, lengths, None, run.cell, 1)
         return y.transpose(0, 1), [final.squeeze(0) for final in finals]
 
     if mask is None:
@@ -545,14 +490,51 @@ def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weig
     return [y, *finals]
 
 
+def _torch_zeros(bias: Any) -> Any:
+    """Zeros like the bias; the same tensor in every call, by which the adapter knows packed weights again."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return torch.zeros_like(bias)
+    return _kept_zeros(len(bias), bias.dtype, bias.device)
+
+
+@cache
+def _kept_zeros(size: int, dtype: Any, device: Any) -> Any:
+    import torch
+
+    with torch.inference_mode(False):  # else it could not take part in a gradient later
+        return torch.zeros(size, dtype=dtype, device=device)
+
+
 def _jax(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weights: list[Any]) -> list[Any]:
-    """A callback.  JAX tells apart whether there will be a gradient, so `training` has no part in it."""
-    return list(_jax_layer()(run, x, mask, initial, weights))
+    """A call of the host.  JAX itself tells whether there will be a gradient, so `training` says nothing."""
+    import jax
+
+    flat = (x, *_present(mask), *initial, *weights)
+    if any(map(_traced, flat)):
+        return list(_jax_layer()(run, x, mask, initial, weights))
+    return [jax.numpy.asarray(result) for result in host.forward(run, False, *flat)[:-1]]
+
+
+def _traced(array: Any) -> bool:
+    """Whether JAX or TensorFlow looks what is done with the array, and does it later."""
+    if _BACKEND == "jax":
+        import jax
+
+        return isinstance(array, jax.core.Tracer)
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return False
 
 
 @cache
 def _jax_layer() -> Any:
     import jax
+
+    from . import xla
 
     array: Any = jax.ShapeDtypeStruct  # its shape and type
 
@@ -563,8 +545,7 @@ def _jax_layer() -> Any:
         batch, steps, _ = x.shape
         shape = (batch, *((steps,) if run.sequences else ()), initial[0].shape[1])
         results = [array(shape, x.dtype), *like(*initial), array((), "int32")]
-        flat = (x, *_present(mask), *initial, *weights)
-        return list(jax.pure_callback(_forward(run, training), results, *flat, vmap_method="sequential"))
+        return xla.call(_forward(run, training), results, x, *_present(mask), *initial, *weights)
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
     def layer(run: Run, *arguments: Any) -> list[Any]:
@@ -577,8 +558,7 @@ def _jax_layer() -> Any:
     def backward(run: Run, kept: Any, gradients: list[Any]) -> tuple[Any, ...]:
         number, x, mask, initial, weights = kept
         flat = (number, x, *_present(mask), *initial, *weights, *gradients)
-        results = like(x, *initial, *weights)
-        dx, *rest = jax.pure_callback(_backward(run), results, *flat, vmap_method="sequential")
+        dx, *rest = xla.call(_backward(run), like(x, *initial, *weights), *flat)
         return dx, None, rest[: len(initial)], rest[len(initial) :]
 
     layer.defvjp(forward, backward)
@@ -592,6 +572,8 @@ def _tensorflow(
     import tensorflow as tf
 
     def call(function: Any, given: Sequence[Any], shapes: list[Any], *more: Any) -> list[Any]:
+        if tf.executing_eagerly():
+            return [tf.convert_to_tensor(result) for result in function(*given)]
         results = tf.numpy_function(function, given, [x.dtype] * len(shapes) + list(more), stateful=False)
         for result, shape in zip(results, shapes):
             result.set_shape(shape)
@@ -615,7 +597,7 @@ def _tensorflow(
 
 def _numpy(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weights: list[Any]) -> list[Any]:
     """There are no gradients."""
-    return _forward(run, False)(x, *_present(mask), *initial, *weights)[:-1]
+    return host.forward(run, False, x, *_present(mask), *initial, *weights)[:-1]
 
 
 def _present(mask: Any) -> list[Any]:

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import count
 from typing import Any, NamedTuple, cast
 
@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fusedlstm.kernels.cpu import fingerprint
 from fusedlstm.kernels.reference import schedule
 
 from . import cells, dispatch, layers
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
-from .directions import prepare
+from .directions import half_states, prepare
 from .dispatch import Direction
 from .weights import Weights
 
@@ -59,23 +60,17 @@ _cells: dict[str, Cell] = {cell.key: cell for cell in (cells.lstm, cells.gru, ce
 # --- Weights as the kernels want them --------------------------------------------------------------------
 
 
-def _unflatten(cell: Cell, flat: Sequence[Any]) -> Weights:
-    """The inverse of :func:`fusedlstm.weights.flatten`."""
-    own = len(flat) - len(cell.weights)  # 2, and 2 more with biases, and 1 more with a projection
-    bias_ih, bias_hh = flat[2:4] if own >= 4 else (None, None)
-    return Weights(flat[0], flat[1], bias_ih, bias_hh, flat[own - 1] if own % 2 else None, tuple(flat[own:]))
-
-
 def _array(tensor: Tensor) -> Any:
     """The tensor's memory as a NumPy or CuPy array; the last axis is contiguous."""
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
     if tensor.is_cuda:
         import cupy
 
-        return cupy.asarray(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-    array = tensor.numpy()
-    return array if array.strides[-1] == array.itemsize else np.array(array, order="C")
+        return cupy.asarray(tensor)
+    return tensor.numpy()
 
 
 def _tensor(array: Any) -> Tensor:
@@ -88,78 +83,80 @@ class _Packed(NamedTuple):
 
     cell: Cell
     owners: list[weakref.ref[Tensor]]  # the weights
-    places: tuple[int, ...]  # where they lie
-    words: tuple[np.ndarray, ...]  # their memory, so that nothing else can lie there; none on a GPU
-    stamps: dict[int, tuple[int, ...]]  # by how much was looked at
+    places: list[int]  # where they lie
+    arrays: list[Any]  # their memory, so that nothing else can lie there
+    table: np.ndarray | None  # where to look at it, (n, 2); none on a GPU
+    sparse: int  # for few rows one block of numbers in so many is looked at
+    stamps: dict[int, list[Any]]  # by how much was looked at
     direction: Direction
 
 
-_packed: dict[tuple[int, ...], _Packed] = {}  # by the identities of the weights, until one of them goes
+_packed: dict[tuple[Any, ...], _Packed] = {}  # by the identities of the weights, until one of them goes
+_LOOKED_AT = 1 << 16  # numbers of large weights that are looked at: more would push others out of the cache
+_MANY_ROWS = 1024  # for so many rows all numbers are: that takes a few per cent of what the products take
 
 
 def _direction(cell: Cell, weights: Sequence[Tensor], rows: int) -> Direction:
     """One direction with these weights, as they are now, to be run on so many rows, T times B.
 
-    What was laid out is used again if the tensors are the same, contiguous, lie where they lay, and have
-    the same version counters and the same bits.  The bits are for what the counters do not see: a write to
-    ``weight.data``, or to memory shared with NumPy.  On a GPU it is the counters alone.
+    What was laid out is used again if the tensors are the same, or views of the same, contiguous in one of
+    both orders, lie where they lay, and have the same version counters and the same bits.  The bits are for
+    what the counters do not see: a write to ``weight.data``, or to memory shared with NumPy.  On a GPU it is
+    the counters alone.
     """
-    every = _every(weights, rows)
-    known = _packed.get(tuple(map(id, weights)))
+    known = _packed.get(tuple(map(id, weights))) or _packed.get(tuple(map(_identity, weights)))
     if (
         known is not None
         and known.cell is cell
-        and known.places == tuple([weight.data_ptr() for weight in weights])
-        and known.stamps.get(every) == _stamp(known.words, weights, every)
+        and known.places == [weight.data_ptr() for weight in weights]
+        and known.stamps.get(every := 1 if rows >= _MANY_ROWS else known.sparse)
+        == _stamp(known.table, weights, every)
     ):
         return known.direction
-    return _pack(cell, weights, {every, _every(weights, 1)})
+    return _pack(cell, weights)
 
 
-def _pack(cell: Cell, weights: Sequence[Tensor], looks: set[int]) -> Direction:
+def _owner(weight: Tensor) -> Tensor:
+    """The tensor that the weight is, or is a view of."""
+    return weight if weight._base is None else weight._base
+
+
+def _identity(weight: Tensor) -> Any:
+    """What is equal for the same weight; views are new objects each time."""
+    return id(weight) if weight._base is None else (id(weight._base), weight.stride())
+
+
+def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     engine = dispatch.engine(weights[1].device.type)
-    if not all(weight.is_contiguous() for weight in weights):  # what would be looked at is a copy
-        arrays = [_array(weight.contiguous()) for weight in weights]
-        return prepare(engine, cell, _unflatten(cell, arrays))
-    arrays, key = [_array(weight) for weight in weights], tuple(map(id, weights))
-    places = tuple([weight.data_ptr() for weight in weights])
-    words = () if weights[1].is_cuda else tuple([array.reshape(-1).view(np.uint32) for array in arrays])
-    stamps = {every: _stamp(words, weights, every) for every in looks}
-    direction = prepare(engine, cell, _unflatten(cell, arrays))
+    own = storage.unflatten(cell, [_array(weight.contiguous()) for weight in weights])
+    dense = [weight if weight.is_contiguous() else weight.t() for weight in weights]
+    if not all(weight.is_contiguous() for weight in dense):  # what would be looked at is a copy
+        return prepare(engine, cell, own)
+    arrays, key = [_array(weight) for weight in dense], tuple(map(_identity, weights))
+    places = [weight.data_ptr() for weight in weights]
+    table = None if weights[1].is_cuda else fingerprint.table(arrays)
+    sparse = 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
+    stamps = {every: _stamp(table, weights, every) for every in {1, sparse}}
+    direction = prepare(engine, cell, own)
 
     def drop(reference: Any) -> None:
         if (entry := _packed.get(key)) is not None and any(owner is reference for owner in entry.owners):
             del _packed[key]
 
-    owners = [weakref.ref(weight, drop) for weight in weights]
-    _packed[key] = _Packed(cell, owners, places, words, stamps, direction)
+    owners = [weakref.ref(_owner(weight), drop) for weight in weights]
+    _packed[key] = _Packed(cell, owners, places, arrays, table, sparse, stamps, direction)
     return direction
 
 
-_LOOKED_AT = 1 << 16  # numbers of large weights that are looked at: more would push others out of the cache
-_MANY_ROWS = 1024  # for so many rows all numbers are: that takes a few per cent of what the products take
-
-
-def _every(weights: Sequence[Tensor], rows: int) -> int:
-    """Which part of the weights is looked at: one block of numbers in so many."""
-    return 1 if rows >= _MANY_ROWS else 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
-
-
-def _stamp(words: tuple[np.ndarray, ...], weights: Sequence[Tensor], every: int) -> tuple[int, ...]:
+def _stamp(table: np.ndarray | None, weights: Sequence[Tensor], every: int) -> list[Any]:
     """Version counters, and a number for the bits that are looked at."""
     try:
-        versions = [weight._version for weight in weights]
-    except RuntimeError:  # tensors made in inference mode have no counters
-        return (_fingerprint()(words, 1),) if words else ()
-    return (*versions, _fingerprint()(words, every)) if words else tuple(versions)
-
-
-@cache
-def _fingerprint() -> Callable[[tuple[np.ndarray, ...], int], int]:
-    """Compiled when it is first needed."""
-    from fusedlstm.kernels.cpu.fingerprint import fingerprint
-
-    return cast("Callable[[tuple[np.ndarray, ...], int], int]", fingerprint)
+        stamp: list[Any] = [weight._version for weight in weights]
+    except RuntimeError:  # tensors made in inference mode have no counters: equal bits, or never the same
+        stamp, every = [] if table is not None else [object()], 1
+    if table is not None:
+        stamp.append(fingerprint.fingerprint(table, every))
+    return stamp
 
 
 # --- One layer, forward and backward ---------------------------------------------------------------------
@@ -208,7 +205,8 @@ def _on_stream(x: Tensor) -> Iterator[None]:
         yield
 
 
-class _Shape(NamedTuple):
+@dataclass(frozen=True)
+class _Shape:
     """Sizes of one layer."""
 
     cell: Cell
@@ -218,12 +216,12 @@ class _Shape(NamedTuple):
     outputs: int
     hidden: int
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Of the states."""
         return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
 
-    @property
+    @cached_property
     def results(self) -> list[tuple[int, int, int]]:
         """Shapes of the output and of the final states."""
         y = (self.steps, self.batch, self.directions * self.outputs)
@@ -231,9 +229,17 @@ class _Shape(NamedTuple):
 
 
 def _shape(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> _Shape:
+    sizes = (x.shape, weights[0].shape, weights[1].shape, key, directions)
+    try:
+        return _shape_of(*sizes)
+    except TypeError:  # symbols, of a graph that is compiled for any size, have no hash
+        return _shape_of.__wrapped__(*sizes)
+
+
+@lru_cache(1024)
+def _shape_of(x: torch.Size, ih: torch.Size, hh: torch.Size, key: str, directions: int) -> _Shape:
     cell = _cells[key]
-    steps, batch, _ = x.shape
-    return _Shape(cell, directions, steps, batch, weights[1].shape[1], weights[0].shape[0] // len(cell.gates))
+    return _Shape(cell, directions, x[0], x[1], hh[1], ih[0] // len(cell.gates))
 
 
 def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
@@ -455,7 +461,7 @@ def _replay(
     each = len(weights) // shape.directions
     outputs, finals = [], []
     for d in range(shape.directions):
-        own = _unflatten(shape.cell, weights[d * each : (d + 1) * each])
+        own = storage.unflatten(shape.cell, weights[d * each : (d + 1) * each])
         y, final = _replay_direction(shape.cell, own, x, [part[d] for part in states], lengths, reset, d == 1)
         outputs.append(y)
         finals.append(final)
@@ -509,13 +515,12 @@ def _replay_halves(
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Each step as two of half of it, as :class:`fusedlstm.directions.TwoProducts` runs it."""
-    zero = torch.zeros_like(initial[0])
-    given = dict(zip(cell.states, initial)) | {"operand": initial[0], "update": zero, "phase": zero}
+    halves = half_states(cell, initial, initial[0], torch.zeros_like(initial[0]))
     if reset is not None:
         reset, marks = np.zeros((2 * len(x), x.shape[1]), bool), reset
         reset[::2] = marks
     y, final = _replay_direction(
-        half, weights, x.repeat_interleave(2, 0), [given[name] for name in half.states],
+        half, weights, x.repeat_interleave(2, 0), list(halves),
         None if lengths is None else 2 * lengths, reset, reverse,
     )  # fmt: skip
     found = dict(zip(half.states, final))
@@ -617,9 +622,10 @@ def _run_second(
         results.append(
             second_backward(
                 shape.cell, x, y[..., part], [state[d] for state in states],
-                _unflatten(shape.cell, weights[own]), grads[0][..., part], [state[d] for state in grads[1:]],
+                storage.unflatten(shape.cell, weights[own]),
+                grads[0][..., part], [state[d] for state in grads[1:]],
                 moved_x, [None if state is None else state[d] for state in moved_states],
-                _unflatten(shape.cell, moved[len(initial) :][own]), lengths, reset, d == 1, wants_x,
+                storage.unflatten(shape.cell, moved[len(initial) :][own]), lengths, reset, d == 1, wants_x,
             )
         )  # fmt: skip
     dy, dfinal, dx, dinitial, dweights = zip(*results)
@@ -810,14 +816,15 @@ class _Stack(nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, reset)
-        self._check_input(input)
+        weight = self._some_weight()
+        self._check_input(input, weight)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
         if x.shape[0] == 0:
             raise RuntimeError(f"input must have one time step at least, got the shape {tuple(input.shape)}")
-        states = [] if hx is None else self._check_state(hx, x.shape[1], batched)
+        states = [] if hx is None else self._check_state(hx, x.shape[1], batched, weight)
         if lengths is not None:
             lengths = self._check_lengths(lengths, x.shape[1], batched)
         if reset is not None:
@@ -838,7 +845,7 @@ class _Stack(nn.Module):
         given = x.dtype
         for level in range(self.num_layers):
             rows = slice(level * directions, (level + 1) * directions)
-            weights = [_parameter(self, name) for names in self._all_weights[rows] for name in names]
+            weights = _parameters(self, [name for names in self._all_weights[rows] for name in names])
             own = states if self.num_layers == 1 else [part[rows] for part in states]
             if level and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
@@ -853,8 +860,9 @@ class _Stack(nn.Module):
         if lengths is not None or reset is not None:
             raise ValueError("a PackedSequence has lengths of its own, and cannot be reset: pad it instead")
         padded, ends = pad_packed_sequence(packed)
-        self._check_input(padded)
-        states = [] if hx is None else self._check_state(hx, padded.shape[1], True)
+        weight = self._some_weight()
+        self._check_input(padded, weight)
+        states = [] if hx is None else self._check_state(hx, padded.shape[1], True, weight)
         y, final = self._run(padded, states, ends, None)
         order = packed.sorted_indices
         if order is not None:
@@ -865,7 +873,10 @@ class _Stack(nn.Module):
 
     _autocasts = True  # whether autocast gives its type to the results
 
-    def _check_input(self, x: Tensor) -> None:
+    def _some_weight(self) -> Tensor:
+        return _parameters(self, self._all_weights[0][:1])[0]
+
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
         if x.dim() not in (2, 3):
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead, with the "
@@ -876,27 +887,25 @@ class _Stack(nn.Module):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]} "
                 f"in the shape {tuple(x.shape)}"
             )
-        _check_dtype(x, _parameter(self, self._all_weights[0][0]))
+        _check_dtype(x, weight)
 
-    def _check_state(self, hx: Any, batch: int, batched: bool) -> list[Tensor]:
+    def _check_state(self, hx: Any, batch: int, batched: bool, weight: Tensor) -> list[Tensor]:
         """The states as (L*D, B, size) each."""
         names = self.cell.states
         parts = (hx,) if len(names) == 1 else hx
         if not isinstance(parts, (tuple, list)) or len(parts) != len(names):
             raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {_described(hx)}")
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        states = []
+        leading, size = (rows, batch) if batched else (rows,), self.proj_size or self.hidden_size
         for n, part in enumerate(parts):
-            size = self.proj_size if self.proj_size and not n else self.hidden_size
-            label = "hx" if len(names) == 1 else f"hidden[{n}]"
-            expected = (rows, batch, size) if batched else (rows, size)
+            label, expected = "hx" if len(names) == 1 else f"hidden[{n}]", (*leading, size)
             if not isinstance(part, Tensor):
                 raise TypeError(f"{label} must be a tensor, got {_described(part)}")
             if part.shape != expected:
                 raise RuntimeError(f"Expected {label} size {expected}, got {tuple(part.shape)}")
-            _check_dtype(part, _parameter(self, self._all_weights[0][0]), label)
-            states.append(part if batched else part.unsqueeze(1))
-        return states
+            _check_dtype(part, weight, label)
+            size = self.hidden_size  # of all states but the output
+        return list(parts) if batched else [part.unsqueeze(1) for part in parts]
 
     def _check_lengths(self, lengths: Any, batch: int, batched: bool) -> Tensor:
         if not batched:
@@ -926,19 +935,24 @@ class _Stack(nn.Module):
         return reset.transpose(0, 1) if self.batch_first else reset
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    """What the attribute is; a parametrization or a hook may have put anything there."""
-    parameter = module._parameters.get(name)  # quicker
-    return cast(Tensor, getattr(module, name)) if parameter is None else parameter
+def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """What these attributes are; a parametrization or a hook may have put anything there."""
+    own, found = module._parameters, []
+    for name in names:  # a loop can be traced
+        parameter = own.get(name)  # quicker
+        found.append(getattr(module, name) if parameter is None else parameter)
+    return found
 
 
 def _check_dtype(value: Tensor, weight: Tensor, label: str = "input") -> None:
+    if value.dtype is weight.dtype and value.is_cpu and weight.is_cpu:
+        return
     if value.dtype is not weight.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
             f"RNN {label} dtype ({value.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert {label}: {label}.to({weight.dtype}), or convert model: model.to({value.dtype})"
         )
-    if not (value.is_cpu and weight.is_cpu) and value.device != weight.device:
+    if value.device != weight.device:
         raise RuntimeError(f"{label} lies on {value.device}, but the weights on {weight.device}")
 
 
@@ -985,7 +999,7 @@ class _TorchStack(_Stack, nn.RNNBase):
         ``.data`` or NumPy: the layout that the kernels keep follows all else by itself.
         """
         for names in self._all_weights:
-            _packed.pop(tuple([id(_parameter(self, name)) for name in names]), None)
+            _packed.pop(tuple(map(id, _parameters(self, names))), None)
 
 
 class LSTM(_TorchStack):
@@ -1041,7 +1055,7 @@ class GRU(_TorchStack):
 
     @property
     def _autocasts(self) -> bool:  # type: ignore[override]
-        return bool(_parameter(self, "weight_ih_l0").is_cuda)  # as PyTorch's
+        return bool(self._some_weight().is_cuda)  # as PyTorch's
 
 
 class RNN(_TorchStack):
@@ -1147,6 +1161,9 @@ _DEFAULTS = {
 }
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Single(nn.RNNCellBase):
     """What cells share: one step of one layer; the parameters are PyTorch's."""
 
@@ -1166,9 +1183,7 @@ class _Single(nn.RNNCellBase):
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
-        weights = [_parameter(self, name) for name in ("weight_ih", "weight_hh")]
-        if self.bias:
-            weights += [_parameter(self, name) for name in ("bias_ih", "bias_hh")]
+        weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
         _check_dtype(input, weights[0])
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input[None, None]

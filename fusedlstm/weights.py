@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     from .cells import Cell
@@ -64,6 +66,59 @@ def flatten(weights: Weights) -> list[Any]:
     """The entries that are there, in PyTorch's order; the learned vectors come last."""
     present = [weights.ih, weights.hh, weights.bias_ih, weights.bias_hh, weights.hr]
     return [entry for entry in present if entry is not None] + list(weights.vectors)
+
+
+def unflatten(cell: Cell, flat: Sequence[Any]) -> Weights:
+    """The weights of a cell whose entries :func:`flatten` gave."""
+    own = len(flat) - len(cell.weights)  # 2, and 2 more with biases, and 1 more with a projection
+    bias_ih, bias_hh = flat[2:4] if own >= 4 else (None, None)
+    return Weights(flat[0], flat[1], bias_ih, bias_hh, flat[own - 1] if own % 2 else None, tuple(flat[own:]))
+
+
+def from_keras(cell: Cell, flat: Sequence[Any], zeros_like: Callable[[Any], Any]) -> Weights:
+    """The weights of a layer of Keras, as views of the same memory; only a missing second bias is new.
+
+    Args:
+        cell: with the gates in Keras's order.
+        flat: the kernel (I, gates*H); the recurrent kernel (H, gates*H); the bias, if there is one, as
+            (gates*H,) or, for each product its own, (2, gates*H); the learned vectors (H,).
+        zeros_like: makes the second bias where there is one only.
+    """
+    kernel, recurrent, *rest = flat
+    biases = rest[: len(rest) - len(cell.weights)]
+    bias_ih, bias_hh = None, None
+    for bias in biases:
+        bias_ih, bias_hh = (bias[0], bias[1]) if bias.ndim == 2 else (bias, zeros_like(bias))
+    return Weights(kernel.T, recurrent.T, bias_ih, bias_hh, vectors=tuple(rest[len(biases) :]))
+
+
+def to_keras(gradients: Weights, flat: Sequence[Any]) -> list[Any]:
+    """The gradients of the weights that :func:`from_keras` was given as `flat`."""
+    biases = len(flat) - 2 - len(gradients.vectors)
+    bias: list[Any] = [gradients.bias_ih][:biases]
+    if biases and flat[2].ndim == 2:
+        bias = [np.stack([gradients.bias_ih, gradients.bias_hh])]
+    return [transposed(gradients.ih), transposed(gradients.hh), *bias, *gradients.vectors]
+
+
+_COLUMNS, _APART = 128, 16
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """A contiguous copy of ``matrix.T``, several times as fast as NumPy makes it.
+
+    Rows of a matrix are often a power of two apart, and then the entries of a column share few lines of a
+    cache.  So some columns at a time go to a buffer whose rows are further apart, and from there.
+    """
+    rows, columns = matrix.shape
+    result = np.empty((columns, rows), matrix.dtype)
+    buffer = np.empty((rows, _COLUMNS + _APART), matrix.dtype)
+    for start in range(0, columns, _COLUMNS):
+        block = matrix[:, start : start + _COLUMNS]
+        part = buffer[:, : block.shape[1]]
+        part[...] = block
+        result[start : start + _COLUMNS] = part.T
+    return result
 
 
 def fill(names: Weights, entry: Callable[[str], Any]) -> Weights:

@@ -38,7 +38,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def numpy(value: Any) -> np.ndarray:
-    if BACKEND == "torch":
+    if BACKEND == "torch" and not isinstance(value, np.ndarray):
         value = value.detach()
     return np.asarray(value)
 
@@ -76,7 +76,13 @@ def gradients(function: Any, given: list[np.ndarray], jit: bool = False) -> tupl
 
 
 def outcome(
-    layer: Any, weights: list[np.ndarray], mask: Any, states: int, training: bool = False, jit: bool = False
+    layer: Any,
+    weights: list[np.ndarray],
+    mask: Any,
+    states: int,
+    training: bool = False,
+    jit: bool = False,
+    x: np.ndarray | None = None,
 ) -> Any:
     """Outputs, final states, and the gradients of the input, the initial states and the weights."""
 
@@ -89,7 +95,7 @@ def outcome(
         return list(keras.tree.flatten(results))
 
     initial = [normal(B, H, seed=1 + n) for n in range(states)]
-    return gradients(function, [normal(B, T, D), *initial, *weights], jit)
+    return gradients(function, [normal(B, T, D) if x is None else x, *initial, *weights], jit)
 
 
 def built(make: Any, *args: Any, **options: Any) -> Any:
@@ -205,6 +211,68 @@ def test_other_activations() -> None:
     options = {"activation": "softsign", "recurrent_activation": "hard_sigmoid"}
     ours, theirs = (built(make, H, **options) for make in PAIRS["LSTM"])
     alike(ours, theirs, mask=None, states=0)
+
+
+# --- Weights that change ---------------------------------------------------------------------------------
+
+
+def nothing(model: keras.Model) -> None:
+    pass
+
+
+def assign(model: keras.Model) -> None:
+    kernel = model.layers[0].cell.recurrent_kernel
+    kernel.assign(0.5 * normal(*kernel.shape))
+
+
+def set_weights(model: keras.Model) -> None:
+    model.set_weights([0.5 * normal(*w.shape, seed=1) for w in model.weights])
+
+
+def fit(model: keras.Model) -> None:
+    model.fit(normal(B, T, D), normal(B, H), verbose=0)
+
+
+def one_number(model: keras.Model) -> None:
+    """By what the backend has besides Keras, and in place where there is such a thing."""
+    value = model.layers[0].cell.kernel.value
+    if BACKEND == "torch":
+        value.data.numpy()[0, 0] += 1
+    elif BACKEND == "tensorflow":
+        model.layers[0].cell.kernel._value.scatter_nd_add([[0, 0]], [1.0])
+    else:
+        model.layers[0].cell.kernel._value = value.at[0, 0].add(1)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_weights_are_laid_out_once_for_each_change(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if BACKEND == "torch":
+        from fusedlstm import torch as packer
+    else:
+        packer = host
+    real, count = packer._pack, []
+    monkeypatch.setattr(packer, "_pack", lambda *args: count.append(1) or real(*args))
+    ours, theirs = (keras.Sequential([keras.Input((T, D)), make(H)]) for make in PAIRS[kind])
+    x = normal(B, T, D)
+    for model in (ours, theirs):
+        model.compile("sgd", "mse")
+    for change in (nothing, assign, set_weights, fit, one_number):
+        before = numpy(ours(x))
+        change(ours)
+        theirs.set_weights(ours.get_weights())
+        count.clear()
+        for call in (keras.Model.predict_on_batch, keras.Model.__call__, keras.Model.predict_on_batch):
+            found, expected = (numpy(call(model, x)) for model in (ours, theirs))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=change.__name__)
+        assert np.array_equal(found, before) == (change is nothing)
+        assert len(count) == (change is not nothing)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_one_step(kind: str) -> None:
+    ours, theirs = (built(make, H, return_state=True) for make in PAIRS[kind])
+    x, states = normal(B, 1, D), len(ours.state_size)
+    alike(ours, theirs, mask=np.array([[True], [False], [True], [True]]), states=states, jit=True, x=x)
 
 
 # --- State, wrappers, models, files ----------------------------------------------------------------------
@@ -386,12 +454,25 @@ def test_jax_transforms() -> None:
 
 
 @only("jax")
+def test_what_a_call_of_the_host_raises_is_told() -> None:
+    import jax
+
+    from fusedlstm import xla
+
+    def fail(*arrays: Any) -> Any:
+        raise ValueError("no such thing")
+
+    result = jax.ShapeDtypeStruct((3,), "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ValueError: no such thing"):
+        jax.block_until_ready(jax.jit(lambda x: xla.call(fail, [result], x))(np.zeros(3)))
+
+
+@only("jax")
 def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
     layer, weights, fixed = built_with_values()
-    host._records.clear()
-    monkeypatch.setattr(host, "MOST", 1)
+    monkeypatch.setattr(host, "_records", host._Table(1))
     calls = [jax.vjp(lambda w: layer.stateless_call(w, fixed, normal(B, T, D))[0], weights) for _ in range(3)]
     jax.block_until_ready([y for y, _ in calls])
     assert len(host._records) == 1
@@ -399,7 +480,7 @@ def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in others:
         for a, b in zip(first, other):
             np.testing.assert_array_equal(a, b)
-    assert not host._records
+    assert not len(host._records)
 
 
 @only("tensorflow")
@@ -411,7 +492,7 @@ def test_tensorflow_runs_models_eagerly_and_not(eager: bool) -> None:
     before = model.get_weights()
     model.fit(*data(), verbose=0)
     assert all(np.any(a != b) for a, b in zip(before, model.get_weights()))
-    assert not host._records  # each has been used
+    assert not len(host._records)  # each has been used
 
 
 @only("torch")

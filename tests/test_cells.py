@@ -16,7 +16,7 @@ from checks import BUILT_IN, five_gates, name, one_gate, other_operand, three_st
 
 from fusedlstm import cell, cells
 from fusedlstm.cells import Cell, CellError
-from fusedlstm.math import maximum, sigmoid, tanh, where
+from fusedlstm.math import maximum, relu, sigmoid, tanh, where
 
 FUNCTIONS = (
     "absolute, erf, exp, hard_sigmoid, log, maximum, minimum, relu, sigmoid, softplus, sqrt, tanh, where"
@@ -70,6 +70,52 @@ def test_rnn() -> None:
     a = np.linspace(-2, 2, 9)
     assert np.array_equal(cells.rnn_tanh.numpy.step(a), [np.tanh(a)])
     assert np.array_equal(cells.rnn_relu.numpy.step(a), [np.maximum(a, 0)])
+
+
+# --- Cells made of others ---------------------------------------------------------------------------------
+
+
+def test_with_functions() -> None:
+    made, v = cells.with_functions(cells.lstm, tanh=relu, sigmoid=lambda x: x), values(cells.lstm)
+    c = v["f"] * v["c"] + v["i"] * np.maximum(v["g"], 0)
+    assert np.allclose(made.numpy.step(**v), [v["o"] * np.maximum(c, 0), c], rtol=1e-14)
+    assert made.key != cells.lstm.key
+    assert made.__doc__ == cells.lstm.__doc__
+    assert cells.with_functions(cells.lstm, tanh=tanh).key == cells.lstm.key
+    with pytest.raises(CellError, match="calls nothing by the name 'relu'"):
+        cells.with_functions(cells.lstm, relu=relu)
+
+
+def test_with_functions_keeps_constants_and_closures() -> None:
+    scale = 3.0
+
+    def leaky(a: Any, h: Any, *, keep: float = 0.5) -> Any:
+        return keep * h + scale * tanh(a)
+
+    made = cells.with_functions(define(leaky), tanh=lambda x: x)
+    assert made.numpy.step(2.0, 10.0) == (11.0,)
+
+
+def test_with_functions_of_a_cell_of_two_products() -> None:
+    made = cells.with_functions(cells.gru_reset_before, tanh=relu)
+    assert made.states == ("h",)
+    assert made.half is not None
+    assert made.half.recurrent == "operand"
+    assert "relu" in made.source
+    assert "tanh" not in made.source
+
+
+def test_with_gates() -> None:
+    made = cells.with_gates(cells.gru, ("z", "r", "n"))
+    assert made.gates == ("z", "r", "n")
+    assert made.split == ("n",)
+    v = values(cells.gru)
+    assert np.array_equal(made.numpy.step(**v), cells.gru.numpy.step(**v))
+    halves = cells.with_gates(cells.gru_reset_before, ("z", "r", "n"))
+    assert halves.half is not None
+    assert halves.half.gates == halves.gates == ("z", "r", "n")
+    with pytest.raises(CellError, match="the gates of cell gru are"):
+        cells.with_gates(cells.gru, ("z", "r"))
 
 
 # --- What a cell says of itself ---------------------------------------------------------------------------

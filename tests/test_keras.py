@@ -36,11 +36,21 @@ def test_numpy_runs_forward() -> None:
         "x = np.ones((2, 4, 3), 'float32')\n"
         "layer = k.LSTM(5, return_state=True)\n"
         "assert [part.shape for part in layer(x)] == [(2, 5)] * 3\n"
+        "before = layer(x)[0]\n"
+        "layer.cell.kernel.value[0, 0] += 1\n"  # the layer has no way to know but to look
+        "assert (layer(x)[0] != before).any()\n"
     )
     done = run("numpy", "-c", code)
     assert done.returncode == 0, done.stderr
 
 
 def test_another_backend_is_refused() -> None:
-    done = run("openvino", "-c", "import fusedlstm.keras as k; k.LSTM(5)")
-    assert "fusedlstm.keras runs on the Keras backends torch, jax, tensorflow, numpy" in done.stderr
+    """Whether or not it is installed."""
+    code = (
+        "import keras\nkeras.backend.backend = lambda: 'openvino'\nimport fusedlstm.keras as k\nk.LSTM(5)\n"
+    )
+    done = run("numpy", "-c", code)
+    assert (
+        "fusedlstm.keras runs on the Keras backends torch, jax, tensorflow, numpy, not on 'openvino'"
+        in done.stderr
+    )

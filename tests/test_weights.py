@@ -36,6 +36,41 @@ def test_names_are_those_of_pytorch() -> None:
     assert plain == Weights("weight_ih_l0", "weight_hh_l0", vectors=("p_i_l0", "p_f_l0", "p_o_l0"))
 
 
+@pytest.mark.parametrize("cell", [cells.lstm, cells.peephole_lstm], ids=name)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("proj", [0, 2])
+def test_unflatten_undoes_flatten(cell: Cell, bias: bool, proj: int) -> None:
+    entries = weights.names(cell, 0, reverse=False, bias=bias, projected=proj > 0)
+    assert weights.unflatten(cell, weights.flatten(entries)) == entries
+
+
+@pytest.mark.parametrize("bias", [None, (8,), (2, 8)])
+def test_weights_of_keras(bias: tuple[int, ...] | None) -> None:
+    generator = np.random.default_rng(0)
+    vectors = [generator.normal(size=2) for _ in range(3)]
+    given = [generator.normal(size=(3, 8)), generator.normal(size=(2, 8))]
+    given += [] if bias is None else [generator.normal(size=bias)]
+    taken = weights.from_keras(cells.peephole_lstm, [*given, *vectors], np.zeros_like)
+    assert np.shares_memory(taken.ih, given[0])
+    assert taken.ih.shape == (8, 3)
+    assert taken.hh.shape == (8, 2)
+    assert (taken.bias_hh is None) == (bias is None)
+    assert taken.bias_hh is None or taken.bias_hh.shape == (8,)
+    back = weights.to_keras(taken, [*given, *vectors])
+    assert len(back) == len(given) + 3
+    for a, b in zip(back, [*given, *vectors]):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 128), (64, 256), (5, 300)])
+def test_transposed(shape: tuple[int, int]) -> None:
+    matrix = np.random.default_rng(0).normal(size=shape)
+    found = weights.transposed(matrix)
+    assert found.flags.c_contiguous
+    assert np.array_equal(found, matrix.T)
+    assert np.array_equal(weights.transposed(found), matrix)
+
+
 def test_shapes() -> None:
     assert weights.shapes(cells.peephole_lstm, 3, 5, True, 2) == Weights(
         (20, 3), (20, 2), (20,), (20,), (2, 5), ((5,), (5,), (5,))

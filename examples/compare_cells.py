@@ -14,14 +14,14 @@ Data: made by the program, new numbers for every update. The gradients are PyTor
 that backend of Keras only.
 
     python examples/compare_cells.py
-    python examples/compare_cells.py --steps 200 --updates 2000 --picture cells.png
+    python examples/compare_cells.py --steps 200 --epochs 40 --picture cells.png
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from keras import layers
-from tqdm import tqdm
+from tqdm.keras import TqdmCallback
 
 from fusedlstm.keras import GRU, LSTM, SimpleRNN
 
@@ -41,7 +41,6 @@ CELLS = {
     "bidirectional LSTM": lambda units: layers.Bidirectional(LSTM(units // 2)),
 }
 BASELINE = 1 / 6  # the variance of a sum of two uniform numbers
-SMOOTH = 50  # updates that a point of a learning curve is the mean of
 
 
 def adding_problem(count: int, steps: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -71,28 +70,29 @@ def gradient_norms(model: keras.Model, x: np.ndarray) -> np.ndarray:  # (B, T, I
     return gradient.norm(dim=-1).mean(0).flip(0).cpu().numpy()
 
 
+def batches(options: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """New numbers for every update, without end; all cells see the same."""
+    random = np.random.default_rng(options.seed + 1)
+    while True:
+        yield adding_problem(options.batch, options.steps, random)
+
+
 def train(model: keras.Model, options: argparse.Namespace, name: str) -> list[float]:
-    """The loss of each update."""
-    random = np.random.default_rng(options.seed + 1)  # all cells see the same
-    losses = []
-    for _ in (bar := tqdm(range(options.updates), name, unit="update")):
-        x, y = adding_problem(options.batch, options.steps, random)
-        losses.append(float(model.train_on_batch(x, y)))
-        bar.set_postfix(loss=f"{np.mean(losses[-SMOOTH:]):.4f}", refresh=False)
-    return losses
+    """The mean loss of each epoch."""
+    how = {"epochs": options.epochs, "steps_per_epoch": options.updates, "verbose": 0}
+    return model.fit(batches(options), callbacks=[TqdmCallback(verbose=0, desc=name)], **how).history["loss"]
 
 
 def draw(path: str, losses: dict[str, list[float]], norms: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Save the learning curves, and the gradients before and after training."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for n, (name, curve) in enumerate(losses.items()):
-        width = min(SMOOTH, len(curve))
-        left.plot(np.convolve(curve, np.full(width, 1 / width), "valid"), color=f"C{n}", label=name)
+        left.plot(range(1, len(curve) + 1), curve, color=f"C{n}", label=name)
         before, after = norms[name]
         right.plot(before, color=f"C{n}", linestyle=":", linewidth=1)
         right.plot(after, color=f"C{n}", label=name)
     left.axhline(BASELINE, color="0.5", linestyle="--", label="always 1")
-    left.set(yscale="log", xlabel="update", ylabel="mean squared error", title="learning to add")
+    left.set(yscale="log", xlabel="epoch", ylabel="mean squared error", title="learning to add")
     right.plot([], [], color="0.5", linestyle=":", linewidth=1, label="before training")
     right.set(yscale="log", xlabel="distance in time from the answer", ylabel="norm of the gradient")
     right.set_title("what reaches back")
@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=60, help="length of a row")
-    parser.add_argument("--updates", type=int, default=1200)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--updates", type=int, default=50, help="of an epoch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--units", type=int, default=64, help="of both directions together, if there are two")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,11 +1,11 @@
 """Dialogue: the encoder and decoder of translation.py answer questions about the time.
 
     - The bread takes three quarters of an hour. When will it be done if it goes in at ten to nine pm?
-    - At 21:35.
+    - 20:50 and 45 minutes make 21:35.
 
 The model is that of translation.py; here it reads words and writes words and numbers. Nothing tells it what a
 clock is: that a quarter to seven in the evening is 18:45, and how to add and take minutes, it has to find in
-the examples.
+the examples. Answers first say again what was asked: a sum is easier with both numbers written down.
 
 Data: requests and answers that the program makes, from half a dozen patterns with many ways to say a time.
 For the test it is asked for what was never asked in training in any words, and only an answer that is right
@@ -106,13 +106,15 @@ def exchange(random: np.random.Generator) -> tuple[tuple[object, ...], str, str]
             f"i put the {thing} in at {first} and it takes {duration} when is it ready",
             f"the {thing} takes {duration} when will it be done if it goes in at {first}",
         ]
-        return (kind, start, minutes), pick(random, questions), f"At {clock(end)}."
+        answer = f"{clock(start)} and {minutes} minutes make {clock(end)}."
+        return (kind, start, minutes), pick(random, questions), answer
     thing = pick(random, EVENTS)
     questions = [
         f"how long is the {thing} from {first} to {last}",
         f"the {thing} starts at {first} and ends at {last} how long does it take",
     ]
-    return (kind, start, minutes), pick(random, questions), f"{minutes} minutes."
+    answer = f"{clock(start)} to {clock(end)} makes {minutes} minutes."
+    return (kind, start, minutes), pick(random, questions), answer
 
 
 def exchanges(count: int, random: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -1,19 +1,21 @@
-"""Forecasting: an LSTM says how many sunspots the next eleven years will bring.
+"""Forecasting: what an LSTM adds to a straight line, in a series that is chaotic and in one that is not.
 
-The model reads the last decades, one year at a time, and forecasts a whole solar cycle at once. Beside the
-LSTM it has a linear part that sees the last two cycles (Lai, Chang, Yang & Liu, 2018): three hundred years
-are few to learn from, and the LSTM alone learns them by heart. Spots are counted in square roots, whose
-spread is more even. The mean of several such models, which differ in their first weights, is taken.
+A ridge regression forecasts a whole stretch at once from the values before it, and an LSTM, which reads the
+same values one at a time, learns what the regression leaves (Zhang, 2003). The sum of both is the forecast.
 
-Data: the sunspot numbers of the years 1700 to 2008, which the package statsmodels carries (National
-Geophysical Data Center). In the last quarter of the series each year in turn is the present, and the eleven
-years after it are forecast. The models learn anew once a cycle, the baselines each year, from all that is
-known by then: the seasonal naive one repeats the last eleven years; exponential smoothing (Holt, 1957;
-Winters, 1960) has a season of eleven years; the autoregression is the one that Yule (1927) invented for this
-very series, but over nine years.
+Data: two series. The carbon dioxide above Mauna Loa, months of 1958 to 2001, comes with the package
+statsmodels (Keeling & Whorf); a year is forecast. The equation of Mackey & Glass (1977), whose blood cells
+multiply as there were some 17 days ago, is solved by the program; fifty days are forecast. The last part of
+each is the test: every place in it in turn is the present. Settings were chosen on the part before the test,
+and the test was run once. The models learn once, from what is before the test; the baselines learn anew at
+every present, from all that is known by then. Seasonal naive repeats the last season; exponential smoothing
+is that of Holt (1957) and Winters (1960); autoregression that of Yule (1927).
+
+The atmosphere leaves the LSTM nothing to learn: the straight line is as good without it. Chaos is another
+matter: no linear forecast can follow it, and the error falls to a fraction.
 
     python examples/forecasting.py
-    python examples/forecasting.py --past 66 --picture sunspots.png
+    python examples/forecasting.py --series "carbon dioxide" --picture forecast.png
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -30,7 +33,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from numpy.lib.stride_tricks import sliding_window_view
-from statsmodels.datasets import sunspots
+from sklearn.linear_model import Ridge
+from statsmodels.datasets import co2
 from statsmodels.tools.sm_exceptions import ConvergenceWarning
 from statsmodels.tsa.ar_model import AutoReg
 from statsmodels.tsa.holtwinters import ExponentialSmoothing
@@ -38,133 +42,190 @@ from tqdm import tqdm
 
 from fusedlstm.keras import LSTM
 
-CYCLE = 11  # years, about
-LARGE = 100.0  # a large number of sunspots; those of the models are in proportion to it
-
-# --- The baselines: forecasts of a cycle from all years to the present ----------------------------------
+# --- The baselines: forecasts from all that is known ----------------------------------------------------
 
 
-def seasonal_naive(past: np.ndarray) -> np.ndarray:
-    return past[-CYCLE:]
+class Task(NamedTuple):
+    """What is to be forecast of a series."""
+
+    season: int  # steps
+    horizon: int  # steps that are forecast at once
+    past: int  # steps to forecast from
 
 
-def exponential_smoothing(past: np.ndarray) -> np.ndarray:
+def seasonal_naive(known: np.ndarray, task: Task) -> np.ndarray:
+    return known[-task.season :][: task.horizon]
+
+
+def exponential_smoothing(known: np.ndarray, task: Task) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return ExponentialSmoothing(past, seasonal="add", seasonal_periods=CYCLE).fit().forecast(CYCLE)
+        model = ExponentialSmoothing(known, trend="add", seasonal="add", seasonal_periods=task.season)
+        return model.fit().forecast(task.horizon)
 
 
-def autoregression(past: np.ndarray) -> np.ndarray:
-    return AutoReg(past, lags=9).fit().forecast(CYCLE)
+def autoregression(known: np.ndarray, task: Task) -> np.ndarray:
+    return AutoReg(known, lags=task.past, trend="ct").fit().forecast(task.horizon)
 
 
-BASELINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "seasonal naive": seasonal_naive,
-    "exponential smoothing": exponential_smoothing,
-    "autoregression": autoregression,
-}
+# --- Data: two series -----------------------------------------------------------------------------------
+
+
+class Series(NamedTuple):
+    values: np.ndarray
+    unit: str
+    step: str
+    task: Task
+    baselines: tuple[Callable[[np.ndarray, Task], np.ndarray], ...]
+    test: int  # steps at the end
+    every: int  # steps from one forecast of the test to the next
+
+    @property
+    def presents(self) -> range:
+        """The first step that is not known, of each forecast of the test."""
+        return range(len(self.values) - self.test, len(self.values) - self.task.horizon + 1, self.every)
+
+
+def mackey_glass(days: int = 2600, delay: int = 17, parts: int = 10) -> Series:
+    """Solved in steps of a tenth of a day (Euler); the first three hundred days are left out."""
+    x = np.full((300 + days) * parts, 1.2)
+    for n in range(delay * parts, len(x) - 1):
+        before = x[n - delay * parts]
+        x[n + 1] = x[n] + (0.2 * before / (1 + before**10) - 0.1 * x[n]) / parts
+    task = Task(season=51, horizon=50, past=50)
+    return Series(
+        x[300 * parts :: parts], "cells", "day", task, (autoregression, seasonal_naive), test=600, every=10
+    )
+
+
+def carbon_dioxide() -> Series:
+    """Means of months; those without a measurement lie between their neighbours."""
+    months = co2.load_pandas().data["co2"].resample("MS").mean().interpolate().to_numpy()
+    task = Task(season=12, horizon=12, past=60)
+    baselines = autoregression, exponential_smoothing, seasonal_naive
+    return Series(months, "ppm", "month", task, baselines, test=120, every=1)
+
+
+SERIES: dict[str, Callable[[], Series]] = {"Mackey-Glass": mackey_glass, "carbon dioxide": carbon_dioxide}
 
 # --- The model ------------------------------------------------------------------------------------------
 
 
-def forecasting_model(past: int, units: int) -> keras.Model:
-    """The next years from the past ones (B, past, 1): a linear part and what the LSTM adds to it."""
-    x = keras.Input((past, 1))
-    recent = layers.Flatten()(x[:, -2 * CYCLE :])
-    linear = layers.Dense(CYCLE, kernel_regularizer=keras.regularizers.L2(1e-3))(recent)
-    added = layers.Dropout(0.3)(LSTM(units)(x))
-    added = layers.Dense(CYCLE, kernel_initializer="zeros")(added)
-    model = keras.Model(x, layers.Add()([linear, added]))
-    model.compile(keras.optimizers.Adam(3e-3), "mean_absolute_error")
+def forecasting_model(past: int, horizon: int, units: int, updates: int) -> keras.Model:
+    """What the regression leaves of the next steps, from the past ones (B, past, 1)."""
+    model = keras.Sequential([keras.Input((past, 1)), LSTM(units), layers.Dense(horizon)])
+    rate = keras.optimizers.schedules.CosineDecay(5e-3, updates)
+    model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), "mean_squared_error")
     return model
 
 
-def windows(series: np.ndarray, past: int) -> np.ndarray:
-    """Square roots, scaled, of all stretches of a series with as many years (count, past, 1)."""
-    return np.sqrt(sliding_window_view(series, past) / LARGE, dtype="float32")[..., None]
+def forecasts(series: Series, units: int, epochs: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the regression and of both models together: (presents, horizon) each.
 
-
-def lstm_forecasts(series: np.ndarray, start: int, options: argparse.Namespace) -> np.ndarray:
-    """Forecasts (presents, CYCLE) from each present from `start` on.
-
-    Once a cycle new models learn from all that is known by then.
+    All is relative to the last known value, in standard deviations of what comes after it.
     """
-    presents = range(start, len(series) - CYCLE + 1)
-    forecasts = []
-    for now in tqdm(presents[::CYCLE], "training", unit="cycle"):
-        learnt = windows(series[:now], options.past + CYCLE)
-        x, y = learnt[:, : options.past], learnt[:, options.past :, 0]
-        present = windows(series[now - options.past : min(now + CYCLE - 1, presents[-1])], options.past)
-        answers = []
-        for _ in range(options.models):
-            model = forecasting_model(options.past, options.units)
-            model.fit(x, y, options.batch, options.epochs, verbose=0)
-            answers.append(model.predict(present, verbose=0))
-        forecasts.append(np.maximum(np.mean(answers, 0), 0) ** 2 * LARGE)
-    return np.concatenate(forecasts)
+    past, horizon = series.task.past, series.task.horizon
+    start = series.presents[0]
+    learnt = sliding_window_view(series.values[:start], past + horizon)
+    learnt = learnt - learnt[:, past - 1 : past]
+    scale = learnt[:, past:].std()
+    x, y = np.split(learnt / scale, [past], axis=1)
+    known = np.stack([series.values[now - past : now] for now in series.presents])
+    last = known[:, -1:]
+
+    linear = Ridge(0.1).fit(x, y)
+    left = y - linear.predict(x)
+    model = forecasting_model(past, horizon, units, epochs * -(-len(x) // batch))
+    model.fit(x[..., None], left / left.std(), batch, epochs, verbose=0)
+
+    x = (known - last) / scale
+    straight = linear.predict(x)
+    added = model.predict(x[..., None], verbose=0) * left.std()
+    return last + scale * straight, last + scale * (straight + added)
 
 
 # --- The program ----------------------------------------------------------------------------------------
 
 
-def draw(
-    path: str, years: np.ndarray, series: np.ndarray, start: int, forecasts: dict[str, np.ndarray]
-) -> None:
-    """Save the forecasts of the LSTM, a cycle each, and the errors by how far ahead they look."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=(2.2, 1), layout="constrained")
-    shown = slice(start - 3 * CYCLE, None)
-    left.plot(years[shown], series[shown], color="0.6", linewidth=3, label="observed")
-    lstm = forecasts["LSTM"]
-    for n in range(0, len(lstm), CYCLE):
-        first = start + n
-        left.plot(years[first : first + CYCLE], lstm[n], "C3", label="" if n else "forecast by the LSTM")
-        left.axvline(years[first] - 0.5, color="0.85", linewidth=0.8, zorder=0)
-    left.set(ylabel="sunspot number", title="each cycle as forecast from the year before it")
-    truth = sliding_window_view(series[start:], CYCLE)
-    for n, (name, forecast) in enumerate(forecasts.items()):
-        color = "C3" if name == "LSTM" else f"C{n - 1}"
-        right.plot(range(1, CYCLE + 1), np.abs(forecast - truth).mean(0), color, label=name)
-    right.set(xlabel="years ahead", ylabel="mean absolute error", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+def compare(series: Series, options: argparse.Namespace) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What came after each present, and what each method forecast (presents, horizon)."""
+    truth = np.stack([series.values[now : now + series.task.horizon] for now in series.presents])
+    linear, both = forecasts(series, options.units, options.epochs, options.batch)
+    found = {"regression and LSTM": both}
+    for baseline in series.baselines:
+        name = baseline.__name__.replace("_", " ")
+        presents = tqdm(series.presents, name, unit="forecast", leave=False)
+        found[name] = np.stack([baseline(series.values[:now], series.task) for now in presents])
+    return truth, found | {"regression": linear}
+
+
+def draw_forecasts(axes: plt.Axes, series: Series, found: dict[str, np.ndarray]) -> None:
+    """The series with some forecasts, one after the other."""
+    start, horizon = series.presents[0], series.task.horizon
+    shown = np.arange(start - 2 * horizon, len(series.values))
+    axes.plot(shown - start, series.values[shown], color="0.7", linewidth=3, label="observed")
+    for method, color in {"regression": "C0", "regression and LSTM": "C3"}.items():
+        for n in range(0, len(series.presents), -(-horizon // series.every)):
+            steps = series.presents[n] - start + np.arange(horizon)
+            axes.plot(steps, found[method][n], color, label="" if n else method)
+    axes.set(xlabel=f"{series.step}s of the test", ylabel=series.unit)
+
+
+def draw_errors(axes: plt.Axes, series: Series, truth: np.ndarray, found: dict[str, np.ndarray]) -> None:
+    """The error of each method by how far ahead it looks."""
+    for n, (method, forecast) in enumerate(found.items()):
+        color = {"regression": "C0", "regression and LSTM": "C3"}.get(method, f"C{n + 3}")
+        axes.plot(range(1, series.task.horizon + 1), np.abs(forecast - truth).mean(0), color, label=method)
+    axes.set(xlabel=f"{series.step}s ahead", ylabel="mean absolute error", ylim=(0, None))
+
+
+def draw(path: str, results: dict[str, tuple[Series, np.ndarray, dict[str, np.ndarray]]]) -> None:
+    """Save a row for each series."""
+    size = (13, 4 * len(results))
+    figure, rows = plt.subplots(len(results), 2, figsize=size, width_ratios=(2, 1), squeeze=False)
+    for row, (name, (series, truth, found)) in zip(rows, results.items()):
+        draw_forecasts(row[0], series, found)
+        draw_errors(row[1], series, truth, found)
+        row[0].set_title(name)
+        for axes in row:
+            axes.legend(frameon=False, fontsize="small")
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Run the program and return its figures: the mean absolute errors of the LSTM and the baselines."""
+    """Run the program and return its figures: the mean absolute errors of all methods in each series."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--past", type=int, default=44, help="years that the model reads")
-    parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--series", choices=SERIES, nargs="+", default=list(SERIES))
+    parser.add_argument("--validation", action="store_true", help="forecast what is before the test instead")
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--units", type=int, default=8)
-    parser.add_argument("--end", type=int, default=2008, help="the last year that is used")
+    parser.add_argument("--units", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", metavar="FILE", help="save forecasts beside what came")
     options = parser.parse_args(argv)
-    keras.utils.set_random_seed(options.seed)
 
-    data = sunspots.load_pandas().data
-    data = data[data["YEAR"] <= options.end]
-    years, series = data["YEAR"].to_numpy(int), data["SUNACTIVITY"].to_numpy()
-    start = len(series) * 3 // 4
-    presents = range(start, len(series) - CYCLE + 1)
-    print(f"learning from {years[0]} to {years[start - 1]}, {len(presents)} forecasts after it")
-
-    truth = sliding_window_view(series[start:], CYCLE)
-    forecasts = {"LSTM": lstm_forecasts(series, start, options)}
-    for name, forecast in BASELINES.items():
-        forecasts[name] = np.array([forecast(series[:now]) for now in presents])
-    errors = {name: float(np.abs(forecast - truth).mean()) for name, forecast in forecasts.items()}
-    for name, error in errors.items():
-        print(f"mean absolute error {error:6.2f}  {name}")
+    figures, results = {}, {}
+    for name in options.series:
+        keras.utils.set_random_seed(options.seed)
+        series = SERIES[name]()
+        if options.validation:
+            series = series._replace(values=series.values[: -series.test])
+        truth, found = compare(series, options)
+        print(
+            f"\n{name}: {len(truth)} forecasts of {series.task.horizon} {series.step}s, mean absolute error"
+        )
+        for method, forecast in found.items():
+            error = figures[f"mean absolute error, {name}, {method}"] = float(np.abs(forecast - truth).mean())
+            print(f"{error:12.4f} {series.unit}  {method}")
+        results[name] = series, truth, found
     if options.picture:
-        draw(options.picture, years, series, start, forecasts)
-    return {f"mean absolute error, {name}": error for name, error in errors.items()}
+        draw(options.picture, results)
+    return figures
 
 
 if __name__ == "__main__":

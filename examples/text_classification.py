@@ -5,7 +5,8 @@ every step, LSTM(64) that hands on the last, and a softmax over the modules.
 
 Data: the lines of ten modules of Python's standard library, code and comments and documentation, as they are
 installed; nothing is downloaded. Each different line is kept once, and a fifth of the lines is held out. The
-baseline is logistic regression on the bag of words, which sees the same words without their order.
+baseline is logistic regression on the bag of words, which sees the same words without their order. It is hard
+to beat: the words of a line tell most of where it is from, their order one or two lines of a hundred.
 
     python examples/text_classification.py
     python examples/text_classification.py "self.pen(fillcolor=color)"

@@ -60,10 +60,15 @@ class Vocabulary:
         return tuple(self.tokens[n] for n in ids[: ids.index(END) if END in ids else None])
 
 
+def embedding(tokens: int, units: int, mask_zero: bool = False) -> layers.Embedding:
+    """Keras' own embeddings are below 0.05 at first, and the LSTM would hardly see them; ours are about 1."""
+    return layers.Embedding(tokens, units, keras.initializers.RandomNormal(stddev=1.0), mask_zero=mask_zero)
+
+
 def encoder_model(tokens: int, units: int) -> keras.Model:
     """Reads source (B, S): what it made of each token (B, S, units), and the decoder's first state."""
     source = keras.Input((None,), dtype="int32")
-    x = layers.Embedding(tokens, units, mask_zero=True)(source)
+    x = embedding(tokens, units, mask_zero=True)(source)
     both_ways = layers.Bidirectional(LSTM(units // 2, return_sequences=True, return_state=True))
     memory, h_forward, c_forward, h_backward, c_backward = both_ways(x)
     h = layers.Concatenate()([h_forward, h_backward])
@@ -76,7 +81,7 @@ def decoder_model(tokens: int, units: int) -> keras.Model:
     written = keras.Input((None,), dtype="int32")
     readable = keras.Input((None,), dtype="bool")  # (B, S): where the source is not padding
     memory, h, c = keras.Input((None, units)), keras.Input((units,)), keras.Input((units,))
-    y = LSTM(units, return_sequences=True)(layers.Embedding(tokens, units)(written), initial_state=[h, c])
+    y = LSTM(units, return_sequences=True)(embedding(tokens, units)(written), initial_state=[h, c])
     query = layers.Dense(units, use_bias=False)(y)
     context, attention = layers.Attention()(
         [query, memory], mask=[None, readable], return_attention_scores=True
@@ -192,7 +197,7 @@ def draw_attention(weights: np.ndarray, source: Tokens, target: Tokens, path: st
     """Save a picture of the weights (T, S)."""
     figure, axes = plt.subplots(figsize=(1.5 + 0.2 * len(source), 1 + 0.28 * len(target)))
     axes.imshow(weights, cmap="magma", aspect="auto", vmin=0, vmax=1)
-    axes.set_xticks(range(len(source)), source)
+    axes.set_xticks(range(len(source)), source, rotation=90 if max(map(len, source)) > 1 else 0)
     axes.set_yticks(range(len(target)), target)
     axes.tick_params(length=0)
     axes.set_title("Where the decoder looks as it writes each word", fontsize=11)

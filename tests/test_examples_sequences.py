@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
-os.environ.setdefault("MPLBACKEND", "agg")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from programs import RANDOM, small  # first: it makes the programs importable
+
+# isort: split
 
 import compare_cells
 import dialogue
@@ -22,19 +20,6 @@ import numpy as np
 import pytest
 import speech
 import translation
-
-RANDOM = np.random.default_rng
-
-
-def small(program: ModuleType, folder: Path, *options: str) -> dict[str, float]:
-    """The figures of a program, which are finite; it saves a picture."""
-    picture = folder / "picture.png"
-    figures = program.main([*options, "--picture", str(picture)])
-    assert len(figures) >= 2
-    assert all(np.isfinite(value) for value in figures.values())
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    return figures
-
 
 # --- Translation ----------------------------------------------------------------------------------------
 
@@ -215,9 +200,13 @@ def test_answers_are_right(times: dict[str, int], durations: dict[str, int]) -> 
                 continue
             first = times[match["first"]]
             if kind == "ready":
-                assert answer == f"At {dialogue.clock((first + durations[match['takes']]) % dialogue.DAY)}."
+                minutes = durations[match["takes"]]
+                end = dialogue.clock((first + minutes) % dialogue.DAY)
+                assert answer == f"{dialogue.clock(first)} and {minutes} minutes make {end}."
             elif match["last"] in times:
-                assert answer == f"{(times[match['last']] - first) % dialogue.DAY} minutes."
+                last = times[match["last"]]
+                ends = f"{dialogue.clock(first)} to {dialogue.clock(last)}"
+                assert answer == f"{ends} makes {(last - first) % dialogue.DAY} minutes."
             seen.add(pattern)
     assert seen == set(patterns)
 
@@ -235,35 +224,87 @@ def test_dialogue_runs(tmp_path: Path) -> None:
 # --- Forecasting ----------------------------------------------------------------------------------------
 
 
-def test_windows_are_all_stretches_in_square_roots() -> None:
-    stretches = forecasting.windows(forecasting.LARGE * np.arange(20.0) ** 2, past=5)
-    assert stretches.shape == (16, 5, 1)
-    assert stretches.dtype == "float32"
-    np.testing.assert_allclose(stretches[[0, 15], :, 0], [range(5), range(15, 20)])
+def made(values: np.ndarray, *baselines: Callable[..., np.ndarray], test: int = 30) -> forecasting.Series:
+    task = forecasting.Task(season=6, horizon=5, past=8)
+    return forecasting.Series(values, "units", "hour", task, baselines, test=test, every=4)
 
 
-@pytest.mark.parametrize("name", forecasting.BASELINES)
-def test_baselines_forecast_a_series_that_repeats(name: str) -> None:
-    cycle = 50 + 40 * np.sin(2 * np.pi * np.arange(forecasting.CYCLE) / forecasting.CYCLE)
-    forecast = forecasting.BASELINES[name](np.tile(cycle, 8) + RANDOM(0).normal(0, 0.01, 8 * len(cycle)))
-    np.testing.assert_allclose(forecast, cycle, atol=0.5)
+@pytest.mark.parametrize(
+    "baseline",
+    [forecasting.seasonal_naive, forecasting.exponential_smoothing, forecasting.autoregression],
+)
+def test_baselines_forecast_a_series_that_repeats(baseline: Callable[..., np.ndarray]) -> None:
+    season = 50 + 40 * np.sin(2 * np.pi * np.arange(6) / 6)
+    known = np.tile(season, 12) + RANDOM(0).normal(0, 0.01, 72)
+    np.testing.assert_allclose(baseline(known, made(known).task), season[:5], atol=0.5)
 
 
-def test_forecasts_do_not_see_the_future() -> None:
-    options = Namespace(past=22, units=4, models=1, epochs=1, batch=16)
-    series, start = RANDOM(0).uniform(0, 100, 60), 40
-    changed = np.concatenate([series[: start + 3], np.zeros(60 - start - 3)])
+def test_the_chaotic_series_solves_its_equation() -> None:
+    fine, coarse = (
+        forecasting.mackey_glass(60, parts=100).values,
+        forecasting.mackey_glass(60, parts=50).values,
+    )
+    slope = (fine[18:] - fine[16:-2]) / 2  # at days 17 to 58
+    before, now = fine[:-18], fine[17:-1]
+    np.testing.assert_allclose(slope, 0.2 * before / (1 + before**10) - 0.1 * now, atol=3e-3)
+    np.testing.assert_allclose(coarse[:20], fine[:20], atol=0.02)
+
+
+def test_the_last_forecast_ends_with_the_series() -> None:
+    series = made(np.arange(100.0), test=29)
+    assert list(series.presents) == [71, 75, 79, 83, 87, 91, 95]
+
+
+def test_every_method_is_given_the_same_past_and_truth() -> None:
+    seen = []
+
+    def watcher(known: np.ndarray, task: forecasting.Task) -> np.ndarray:
+        seen.append(known[-1])
+        return known[-1] + 1 + np.arange(task.horizon)
+
+    options = Namespace(units=2, epochs=1, batch=16)
+    truth, found = forecasting.compare(made(np.arange(100.0), watcher), options)
+    assert seen == [69, 73, 77, 81, 85, 89, 93]
+    np.testing.assert_array_equal(found["watcher"], truth)
+    np.testing.assert_allclose(found["regression"], truth, atol=0.1)  # a straight line
+
+
+def test_models_do_not_learn_from_the_test() -> None:
+    values = RANDOM(0).uniform(0, 100, 100)
+    changed = np.concatenate([values[:74], np.zeros(26)])  # the second forecast is from here on
     forecasts = []
-    for known in (series, changed):
+    for series in (made(values), made(changed)):
         keras.utils.set_random_seed(0)
-        forecasts.append(forecasting.lstm_forecasts(known, start, options))
-    np.testing.assert_array_equal(forecasts[0][:4], forecasts[1][:4])
-    assert (forecasts[0][4] != forecasts[1][4]).any()
+        forecasts.append(forecasting.forecasts(series, units=4, epochs=1, batch=16))
+    for one, other in zip(*forecasts):
+        np.testing.assert_allclose(one[:2], other[:2], rtol=1e-6)
+        assert (one[2] != other[2]).all()
 
 
-def test_forecasting_runs(tmp_path: Path) -> None:
-    options = ["--past", "22", "--models", "1", "--epochs", "1", "--units", "4", "--end", "1790"]
-    small(forecasting, tmp_path, *options)
+def test_the_lstm_learns_what_a_regression_leaves() -> None:
+    keras.utils.set_random_seed(0)
+    series = made(np.abs((np.arange(400) * 0.37) % 4 - 2) ** 3)  # its slope changes with its place
+    truth = np.stack([series.values[now : now + 5] for now in series.presents])
+    linear, both = forecasting.forecasts(series, units=16, epochs=15, batch=16)
+    assert np.abs(both - truth).mean() < 0.7 * np.abs(linear - truth).mean()
+
+
+def test_forecasting_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waves = 50 + 40 * np.sin(np.arange(120)) + RANDOM(0).normal(0, 1, 120)
+    baselines = forecasting.autoregression, forecasting.seasonal_naive
+    monkeypatch.setattr(forecasting, "SERIES", {"waves": lambda: made(waves, *baselines)})
+    figures = small(forecasting, tmp_path, "--epochs", "1", "--units", "4")
+    methods = ["regression and LSTM", "autoregression", "seasonal naive", "regression"]
+    assert list(figures) == [f"mean absolute error, waves, {method}" for method in methods]
+    assert small(forecasting, tmp_path, "--epochs", "1", "--units", "4", "--validation") != figures
+
+
+def test_the_series_are_as_described() -> None:
+    months = forecasting.carbon_dioxide()
+    assert len(months.values) == 526
+    assert np.isfinite(months.values).all()
+    assert 310 < months.values[0] < 320 < 365 < months.values[-1] < 375
+    assert list(forecasting.SERIES) == ["Mackey-Glass", "carbon dioxide"]
 
 
 # --- Speech ---------------------------------------------------------------------------------------------
@@ -377,8 +418,30 @@ def test_gradients_are_differences(cell: str) -> None:
     np.testing.assert_allclose(compare_cells.gradient_norms(model, x), norms[::-1], rtol=1e-2)
 
 
+def test_a_curve_has_the_mean_loss_of_each_epoch() -> None:
+    options = Namespace(seed=0, batch=4, steps=10, epochs=3, updates=2)
+    model = compare_cells.adding_model("LSTM", 8)
+    model.optimizer.learning_rate = 0.0
+    curve = compare_cells.train(model, options, "LSTM")
+    random = RANDOM(1)
+    x, y = map(np.concatenate, zip(*(compare_cells.adding_problem(4, 10, random) for _ in range(6))))
+    squares = (model.predict(x, verbose=0) - y) ** 2
+    np.testing.assert_allclose(curve, squares.reshape(3, -1).mean(1), rtol=1e-4)
+
+
 def test_comparing_cells_runs(tmp_path: Path) -> None:
     figures = small(
-        compare_cells, tmp_path, "--steps", "10", "--updates", "2", "--batch", "4", "--units", "8"
+        compare_cells,
+        tmp_path,
+        "--steps",
+        "10",
+        "--epochs",
+        "2",
+        "--updates",
+        "2",
+        "--batch",
+        "4",
+        "--units",
+        "8",
     )
     assert figures["mean squared error, always 1"] == compare_cells.BASELINE

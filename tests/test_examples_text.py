@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
-os.environ.setdefault("MPLBACKEND", "agg")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from programs import RANDOM, small  # first: it makes the programs importable
 
+# isort: split
+
+import compare_layers
+import keras
 import numpy as np
 import pages
 import pytest
@@ -20,19 +23,9 @@ import sentiment
 import sequence_labelling
 import text_classification
 import text_generation
+from compare_layers import OURS, THEIRS
 
-RANDOM = np.random.default_rng
-
-
-def small(program: ModuleType, folder: Path, *options: str) -> dict[str, float]:
-    """The figures of a program, which are finite; it saves a picture."""
-    picture = folder / "picture.png"
-    figures = program.main([*options, "--picture", str(picture)])
-    assert len(figures) >= 2
-    assert all(np.isfinite(value) for value in figures.values())
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    return figures
-
+import fusedlstm.keras
 
 # --- Text generation ------------------------------------------------------------------------------------
 
@@ -230,6 +223,73 @@ def test_sequence_labelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(f"\n{label} " in printed for label in sequence_labelling.LABELS)
 
 
+# --- The same with the layers of Keras ------------------------------------------------------------------
+
+SMALL = {
+    "text_generation": ["--characters", "9000", "--units", "24"],
+    "sentiment": ["--reviews", "200", "--units", "16"],
+    "translation": ["--sentences", "300", "--units", "16"],
+}
+
+
+@pytest.mark.parametrize("program", SMALL)
+def test_a_program_learns_the_same_with_the_layers_of_keras(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, program, None)  # so that what was imported before is put back
+    found = compare_layers.Comparison(
+        *(compare_layers.first_batches(program, layers, 4, SMALL[program]) for layers in (OURS, THEIRS))
+    )
+    assert len(found.ours.losses) == len(found.theirs.seconds) == 4
+    assert len(set(found.ours.losses)) == 4
+    assert found.difference < 1e-5
+
+
+LEARNER = """import keras
+import numpy as np
+from fusedlstm.keras import GRU, LSTM, SimpleRNN
+
+
+def main(argv):
+    model = keras.Sequential([keras.Input((3, 1)), *(layer(2, return_sequences=True) for layer in USED)])
+    model.compile("sgd", "mse")
+    seen = []
+    counter = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: seen.append(batch))
+    try:
+        model.fit(np.ones((9, 3, 1)), np.ones((9, 3, 2)), 1, callbacks=[counter], verbose=0)
+    finally:
+        argv += [LSTM, GRU, SimpleRNN, seen]
+
+
+USED = [LSTM, GRU, SimpleRNN]
+"""
+
+
+@pytest.mark.parametrize(("layers", "source"), [(OURS, fusedlstm.keras), (THEIRS, keras.layers)])
+def test_programs_are_given_the_layers_and_stopped(
+    layers: str, source: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "learner.py").write_text(LEARNER)
+    monkeypatch.setattr(compare_layers, "EXAMPLES", tmp_path)
+    monkeypatch.setitem(sys.modules, "learner", None)
+    fit, given = keras.Model.fit, []
+    training = compare_layers.first_batches("learner", layers, 3, given)
+    assert given == [source.LSTM, source.GRU, source.SimpleRNN, [0, 1, 2]]
+    assert len(training.losses) == len(training.seconds) == 3
+    assert all(seconds > 0 for seconds in training.seconds)
+    assert keras.Model.fit is fit
+    assert fusedlstm.keras.LSTM is not keras.layers.LSTM
+
+
+def test_the_first_batches_are_not_timed() -> None:
+    ours = compare_layers.Training([1.0, 2.0], [9.0] * compare_layers.FIRST + [0.1, 0.3, 0.2])
+    theirs = compare_layers.Training([1.1, 2.0], [9.0, 0.5, 0.8])
+    assert (ours.batch, theirs.batch) == (0.2, 0.8)
+    found = compare_layers.Comparison(ours, theirs)
+    assert found.faster == pytest.approx(4)
+    assert found.difference == pytest.approx(0.1 / 1.1)
+
+
 # --- Pages ----------------------------------------------------------------------------------------------
 
 PROGRAM = '''\
@@ -254,9 +314,14 @@ def main(argv=None):
 '''
 
 
+MEASURED = compare_layers.Comparison(
+    compare_layers.Training([1.0, 0.5], [0.02, 0.02]), compare_layers.Training([1.0, 0.501], [0.05, 0.05])
+)
+
+
 def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sentiment.py").write_text(PROGRAM)
-    monkeypatch.setattr(pages, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(compare_layers, "EXAMPLES", tmp_path)
     monkeypatch.setitem(sys.modules, "sentiment", sentiment)  # so that it is put back
     docs = tmp_path / "docs"
     (docs / "programs").mkdir(parents=True)
@@ -264,7 +329,7 @@ def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.Monke
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- programs: begin -->\nold\n<!-- programs: end -->\nafter\n")
     picture = docs / "pictures" / "program-sentiment.png"
-    pages.write(docs, "sentiment", pages.run("sentiment", ["--picture", str(picture)]))
+    pages.write(docs, "sentiment", pages.run("sentiment", ["--picture", str(picture)]), MEASURED)
 
     page = (docs / "programs" / "sentiment.md").read_text()
     parts = (
@@ -272,19 +337,45 @@ def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.Monke
         "| accuracy, ours | 0.75 |",
         "def tiny_model",
         "printed by",
+        "first\n2 batches agree up to 2e-03 of them.",
+        "takes 50.0 ms there and 20.0 ms here: 2.5 times as fast.",
     )
     for part in parts:
         assert part in page
     assert "![A title](../pictures/program-sentiment.png)" in page
     records = json.loads((docs / "programs" / "figures.json").read_text())
     assert records["sentiment"]["figures"] == {"accuracy, ours": 0.75, "accuracy, baseline": 0.5}
-    row = "sentiment.md) | accuracy, ours: 0.75 | accuracy, baseline: 0.5 |"
+    row = "sentiment.md) | accuracy, ours: 0.75 | accuracy, baseline: 0.5 | 0 | 2.5 times |"
     assert row in (docs / "programs" / "README.md").read_text()
     text = readme.read_text()
     assert "docs/programs/" + row in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
+
+
+def test_a_program_that_fails_does_not_keep_others_from_their_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(function: Callable[..., pages.Page], program: str, arguments: Sequence[str]) -> pages.Page:
+        if program == "sentiment":
+            raise SystemExit("of no use here")
+        return pages.Page(program, "summary", "about", "model", {"ours": 2, "theirs": 1}, 3, "printed")
+
+    monkeypatch.setattr(pages, "alone", run)
+    monkeypatch.setattr(pages, "compare", lambda program: MEASURED)
+    with pytest.raises(SystemExit, match=r"^failed: sentiment$"):
+        pages.main(["speech", "sentiment", "dialogue", "--docs", str(tmp_path)])
+    made = {path.name for path in (tmp_path / "programs").iterdir()}
+    assert made == {"speech.md", "dialogue.md", "README.md", "figures.json"}
+    assert "of no use here" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_reports_what_goes_wrong() -> None:
+    assert compare_layers.alone(os.path.basename, "a/b") == "b"
+    assert compare_layers.alone(os.getpid) != os.getpid()
+    with pytest.raises(SystemExit):
+        compare_layers.alone(sys.exit, 3)
 
 
 def test_programs_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,4 +385,4 @@ def test_programs_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_every_page_has_a_program() -> None:
-    assert all((pages.EXAMPLES / f"{program}.py").exists() for program in pages.PROGRAMS)
+    assert all((compare_layers.EXAMPLES / f"{program}.py").exists() for program in pages.PROGRAMS)

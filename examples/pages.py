@@ -92,6 +92,7 @@ def markdown(program: str, page: Page, layers: Comparison, picture: bool) -> str
     """The page of a program."""
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in page.figures.items())
     ours, theirs = (1e3 * training.batch for training in layers)
+    agree = f"agree up to {layers.difference:.0e} of them" if layers.difference else "are the same"
     parts = [
         f"# {page.title}",
         page.summary[:1].upper() + page.summary[1:],
@@ -103,7 +104,7 @@ def markdown(program: str, page: Page, layers: Comparison, picture: bool) -> str
         f"```python\n{page.models.strip()}\n```",
         f"## With `{THEIRS}`",
         f"With the layers of `{THEIRS}` in the place of ours, and the same seed, the losses of the first\n"
-        f"{len(layers.ours.losses)} batches agree up to {layers.difference:.0e} of them. A batch of the\n"
+        f"{len(layers.ours.losses)} batches {agree}. A batch of the\n"
         f"first model takes {theirs:.1f} ms there and {ours:.1f} ms here: {layers.faster:.1f} times as fast.",
         "## What it prints",
         f"```text\n{page.printed}\n```",
@@ -142,7 +143,7 @@ def write(docs: Path, program: str, page: Page, layers: Comparison) -> None:
         "seconds": page.seconds,
         "faster": layers.faster,
     }
-    path.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")  # figures stay in their order
     index = f"""\
         # The programs
 

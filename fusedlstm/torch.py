@@ -822,11 +822,11 @@ class _Stack(nn.Module):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        if x.shape[0] == 0:
+        if x.size(0) == 0:
             raise RuntimeError(f"input must have one time step at least, got the shape {tuple(input.shape)}")
-        states = [] if hx is None else self._check_state(hx, x.shape[1], batched, weight)
+        states = [] if hx is None else self._check_state(hx, x.size(1), batched, weight)
         if lengths is not None:
-            lengths = self._check_lengths(lengths, x.shape[1], batched)
+            lengths = self._check_lengths(lengths, x.size(1), batched)
         if reset is not None:
             reset = self._check_reset(reset, input.shape[:-1], batched)
         y, final = self._run(x, states, lengths, reset)
@@ -845,7 +845,8 @@ class _Stack(nn.Module):
         given = x.dtype
         for level in range(self.num_layers):
             rows = slice(level * directions, (level + 1) * directions)
-            weights = _parameters(self, [name for names in self._all_weights[rows] for name in names])
+            names = self._all_weights[rows]
+            weights = _parameters(self, names[0] if directions == 1 else names[0] + names[1])
             own = states if self.num_layers == 1 else [part[rows] for part in states]
             if level and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
@@ -882,7 +883,7 @@ class _Stack(nn.Module):
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead, with the "
                 f"shape {tuple(x.shape)}"
             )
-        if x.shape[-1] != self.input_size:
+        if x.size(-1) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]} "
                 f"in the shape {tuple(x.shape)}"
@@ -898,11 +899,11 @@ class _Stack(nn.Module):
         rows = self.num_layers * (2 if self.bidirectional else 1)
         leading, size = (rows, batch) if batched else (rows,), self.proj_size or self.hidden_size
         for n, part in enumerate(parts):
-            label, expected = "hx" if len(names) == 1 else f"hidden[{n}]", (*leading, size)
+            label = "hx" if len(names) == 1 else f"hidden[{n}]"
             if not isinstance(part, Tensor):
                 raise TypeError(f"{label} must be a tensor, got {_described(part)}")
-            if part.shape != expected:
-                raise RuntimeError(f"Expected {label} size {expected}, got {tuple(part.shape)}")
+            if part.shape != (*leading, size):
+                raise RuntimeError(f"Expected {label} size {(*leading, size)}, got {tuple(part.shape)}")
             _check_dtype(part, weight, label)
             size = self.hidden_size  # of all states but the output
         return list(parts) if batched else [part.unsqueeze(1) for part in parts]

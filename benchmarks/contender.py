@@ -169,12 +169,9 @@ def any_step(
     """One step of any cell in any framework; `product` is that of the input with its weights and bias."""
     recurrent_product = states[cell.operand] @ weights.hh.T + weights.bias_hh
     size = states[0].shape[-1]
-    values = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
-    for n, gate in enumerate(cell.gates):
-        part_x, part_h = (part[:, n * size : (n + 1) * size] for part in (product, recurrent_product))
-        if gate in cell.split:
-            values |= {f"{gate}_x": part_x, f"{gate}_h": part_h}
-        else:
-            values[gate] = part_x + part_h
-    new = step(*(values[name] for name in cell.arguments))
+    by_gate = (
+        [part[:, n * size : (n + 1) * size] for n in range(len(cell.gates))]
+        for part in (product, recurrent_product)
+    )
+    new = step(**cell.step_arguments(by_gate, states, weights.vectors))
     return list(new) if isinstance(new, tuple) else [new]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import keyword
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from types import FunctionType
 from typing import Any
@@ -126,6 +126,18 @@ class Cell:
     def reads_operand(self) -> bool:
         """Whether the cell takes the previous value of that state itself."""
         return self.recurrent in self.arguments
+
+    def step_arguments(
+        self,
+        products: Iterable[Iterable[Any]],  # that of the input and the recurrent one, (B, H) for each gate
+        states: Iterable[Any],  # (B, H) each
+        vectors: Iterable[Any],  # the learned vectors, (H,) each
+    ) -> dict[str, Any]:
+        """What a step takes, by name and in its order: in a split gate both parts, else their sum."""
+        values = dict(zip(self.states, states)) | dict(zip(self.weights, vectors))
+        for gate, x, h in zip(self.gates, *products):
+            values |= {f"{gate}_x": x, f"{gate}_h": h} if gate in self.split else {gate: x + h}
+        return {name: values[name] for name in self.arguments}
 
     @property
     def unprojectable(self) -> str:

@@ -298,10 +298,8 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
         if self.bias is not None:
             biases = self.bias if cell.split else [self.bias, 0]
             products = [product + bias for product, bias in zip(products, biases)]
-        given = dict(zip(cell.states, states)) | dict(zip(cell.weights, self.vectors))
-        for gate, a, b in zip(cell.gates, *(ops.split(part, len(cell.gates), axis=-1) for part in products)):
-            given |= {f"{gate}_x": a, f"{gate}_h": b} if gate in cell.split else {gate: a + b}
-        new = list(_step(cell)(*(given[name] for name in cell.arguments)))
+        by_gate = (ops.split(product, len(cell.gates), axis=-1) for product in products)
+        new = list(_step(cell)(**cell.step_arguments(by_gate, states, self.vectors)))
         return new[0], new
 
     def get_config(self) -> dict[str, Any]:

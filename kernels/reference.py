@@ -83,14 +83,8 @@ def _arguments(
     from_input, from_output = x @ weights.ih.T, states[cell.operand] @ weights.hh.T
     if weights.bias_ih is not None:
         from_input, from_output = from_input + weights.bias_ih, from_output + weights.bias_hh
-    values = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
-    parts = (np.split(part, len(cell.gates), axis=-1) for part in (from_input, from_output))
-    for gate, part_x, part_h in zip(cell.gates, *parts):
-        if gate in cell.split:
-            values |= {f"{gate}_x": part_x, f"{gate}_h": part_h}
-        else:
-            values[gate] = part_x + part_h
-    return {name: values[name] for name in cell.arguments}
+    by_gate = (np.split(product, len(cell.gates), axis=-1) for product in (from_input, from_output))
+    return cell.step_arguments(by_gate, states, weights.vectors)
 
 
 def backward(

@@ -188,6 +188,13 @@ def test_what_a_contender_lacks_is_said(bench: Any, right: str) -> None:
         bench(Broken).prepare(Case(3, 2, 4, 5, mode="train"), right, 1e-4, False)
 
 
+@pytest.mark.parametrize("name", ["torch-loop", "jax"])
+def test_a_cell_of_two_products_is_not_run_by_a_loop(name: str) -> None:
+    contender = CONTENDERS[name](threads=1)
+    with pytest.raises(Unsupported, match="no cell gru_reset_before, whose step is two half steps"):
+        contender.prepare(Case(3, 2, 4, 5, "gru_reset_before"), make_data(Case(3, 2, 4, 5)))
+
+
 def test_cold_and_hot_samples(bench: Any, right: str) -> None:
     station = bench(NumPy)
     assert station.prepare(SMALL, right, 0.01, False)["calls"] > 1

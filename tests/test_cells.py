@@ -134,6 +134,15 @@ def test_arguments_are_those_in_use_in_a_fixed_order() -> None:
     assert cells.lstm.arguments == ("i", "f", "g", "o", "c")
 
 
+def test_arguments_of_a_step_from_its_products() -> None:
+    given = other_operand.step_arguments([(1, 2), (10, 20)], (100, 200, 300), (4,))
+    assert list(given.items()) == [
+        ("b_x", 2), ("a", 11), ("b_h", 20), ("h", 100), ("c", 200), ("s", 300), ("w", 4)
+    ]  # fmt: skip
+    given = cells.lstm.step_arguments([(1, 2, 3, 4), (10, 20, 30, 40)], (100, 200), ())
+    assert list(given.items()) == [("i", 11), ("f", 22), ("g", 33), ("o", 44), ("c", 200)]
+
+
 def test_reads_output() -> None:
     assert cells.gru.reads_output
     assert one_gate.reads_output

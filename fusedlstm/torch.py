@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fusedlstm.kernels.cpu import fingerprint
 from fusedlstm.kernels.reference import schedule
 
 from . import cells, dispatch, layers
@@ -134,7 +133,7 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
         return prepare(engine, cell, own)
     arrays, key = [_array(weight) for weight in dense], tuple(map(_identity, weights))
     places = [weight.data_ptr() for weight in weights]
-    table = None if weights[1].is_cuda else fingerprint.table(arrays)
+    table = None if weights[1].is_cuda else _bits().table(arrays)
     sparse = 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
     stamps = {every: _stamp(table, weights, every) for every in {1, sparse}}
     direction = prepare(engine, cell, own)
@@ -155,8 +154,16 @@ def _stamp(table: np.ndarray | None, weights: Sequence[Tensor], every: int) -> l
     except RuntimeError:  # tensors made in inference mode have no counters: equal bits, or never the same
         stamp, every = [] if table is not None else [object()], 1
     if table is not None:
-        stamp.append(fingerprint.fingerprint(table, every))
+        stamp.append(_bits().fingerprint(table, every))
     return stamp
+
+
+@cache
+def _bits() -> Any:
+    """Imports Numba, so not before it is needed."""
+    from fusedlstm.kernels.cpu import fingerprint
+
+    return fingerprint
 
 
 # --- One layer, forward and backward ---------------------------------------------------------------------
@@ -489,10 +496,8 @@ def _replay_direction(
         if boundary[t].any():
             states = [torch.where(anew[t], s0, s) for s0, s in zip(initial, states)]
         from_output = nn.functional.linear(states[cell.operand], weights.hh, weights.bias_hh)
-        given = dict(zip(cell.states, states)) | dict(zip(cell.weights, weights.vectors))
-        for gate, a, b in zip(cell.gates, from_input[t].chunk(count, -1), from_output.chunk(count, -1)):
-            given |= {f"{gate}_x": a, f"{gate}_h": b} if gate in cell.split else {gate: a + b}
-        new = list(step(*(given[name] for name in cell.arguments)))
+        by_gate = (product.chunk(count, -1) for product in (from_input[t], from_output))
+        new = list(step(**cell.step_arguments(by_gate, states, weights.vectors)))
         if weights.hr is not None:
             new[0] = nn.functional.linear(new[0], weights.hr)
         y[t] = new[0]
@@ -1000,7 +1005,7 @@ class _TorchStack(_Stack, nn.RNNBase):
         ``.data`` or NumPy: the layout that the kernels keep follows all else by itself.
         """
         for names in self._all_weights:
-            _packed.pop(tuple(map(id, _parameters(self, names))), None)
+            _packed.pop(tuple(map(_identity, _parameters(self, names))), None)
 
 
 class LSTM(_TorchStack):

@@ -79,6 +79,11 @@ def test_importing_the_package_imports_numpy_only() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_pytorch_module_imports_no_compiler() -> None:
+    code = "import fusedlstm.torch, sys; assert not {'numba', 'llvmlite', 'cupy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_package_offers_what_it_says() -> None:
     import fusedlstm
 

@@ -539,6 +539,12 @@ def test_weights_made_in_inference_mode() -> None:
                 module.weight_hh_l0.mul_(2)
 
 
+def test_weights_without_counters_and_bits_are_never_the_same() -> None:
+    with torch.inference_mode():
+        weights = [torch.ones(2, 2)]
+    assert fused._stamp(None, weights, 1) != fused._stamp(None, weights, 1)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_optimizers(optimizer: Any) -> None:
     theirs, ours = pair("LSTM", dtype=torch.float64)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -21,14 +21,21 @@ import numpy as np
 Function = Callable[..., Sequence[np.ndarray]]
 
 _TARGET = "fusedlstm.call"
+_MAJOR = 0  # the version of the interface that is stated here
 _METADATA = 1  # the extension by which XLA asks for the version of the interface
 _EXECUTE = 3  # the stage in which a function is run
 _INTERNAL = 13  # code of an error
 _DTYPES = {1: np.dtype(bool), 4: np.dtype("int32"), 11: np.dtype("float32"), 12: np.dtype("float64")}
 
 
-class _Version(Structure):
-    _fields_ = (("struct_size", c_size_t), ("extension", c_void_p), ("major", c_int), ("minor", c_int))
+class _Sized(Structure):
+    """How most of the structures begin."""
+
+    _fields_: ClassVar[Any] = (("struct_size", c_size_t), ("extension", c_void_p))
+
+
+class _Version(_Sized):
+    _fields_ = (("major", c_int), ("minor", c_int))
 
 
 class _Metadata(Structure):
@@ -44,54 +51,32 @@ class _Extension(Structure):
     )
 
 
-class _ErrorArguments(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
-        ("message", c_char_p),
-        ("code", c_int),
-    )
+class _ErrorArguments(_Sized):
+    _fields_ = (("message", c_char_p), ("code", c_int))
 
 
-class _Api(Structure):
+class _Api(_Sized):
     _fields_ = (
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
         ("version", _Version),
         ("internal", c_void_p),
         ("create_error", ctypes.CFUNCTYPE(c_void_p, POINTER(_ErrorArguments))),
     )
 
 
-class _Buffer(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
-        ("dtype", c_int),
-        ("data", c_void_p),
-        ("rank", c_int64),
-        ("dims", POINTER(c_int64)),
-    )
+class _Buffer(_Sized):
+    _fields_ = (("dtype", c_int), ("data", c_void_p), ("rank", c_int64), ("dims", POINTER(c_int64)))
 
 
-class _Buffers(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
-        ("size", c_int64),
-        ("types", c_void_p),
-        ("entries", POINTER(POINTER(_Buffer))),
-    )
+class _Buffers(_Sized):
+    _fields_ = (("size", c_int64), ("types", c_void_p), ("entries", POINTER(POINTER(_Buffer))))
 
 
 class _Scalar(Structure):
     _fields_ = (("dtype", c_int), ("value", POINTER(c_int64)))
 
 
-class _Attributes(Structure):
+class _Attributes(_Sized):
     _fields_ = (
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
         ("size", c_int64),
         ("types", c_void_p),
         ("names", c_void_p),
@@ -132,7 +117,9 @@ def _handler(pointer: Any) -> int | None:
     """What XLA calls; returns an error, or nothing."""
     frame = pointer.contents
     if frame.extension and frame.extension.contents.type == _METADATA:
-        frame.extension.contents.metadata.contents.version = frame.api.contents.version
+        # minor versions only add to the structures; XLA refuses us by name when the major one is another
+        version = frame.extension.contents.metadata.contents.version
+        version.major, version.minor = _MAJOR, frame.api.contents.version.minor
         return None
     if frame.stage != _EXECUTE:
         return None

@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 LANES = 128  # 32-bit words that are mixed side by side: enough registers for any processor
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _FIVE, _REST = np.uint32(5), np.uint32(27)  # a rotation
-_CONSTANT = np.uint32(0x9E3779B9)  # or two signs 32 blocks apart could often change unnoticed
+_ODD = np.uint32(0x9E3779B1)  # a rotation alone would let two signs 32 blocks apart change unnoticed
 
 
 def table(arrays: list[np.ndarray]) -> np.ndarray:
@@ -33,7 +33,7 @@ def fingerprint(table, every):
     """A 64-bit number for the bits of the arrays in a :func:`table`, read at the speed of the cache.
 
     Looks at one block of LANES words in `every`, and at the words after the last whole block.  A change
-    of one word that is looked at changes the number; other changes do so but for a chance of 2^-32.
+    of one word that is looked at changes the number; other changes do so but for a chance of about 2^-32.
     """
     lanes = np.zeros(LANES, np.uint32)
     for row in range(len(table)):
@@ -42,9 +42,9 @@ def fingerprint(table, every):
         blocks = carray(start, (count // LANES, LANES), np.uint32)
         for block in range(0, len(blocks), every):
             for n in range(LANES):  # contiguous, so that this loop becomes SIMD
-                lanes[n] = ((lanes[n] << _FIVE | lanes[n] >> _REST) ^ _CONSTANT) + blocks[block, n]
+                lanes[n] = ((lanes[n] << _FIVE | lanes[n] >> _REST) + blocks[block, n]) * _ODD
         for n in range(count % LANES):
-            lanes[n] = ((lanes[n] << _FIVE | lanes[n] >> _REST) ^ _CONSTANT) + words[blocks.size + n]
+            lanes[n] = ((lanes[n] << _FIVE | lanes[n] >> _REST) + words[blocks.size + n]) * _ODD
     total = np.uint64(len(table))
     for lane in lanes:
         total = (total ^ np.uint64(lane)) * _PRIME

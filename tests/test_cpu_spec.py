@@ -209,29 +209,41 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.nb*")}
 
 
+Filled = tuple[Path, str, list[str]]
+
+
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A cache that three processes filled at the same time, and what the first printed."""
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    """A cache that three processes filled at the same time, what each printed, and the files they saved."""
     folder = tmp_path_factory.mktemp("cache")
-    running = [start(RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) for _ in range(3)]
+    environment = {"NUMBA_CACHE_DIR": str(folder), "NUMBA_DEBUG_CACHE": "1"}
+    running = [start(RUN, "rnn_tanh", **environment) for _ in range(3)]
     ends = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], ends
-    assert len({output for output, _ in ends}) == 1
-    return folder, ends[0][0]
+    lines = [line for output, _ in ends for line in output.splitlines()]
+    printed = {line for line in lines if not line.startswith("[cache]")}
+    assert len(printed) == 1
+    return folder, printed.pop() + "\n", [line for line in lines if line.startswith("[cache] data saved")]
 
 
-def test_concurrent_first_runs_do_not_corrupt_the_cache(filled: tuple[Path, str]) -> None:
+def test_a_kernel_is_compiled_by_one_of_the_processes_that_start_with_it(filled: Filled) -> None:
+    stamped = [line for line in filled[2] if re.search(r"_[0-9a-f]{16}-", line)]
+    assert any("forward" in line for line in stamped)
+    assert len(stamped) == len(set(stamped))
+
+
+def test_concurrent_first_runs_do_not_corrupt_the_cache(filled: Filled) -> None:
     """A later process needs to compile nothing, and finds the same."""
-    folder, output = filled
+    folder, output, _ = filled
     before = files(folder)
     assert before
     assert python(RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) == output
     assert files(folder) == before
 
 
-def test_the_cache_of_other_cells_does_no_harm(filled: tuple[Path, str]) -> None:
+def test_the_cache_of_other_cells_does_no_harm(filled: Filled) -> None:
     """A process finds what one with other cells left, adds its own, and both stay."""
-    folder, output = filled
+    folder, output, _ = filled
     other = python(RUN, "rnn_relu", NUMBA_CACHE_DIR=str(folder))
     before = files(folder)
     assert python(RUN, "rnn_tanh", "rnn_relu", NUMBA_CACHE_DIR=str(folder)) == output + other
@@ -246,9 +258,9 @@ spec.fingerprint = lambda: "anotherversion"
 """
 
 
-def test_other_sources_use_other_entries(filled: tuple[Path, str]) -> None:
+def test_other_sources_use_other_entries(filled: Filled) -> None:
     """Machine code does not outlive what it was made of; the old entries do no harm."""
-    folder, output = filled
+    folder, output, _ = filled
     before = files(folder)
     assert python(CHANGED + RUN, "rnn_tanh", NUMBA_CACHE_DIR=str(folder)) == output
     after = files(folder)
@@ -300,7 +312,7 @@ IndexDataCacheFile._save_index, IndexDataCacheFile._save_data = slow_index, slow
 """
 
 
-def test_processes_that_save_different_cells_at_once(tmp_path: Path, filled: tuple[Path, str]) -> None:
+def test_processes_that_save_different_cells_at_once(tmp_path: Path, filled: Filled) -> None:
     """However their reading and writing of the cache's files falls, no cell gets the code of another."""
     cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
     first = start(MEET.format(me="first", other="second") + RUN, "rnn_tanh", **cache)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import llvmlite.binding as llvm
+from filelock import FileLock, Timeout
 from llvmlite import ir
 from numba import njit, types
 from numba.core import config
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from fusedlstm.cells import Cell
 
 MOST_ROWS = 8  # of a tile
+LONGEST = 300.0  # seconds of compiling one kernel; a process that takes longer has been stopped
 
 
 class Machine(NamedTuple):
@@ -73,10 +76,27 @@ def stamped(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     return copy
 
 
+@contextmanager
+def alone(function: Callable[..., Any]) -> Iterator[None]:
+    """While another process compiles the same, wait, so that what it saves can be loaded.
+
+    Saves work where many processes start at once, such as the ranks of a training; not needed to be right.
+    """
+    lock = FileLock(Path(njit(cache=True)(function).stats.cache_path) / f"{function.__qualname__}.lock")
+    with suppress(Timeout, OSError, NotImplementedError):  # of a folder that nobody may write to, or lock in
+        lock.acquire(timeout=LONGEST)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
     """A function compiled for Python to call, without Numba's look at its arguments; cached on disk."""
-    compiled = njit(nogil=True, cache=True, error_model="numpy")(stamped(function, signature))
-    compiled.compile(signature)
+    function = stamped(function, signature)
+    compiled = njit(nogil=True, cache=True, error_model="numpy")(function)
+    with alone(function):
+        compiled.compile(signature)
     return compiled.overloads[signature].entry_point
 
 

@@ -19,7 +19,7 @@ from numba.core.errors import NumbaTypeError
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 from .simd import INT64, OPTIONS, inlined
-from .spec import Named, stamped
+from .spec import Named, alone, stamped
 from .team import fork
 
 
@@ -105,7 +105,13 @@ def launch(team, threads, patience, work, arguments):
 @cache
 def _launch() -> Any:
     signature = types.void(*[types.int64] * 5)
-    return cfunc(signature, cache=True, error_model="numpy")(stamped(launch, signature))
+    return _c_function(launch, signature, error_model="numpy")
+
+
+def _c_function(function: Callable[..., None], signature: Any, **options: Any) -> Any:
+    function = stamped(function, signature)
+    with alone(function):
+        return cfunc(signature, cache=True, **options)(function)
 
 
 @intrinsic
@@ -155,5 +161,5 @@ def compiled(function: Callable[..., None], arguments: types.BaseTuple) -> Compi
     It calls `captured(address)` for its other arguments, a tuple of the given types.
     """
     signature = types.void(types.int64, types.int64, types.int64, Captured(arguments))
-    made = cfunc(signature, cache=True, **OPTIONS)(stamped(function, signature))
+    made = _c_function(function, signature, **OPTIONS)
     return Compiled(made, np.array([_launch().address, made.address]), Work(arguments))

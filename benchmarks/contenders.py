@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from .cases import Case, Data, as_state, name_results, recurrent
 from .contender import Contender, Prepared, layer_call
-from .peer_cuda import CuDNN, FusedCUDA, Haste, in_precisions
+from .peer_cuda import CuDNN, FlashRNN, FusedCUDA, Haste, in_precisions
 from .peer_jax import JaxScan
 from .peer_keras import (
     FusedKerasJax,
@@ -60,6 +60,7 @@ _ALL: tuple[type[Contender], ...] = (
     Torch,
     *in_precisions(CuDNN),
     Haste,
+    *in_precisions(FlashRNN, ("float32", "bfloat16", "float16")),
     TorchCell,
     OnnxRuntime,
     OpenVINO,

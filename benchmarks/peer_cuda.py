@@ -1,4 +1,4 @@
-"""On a GPU: the CUDA kernels of this package, cuDNN through PyTorch, and haste.
+"""On a GPU: the CUDA kernels of this package, cuDNN through PyTorch, haste and FlashRNN.
 
 Each precision is a contender of its own.  All answer when the GPU is done, so times are those that a caller
 waits; ``python -m benchmarks.gpu`` measures without the host.
@@ -7,7 +7,7 @@ waits; ``python -m benchmarks.gpu`` measures without the host.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -103,7 +103,51 @@ class Haste(CuDNN):
         return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
 
 
-def in_precisions(contender: type[OnGPU]) -> list[type[Contender]]:
+class FlashRNN(CuDNN):
+    """The fused kernels of FlashRNN with a single head; the product of the input is PyTorch's."""
+
+    name, title = "flashrnn", "FlashRNN"
+    modules, packages = ("torch", "flashrnn"), ("torch", "flashrnn")
+    modes, dtypes = ("forward", "train"), ("float32",)
+    kernels: ClassVar[str] = "cuda_fused"
+
+    def prepare(self, case: Case, data: Data) -> Prepared:
+        if case.layers > 1:
+            raise Unsupported("no stack of layers")
+        parameters = {name: self.tensor(a, case.mode == "train") for name, a in data.weights.items()}
+        layer = self.layer(case, **parameters)
+        prepared = self.prepare_module(case, data, layer, parameters)
+        return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
+
+    def layer(
+        self, case: Case, weight_ih_l0: Any, weight_hh_l0: Any, bias_ih_l0: Any, bias_hh_l0: Any
+    ) -> Callable[..., Any]:
+        """A layer with these weights, as PyTorch's."""
+        torch, run = self.torch, importlib.import_module("flashrnn").flashrnn
+        gates = len(case.mathematics.gates)
+
+        def layer(x: Any, state: Any = None) -> Any:
+            products = torch.nn.functional.linear(x, weight_ih_l0, bias_ih_l0)
+            kernels = weight_hh_l0.view(gates, 1, case.hidden, case.hidden)
+            biases = bias_hh_l0.view(gates, 1, case.hidden)
+            if case.cell == "gru":  # recurrent parts in the order n, r, z, and a bias of the input's n
+                kernels = kernels.roll(1, 0)
+                biases = torch.cat([biases.roll(1, 0), torch.zeros_like(biases[:1])])
+            if state is not None:
+                state = torch.stack(state if isinstance(state, tuple) else (state,)).transpose(1, 2)
+                state = state.unsqueeze(-2)  # (states, B, 1, 1, H)
+            outputs, final = run(
+                products.view(*x.shape[:2], gates, 1, case.hidden).transpose(0, 1), kernels, biases, state,
+                function=case.cell, backend=self.kernels, dtype=self.precision,
+            )  # fmt: skip
+            return outputs[0].squeeze(-2).transpose(0, 1), as_state(tuple(final.squeeze(-2).transpose(1, 2)))
+
+        return layer
+
+
+def in_precisions(
+    contender: type[OnGPU], precisions: Iterable[str] = tuple(TOLERANCES)
+) -> list[type[Contender]]:
     """A contender in each precision of its products."""
     return [
         contender
@@ -116,10 +160,10 @@ def in_precisions(contender: type[OnGPU]) -> list[type[Contender]]:
                 "title": f"{contender.title}, {precision}",
                 "precision": precision,
                 "dtypes": ("float32",),
-                "tolerance": tolerance,
+                "tolerance": TOLERANCES[precision],
             },
         )
-        for precision, tolerance in TOLERANCES.items()
+        for precision in precisions
     ]
 
 

@@ -16,7 +16,7 @@ from fusedlstm import dispatch
 from fusedlstm.benchmarks import contenders, peer_cuda
 from fusedlstm.benchmarks.cases import Case, WrongResult, check, expected, make_data
 from fusedlstm.benchmarks.contender import Unsupported
-from fusedlstm.benchmarks.peer_cuda import CuDNN, FusedCUDA, Haste, in_precisions
+from fusedlstm.benchmarks.peer_cuda import CuDNN, FlashRNN, FusedCUDA, Haste, in_precisions
 
 CASE = Case(3, 2, 4, 5)
 MODES = ("forward", "train", "step")
@@ -69,6 +69,47 @@ def test_haste(on_cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(Haste, CASE) < 1e-5
     with pytest.raises(Unsupported, match="no stack of layers"):
         run(Haste, Case(3, 2, 4, 5, layers=2))
+
+
+def flashrnn(
+    products: torch.Tensor,  # (B, T, G, 1, H)
+    kernels: torch.Tensor,  # (G, 1, H, H)
+    biases: torch.Tensor,  # (G, 1, H), or (4, 1, H)
+    states: torch.Tensor | None,  # (S, B, 1, 1, H)
+    function: str,
+    backend: str,
+    dtype: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashRNN's function with one head, as its documentation and its own PyTorch version define it."""
+    assert (backend, dtype) == ("cuda_fused", "float32")
+    gates, count = products[:, :, :, 0], {"lstm": 2, "gru": 1}[function]
+    if states is None:
+        states = products.new_zeros(count, len(products), 1, 1, products.shape[-1])
+    state, outputs = list(states[:, :, 0, 0]), []
+    for x in gates.unbind(1):
+        h = torch.einsum("gjk,bk->gbj", kernels[:, 0], state[0])
+        b = biases
+        if function == "lstm":
+            i, f, g, o = (x[:, n] + h[n] + b[n] for n in range(4))
+            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+            state = [o.sigmoid() * c.tanh(), c]
+        else:
+            r, z = (x[:, n] + h[n + 1] + b[n + 1] for n in range(2))
+            n = (x[:, 2] + b[3] + r.sigmoid() * (h[0] + b[0])).tanh()
+            state = [z.sigmoid() * state[0] + (1 - z.sigmoid()) * n]
+        outputs.append(torch.stack(state))
+    found = torch.stack(outputs, 2).unsqueeze(-2)  # (S, B, T, 1, H)
+    return found, found[:, :, -1:]
+
+
+@pytest.mark.parametrize("mode", FlashRNN.modes)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_flashrnn(cell: str, mode: str, on_cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashrnn", types.SimpleNamespace(flashrnn=flashrnn))
+    assert run(FlashRNN, Case(3, 2, 4, 5, cell, mode=mode)) < 1e-5
+    assert on_cpu == ["wait"]
+    with pytest.raises(Unsupported, match="no stack of layers"):
+        run(FlashRNN, Case(3, 2, 4, 5, cell, layers=2, mode=mode))
 
 
 def test_a_contender_may_be_less_exact_but_not_wrong() -> None:

@@ -821,7 +821,8 @@ class _Stack(nn.Module):
         """
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, reset)
-        weight = self._some_weight()
+        weights = self._weights()
+        weight = weights[0][0]
         self._check_input(input, weight)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
@@ -834,42 +835,54 @@ class _Stack(nn.Module):
             lengths = self._check_lengths(lengths, x.size(1), batched)
         if reset is not None:
             reset = self._check_reset(reset, input.shape[:-1], batched)
-        y, final = self._run(x, states, lengths, reset)
+        y, final = self._run(x, states, weights, lengths, reset)
         if not batched:
             y, final = y.squeeze(1), [part.squeeze(1) for part in final]
         elif self.batch_first:
             y = y.transpose(0, 1)
         return y, tuple(final) if len(final) > 1 else final[0]
 
+    def _weights(self) -> list[list[Tensor]]:
+        """Of each layer, those of both directions one after the other."""
+        names = self._all_weights
+        if self.bidirectional:
+            names = [there + back for there, back in zip(names[::2], names[1::2])]
+        return [_parameters(self, own) for own in names]
+
     def _run(
-        self, x: Tensor, states: list[Tensor], lengths: Tensor | None, reset: Tensor | None
+        self,
+        x: Tensor,
+        states: list[Tensor],
+        weights: list[list[Tensor]],
+        lengths: Tensor | None,
+        reset: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The output (T, B, D*P) and the final states of all layers."""
         directions = 2 if self.bidirectional else 1
         cell, results = self.cell, []
         given = x.dtype
-        for level in range(self.num_layers):
-            rows = slice(level * directions, (level + 1) * directions)
-            names = self._all_weights[rows]
-            weights = _parameters(self, names[0] if directions == 1 else names[0] + names[1])
-            own = states if self.num_layers == 1 else [part[rows] for part in states]
+        for level, used in enumerate(weights):
+            if len(weights) == 1:
+                own = states
+            else:
+                own = [part[level * directions : (level + 1) * directions] for part in states]
             if level and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
-            if not (x.dtype is weights[0].dtype and x.dtype in _NUMPY):
-                x, own, weights = _converted(x, own, weights)
-            x, *final = _apply(x, own, weights, lengths, reset, cell, directions)
+            if not (x.dtype is used[0].dtype and x.dtype in _NUMPY):
+                x, own, used = _converted(x, own, used)
+            x, *final = _apply(x, own, used, lengths, reset, cell, directions)
             results.append(final)
         final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
-        return _as_results(x, final, given, self._autocasts)
+        return _as_results(x, final, given, self._autocasts or x.is_cuda)
 
     def _run_packed(self, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
         if lengths is not None or reset is not None:
             raise ValueError("a PackedSequence has lengths of its own, and cannot be reset: pad it instead")
         padded, ends = pad_packed_sequence(packed)
-        weight = self._some_weight()
-        self._check_input(padded, weight)
-        states = [] if hx is None else self._check_state(hx, padded.shape[1], True, weight)
-        y, final = self._run(padded, states, ends, None)
+        weights = self._weights()
+        self._check_input(padded, weights[0][0])
+        states = [] if hx is None else self._check_state(hx, padded.shape[1], True, weights[0][0])
+        y, final = self._run(padded, states, weights, ends, None)
         order = packed.sorted_indices
         if order is not None:
             y, ends = y.index_select(1, order), ends[order.cpu()]
@@ -877,10 +890,7 @@ class _Stack(nn.Module):
         output = PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
         return output, tuple(final) if len(final) > 1 else final[0]
 
-    _autocasts = True  # whether autocast gives its type to the results
-
-    def _some_weight(self) -> Tensor:
-        return _parameters(self, self._all_weights[0][:1])[0]
+    _autocasts = True  # whether autocast gives its type to the results, on a CPU too
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         if x.dim() not in (2, 3):
@@ -903,14 +913,15 @@ class _Stack(nn.Module):
             raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {_described(hx)}")
         rows = self.num_layers * (2 if self.bidirectional else 1)
         leading, size = (rows, batch) if batched else (rows,), self.proj_size or self.hidden_size
+        shape = (*leading, size)
         for n, part in enumerate(parts):
             label = "hx" if len(names) == 1 else f"hidden[{n}]"
             if not isinstance(part, Tensor):
                 raise TypeError(f"{label} must be a tensor, got {_described(part)}")
-            if part.shape != (*leading, size):
-                raise RuntimeError(f"Expected {label} size {(*leading, size)}, got {tuple(part.shape)}")
+            if part.shape != shape:
+                raise RuntimeError(f"Expected {label} size {shape}, got {tuple(part.shape)}")
             _check_dtype(part, weight, label)
-            size = self.hidden_size  # of all states but the output
+            shape = (*leading, self.hidden_size)  # of all states but the output
         return list(parts) if batched else [part.unsqueeze(1) for part in parts]
 
     def _check_lengths(self, lengths: Any, batch: int, batched: bool) -> Tensor:
@@ -1042,6 +1053,8 @@ class LSTM(_TorchStack):
 class GRU(_TorchStack):
     """``torch.nn.GRU`` with fused kernels, as :class:`LSTM` is ``torch.nn.LSTM``."""
 
+    _autocasts = False  # as PyTorch's
+
     def __init__(
         self,
         input_size: int,
@@ -1058,10 +1071,6 @@ class GRU(_TorchStack):
             self, "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             0, device, dtype,
         )  # fmt: skip
-
-    @property
-    def _autocasts(self) -> bool:  # type: ignore[override]
-        return bool(self._some_weight().is_cuda)  # as PyTorch's
 
 
 class RNN(_TorchStack):

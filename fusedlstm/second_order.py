@@ -40,11 +40,22 @@ from fusedlstm.kernels.cpu import engine, simd, team
 from fusedlstm.kernels.cpu.backward import add_outer, note_uniform
 from fusedlstm.kernels.cpu.memory import LINE, aligned, round_up
 from fusedlstm.kernels.cpu.shares import share
-from fusedlstm.kernels.cpu.simd import OPTIONS, inlined, part, write, write_int
+from fusedlstm.kernels.cpu.simd import (
+    OPTIONS,
+    address,
+    inlined,
+    load_row,
+    part,
+    read,
+    splat,
+    store,
+    write,
+    write_int,
+)  # fmt: skip
 from fusedlstm.kernels.cpu.spec import Spec, entry_point
 from fusedlstm.kernels.cpu.team import barrier
 from fusedlstm.kernels.cpu.tile import PLANES, plane_rows, rows_times_planes, tile_table
-from fusedlstm.kernels.cpu.work import captured, compiled, run, run_with
+from fusedlstm.kernels.cpu.work import captured, compiled, run_with
 
 from . import derive
 from .cells import Cell, rnn_tanh
@@ -54,8 +65,8 @@ from .weights import Weights
 
 ONLY = engine.ONLY
 OUTER_ROWS = engine.BACKWARD_ROWS  # rows whose gates stay in cache
+OUTER_BLOCK = OUTER_ROWS * PLANES  # vectors of these rows that are laid out together
 OUTER_PANEL = 24  # rows of a weight's gradient that a thread takes together: whole tiles, of whatever height
-PACKED = 16  # columns of a weight that are laid out together: a line of cache, at least
 
 # --- The element-wise part, derived from the cell --------------------------------------------------------
 
@@ -100,13 +111,13 @@ class Places(NamedTuple):
 class Planes(NamedTuple):
     """Weights as the sweeps read them, at addresses; those that are called moved are tangents, 0 if zero."""
 
-    recurrent: Any  # (G, vectors of H, P)
-    transposed: Any  # (vectors of P, G*H)
-    moved_transposed: Any
-    project: Any  # (vectors of P, H)
-    moved_project: Any
-    unproject: Any  # (vectors of H, P)
-    moved_unproject: Any
+    recurrent: Any = 0  # (G, vectors of H, P)
+    transposed: Any = 0  # (vectors of P, G*H)
+    moved_transposed: Any = 0
+    project: Any = 0  # (vectors of P, H)
+    moved_project: Any = 0
+    unproject: Any = 0  # (vectors of H, P)
+    moved_unproject: Any = 0
 
 
 class Sizes(NamedTuple):
@@ -252,11 +263,12 @@ class Space(NamedTuple):
 
 
 @part
-def space(spec, start, rows):
+def space(spec, start, rows, vectors):
+    vector = spec.lanes * spec.size
     target = start + rows * 8
     values = round_up(target + rows * 8, LINE)
-    scratch = values + OUTER_ROWS * PLANES * spec.lanes * spec.size
-    end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
+    scratch = values + vectors * vector
+    end = round_up(scratch + max(plane_rows(spec) * PLANES, spec.lanes) * vector, LINE)
     return Space(start, target, values, scratch, end)
 
 
@@ -275,66 +287,120 @@ def add_rows_times_planes(spec, count, weights, depth, low, high, length, own):
         )  # fmt: skip
 
 
+@inlined
+def note_entering(start, width, entering, first, last, table):
+    """Write the addresses of the rows of `width` bytes that enter the rows first to last to a table."""
+    for n in range(first, last):
+        write_int(start + entering[n] * width, table + (n - first) * 8)
+
+
+@part
+def pack_vector(spec, weight, transpose, v, plane, scratch):
+    """Lay out a vector of columns of a matrix (m, n), or (n, m) if transposed, as a plane (m,)."""
+    stride, vector = weight.strides[0], spec.lanes * spec.size
+    if not transpose:
+        start, left = address(weight) + v * vector, weight.shape[1] - v * spec.lanes
+        for k in range(weight.shape[0]):
+            store(load_row(spec, start + k * stride, left), plane + k * vector)
+    else:
+        depth, rows = weight.shape[1], min(spec.lanes, weight.shape[0] - v * spec.lanes)
+        for lane in range(rows, spec.lanes):
+            store(splat(spec, 0.0), scratch + lane * vector)
+        for begin in range(0, depth, spec.lanes):
+            start = address(weight) + v * spec.lanes * stride + begin * spec.size
+            for lane in range(rows):  # whole vectors, whose loads do not wait for each other
+                store(load_row(spec, start + lane * stride, depth - begin), scratch + lane * vector)
+            for k in range(min(spec.lanes, depth - begin)):
+                for lane in range(spec.lanes):
+                    value = read(spec, scratch + lane * vector + k * spec.size)
+                    write(spec, value, plane + (begin + k) * vector + lane * spec.size)
+
+
 def pack_work(thread, threads, sync, arguments):
-    """Lay out a matrix (n, m) as planes (vectors of n, m); a thread takes some of them."""
-    spec, weight, target, _ = captured(arguments)
-    columns, depth = weight.shape
+    """Lay out a matrix (m, n), or (n, m) if transposed, as planes (vectors of n, m); a thread takes some."""
+    spec, weight, transpose, target, start = captured(arguments)
+    own = space(spec, start + thread * space(spec, 0, 0, 0).end, 0, 0)
+    columns, depth = weight.shape[1 - transpose], weight.shape[transpose]
     low, high = share(vectors_of(spec, columns), thread, threads)
     for v in range(low, high):
-        plane, base = target + v * depth * spec.lanes * spec.size, v * spec.lanes
-        for begin in range(0, depth, PACKED):  # so that what lies on a cache line is read at once
-            for lane in range(spec.lanes):
-                for k in range(begin, min(begin + PACKED, depth)):
-                    value = weight[base + lane, k] if base + lane < columns else 0.0
-                    write(spec, value, plane + (k * spec.lanes + lane) * spec.size)
+        pack_vector(spec, weight, transpose, v, target + v * depth * spec.lanes * spec.size, own.scratch)
 
 
 def product_work(thread, threads, sync, arguments):
-    """Add (N, m) @ (m, n), the latter as planes, to (N, n); a thread takes some of the columns."""
-    spec, source, width, weights, target, target_width, rows, depth, length, start = captured(arguments)
-    own = space(spec, start + thread * space(spec, 0, rows).end, rows)
-    low, high = share(vectors_of(spec, length), thread, threads)
+    """Add (N, m) @ (m, n), or (n, m) transposed, to (N, n); a thread takes some of the columns.
+
+    The planes of these are not kept: they stay in cache while all rows are multiplied by them.
+    """
+    spec, source, width, weight, transpose, target, target_width, rows, start = captured(arguments)
+    length, depth = weight.shape[1 - transpose], weight.shape[transpose]
+    own = space(spec, start + thread * space(spec, 0, rows, PLANES * depth).end, rows, PLANES * depth)
     note_uniform(source, width, rows, own.source)
     note_uniform(target, target_width, rows, own.target)
-    add_rows_times_planes(spec, rows, weights, depth, low, high, length, own)
-
-
-def outer_work(thread, threads, sync, arguments):
-    """Add the product of (N, m) transposed and (N, n) to (m, n); a thread takes some of the rows."""
-    spec, d, d_width, source, width, target, rows, length, columns, start = captured(arguments)
-    own = space(spec, start + thread * space(spec, 0, OUTER_ROWS).end, OUTER_ROWS)
-    low, high = share(-(-length // OUTER_PANEL), thread, threads)
-    for begin in range(0, rows, OUTER_ROWS):
-        count = min(OUTER_ROWS, rows - begin)
-        note_uniform(source + begin * width, width, count, own.source)
-        add_outer(
-            spec, d + begin * d_width, d_width, count, low, high, ONLY, OUTER_PANEL, length, own.source,
-            columns, target, False, own.values, own.scratch,
+    low, high = share(vectors_of(spec, length), thread, threads)
+    plane = depth * spec.lanes * spec.size
+    for first in range(low, high, PLANES):
+        last = min(first + PLANES, high)
+        for v in range(first, last):
+            pack_vector(spec, weight, transpose, v, own.values + (v - first) * plane, own.scratch)
+        rows_times_planes(
+            spec, rows, own.source, own.values - first * plane, depth, first, last, own.target, length, True,
+            own.scratch,
         )  # fmt: skip
 
 
-def pack(team, threads, patience, work, spec, weight, target):
+def outer_work(thread, threads, sync, arguments):
+    """Write the tangent of the product of (N, m) transposed and (N, n) to (m, n); a thread takes some rows.
+
+    That is values by tangents and tangents by values, the latter alone where `low` is 1.
+    """
+    spec, d, source, entering, low, target, start = captured(arguments)
+    own = space(spec, start + thread * space(spec, 0, OUTER_ROWS, OUTER_BLOCK).end, OUTER_ROWS, OUTER_BLOCK)
+    length, columns = target.shape
+    low_panel, high_panel = share(-(-length // OUTER_PANEL), thread, threads)
+    for side in range(low, 2):
+        rows = source.start + (1 - side) * source.side
+        for begin in range(0, entering.size, OUTER_ROWS):
+            end, first = min(begin + OUTER_ROWS, entering.size), side == low and begin == 0
+            note_entering(rows, source.row, entering, begin, end, own.source)
+            add_outer(
+                spec, d.start + side * d.side + begin * d.row, d.row, end - begin, low_panel, high_panel,
+                ONLY, OUTER_PANEL, length, own.source, columns, target, first, own.values, own.scratch,
+            )  # fmt: skip
+
+
+def pack(team, threads, patience, work, spec, weight, transpose, target):
     """Run `pack_work`."""
-    run(team, threads, patience, work, (spec, weight, target, 0))
-
-
-def product(
-    team, threads, patience, work, spec, source, width, weights, target, target_width, rows, depth, length
-):
-    """Run `product_work`."""
-    memory = np.empty(threads * space(spec, 0, rows).end + LINE, np.uint8)
-    args = (spec, source, width, weights, target, target_width, rows, depth, length, aligned(memory))
+    memory = np.empty(threads * space(spec, 0, 0, 0).end + LINE, np.uint8)
+    args = (spec, weight, transpose, target, aligned(memory))
     run_with(team, threads, patience, work, args, memory)
 
 
-def outer(team, threads, patience, work, spec, d, d_width, source, width, target, rows, length, columns):
+def product(
+    team, threads, patience, work, spec, source, width, weight, transpose, target, target_width, rows
+):
+    """Run `product_work`."""
+    block = PLANES * weight.shape[transpose]
+    memory = np.empty(threads * space(spec, 0, rows, block).end + LINE, np.uint8)
+    args = (spec, source, width, weight, transpose, target, target_width, rows, aligned(memory))
+    run_with(team, threads, patience, work, args, memory)
+
+
+def outer(team, threads, patience, work, spec, d, source, entering, low, target):
     """Run `outer_work`."""
-    memory = np.empty(threads * space(spec, 0, OUTER_ROWS).end + LINE, np.uint8)
-    args = (spec, d, d_width, source, width, target, rows, length, columns, aligned(memory))
+    memory = np.empty(threads * space(spec, 0, OUTER_ROWS, OUTER_BLOCK).end + LINE, np.uint8)
+    args = (spec, d, source, entering, low, target, aligned(memory))
     run_with(team, threads, patience, work, args, memory)
 
 
 INT, INTS = types.int64, types.int64[::1]
+
+
+class Sides(NamedTuple):
+    """Where the rows of values lie, and those of their tangents."""
+
+    start: Any
+    side: Any  # bytes from the values to the tangents
+    row: Any  # bytes from row to row
 
 
 class Packed(NamedTuple):
@@ -351,33 +417,46 @@ class Products:
         self.spec = spec = Spec(rnn_tanh, scalar, False)  # of any cell; products know nothing of it
         self._table = tile_table(spec).ctypes.data
         matrix = scalar[:, ::1]
-        self._pack = kernel(pack, pack_work, (spec, types.Array(scalar, 2, "A"), INT))
-        self._product = kernel(product, product_work, (spec, *[INT] * 8))
-        self._outer = kernel(outer, outer_work, (spec, *[INT] * 4, matrix, *[INT] * 3))
+        self._pack = kernel(pack, pack_work, (spec, matrix, INT, INT))
+        self._product = kernel(product, product_work, (spec, INT, INT, matrix, *[INT] * 4))
+        sides = types.NamedUniTuple(INT, len(Sides._fields), Sides)
+        self._outer = kernel(outer, outer_work, (spec, sides, sides, INTS, INT, matrix))
 
-    def pack(self, weight: Tensor, transpose: bool = False) -> Packed:  # (m, n)
-        """For products from the left with a matrix (..., m), or (..., n) if transposed."""
-        rows = (weight if transpose else weight.T).numpy()
-        columns, depth = rows.shape
-        target = engine.empty(-(-columns // self.spec.lanes) * self.spec.lanes * depth, rows.dtype)
-        address = target.ctypes.data
-        self._pack.entry(*self._team(rows.size), self._pack.address, self._table, rows, address)
-        return Packed(target, address)
+    def pack(self, weight: Tensor, transpose: bool = False) -> Packed:  # (m, n), or (n, m) if transposed
+        """For products from the left with a matrix (..., m)."""
+        matrix = weight.contiguous().numpy()
+        depth, columns = matrix.shape[::-1] if transpose else matrix.shape
+        planes = engine.empty(depth * round_up(columns, self.spec.lanes), matrix.dtype)
+        given = matrix, int(transpose), planes.ctypes.data
+        self._pack.entry(*self._team(matrix.size), self._pack.address, self._table, *given)
+        return Packed(planes, given[-1])
 
-    def add(self, target: Tensor, source: Tensor, weight: Packed) -> None:  # (N, n), (N, m), planes of (m, n)
+    def add(
+        self,
+        target: Tensor,  # (N, n)
+        source: Tensor,  # (N, m)
+        weight: Tensor,  # (m, n), or (n, m) if transposed
+        transpose: bool = False,
+    ) -> None:
         """target += source @ weight"""
-        rows, depth, columns = len(source), source.shape[1], target.shape[1]
+        rows, matrix = len(source), weight.contiguous().numpy()
         self._product.entry(
-            *self._team(rows * depth * columns / 32), self._product.address, self._table, *_memory(source),
-            weight.address, *_memory(target), rows, depth, columns,
+            *self._team(rows * matrix.size / 32), self._product.address, self._table, *_memory(source),
+            matrix, int(transpose), *_memory(target), rows,
         )  # fmt: skip
 
-    def add_outer(self, target: Tensor, d: Tensor, source: Tensor) -> None:  # (m, n), (N, m), (N, n)
-        """target += d.T @ source"""
-        rows, length, columns = len(d), *target.shape
+    def outer(
+        self,
+        target: Tensor,  # (m, n)
+        d: Tensor,  # (2, N, m): values, and after them their tangents
+        source: Tensor,  # (..., n)
+        moved: Tensor | None,  # (..., n): its tangent, with rows as far from each other; None is zero
+        entering: np.ndarray,  # (N,): the rows of both
+    ) -> None:
+        """target = tangent of d.T @ source"""
         self._outer.entry(
-            *self._team(rows * length * columns / 32), self._outer.address, self._table, *_memory(d),
-            *_memory(source), target.numpy(), rows, length, columns,
+            *self._team(len(entering) * target.numel() / 32), self._outer.address, self._table,
+            _sides(d[0], d[1]), _sides(source, moved), entering, int(moved is None), target.numpy(),
         )  # fmt: skip
 
     def _team(self, work: float) -> tuple[int, int, int]:
@@ -400,14 +479,12 @@ def _memory(matrix: Tensor) -> tuple[int, int]:
     return matrix.data_ptr(), matrix.stride(0) * matrix.element_size()
 
 
+def _sides(values: Tensor, moved: Tensor | None) -> Sides:  # (rows, n) both
+    start, row = _memory(values)
+    return Sides(start, 0 if moved is None else moved.data_ptr() - start, row)
+
+
 # --- The two sweeps --------------------------------------------------------------------------------------
-
-
-@inlined
-def note_entering(start, width, entering, first, last, table):
-    """Write the addresses of the rows of `width` bytes that enter the rows first to last to a table."""
-    for n in range(first, last):
-        write_int(start + entering[n] * width, table + (n - first) * 8)
 
 
 def forward_work(thread, threads, sync, arguments):
@@ -417,7 +494,7 @@ def forward_work(thread, threads, sync, arguments):
     vector = spec.lanes * size
     low, high = share(vectors_of(spec, hidden), thread, threads)
     low_output, high_output = share(vectors_of(spec, outputs), thread, threads)
-    own = space(spec, start + thread * space(spec, 0, 2 * batch).end, 2 * batch)
+    own = space(spec, start + thread * space(spec, 0, 2 * batch, 0).end, 2 * batch, 0)
     for step in range(first.size - 1):
         begin, end = first[step], first[step + 1]
         count = end - begin
@@ -452,7 +529,7 @@ def backward_work(thread, threads, sync, arguments):
     low_output, high_output = low, high
     if spec.projected:
         low_output, high_output = share(vectors_of(spec, outputs), thread, threads)
-    own = space(spec, start + thread * space(spec, 0, 2 * batch).end, 2 * batch)
+    own = space(spec, start + thread * space(spec, 0, 2 * batch, 0).end, 2 * batch, 0)
     for step in range(first.size - 2, -1, -1):
         begin, end = first[step], first[step + 1]
         count = end - begin
@@ -490,7 +567,7 @@ def backward_work(thread, threads, sync, arguments):
 
 def sweep(team, threads, patience, work, spec, first, entering, at, moved, planes, sizes):
     """Run `forward_work` or `backward_work`."""
-    memory = np.empty(threads * space(spec, 0, 2 * sizes.batch).end + LINE, np.uint8)
+    memory = np.empty(threads * space(spec, 0, 2 * sizes.batch, 0).end + LINE, np.uint8)
     args = (spec, first, entering, at, moved, planes, sizes, aligned(memory))
     run_with(team, threads, patience, work, args, memory)
 
@@ -518,8 +595,12 @@ class Rows(NamedTuple):
     places: Tensor | None  # (N,): of the rows among all times and sequences; None if they are these
     entering: np.ndarray  # (N,): the row of the state that enters each
     first: np.ndarray  # (T + 1,): the number of rows before each step
-    order: Tensor  # (B,): sequences in descending order of length
-    last: Tensor  # (B,): the state's row after the last step of each of these
+    order: Tensor | None  # (B,): sequences in descending order of length; None if they are
+    last: Any  # an index of B rows: of the states after the last step of each of these
+
+    def enter(self, states: Tensor) -> Tensor:  # (B + N, n)
+        """The rows (N, n) that enter the steps."""
+        return states[: len(self.entering)] if self.order is None else states[torch.from_numpy(self.entering)]
 
     def take(self, array: Tensor) -> Tensor:  # (T, B, n)
         """The rows (N, n) of an array."""
@@ -530,14 +611,32 @@ class Rows(NamedTuple):
         """The array (T, B, n) of these rows, zero in the padding."""
         if self.places is None:
             return rows.reshape(steps, -1, rows.shape[-1])
-        flat = rows.new_zeros((steps * len(self.order), rows.shape[-1]))
+        flat = rows.new_zeros((steps * self.batch, rows.shape[-1]))
         return flat.index_copy_(0, self.places, rows).view(steps, -1, rows.shape[-1])
+
+    @property
+    def batch(self) -> int:
+        """B: at the first step all sequences run."""
+        return int(self.first[1])
+
+    def sort(self, states: Tensor) -> Tensor:  # (B, n)
+        """States in the order of the rows."""
+        return states if self.order is None else states[self.order]
+
+    def unsort(self, states: Tensor) -> Tensor:  # (B, n)
+        """States in the order in which they were given."""
+        return states if self.order is None else states[self.order.argsort()]
 
 
 def make_rows(
     steps: int, batch: int, lengths: np.ndarray | None, reset: np.ndarray | None, reverse: bool
 ) -> Rows:
     """The rows of sequences of these lengths (B,), with boundaries (T, B), in one direction."""
+    if lengths is None and reset is None:
+        count = steps * batch
+        places = torch.arange(count).view(steps, batch).flip(0).flatten() if reverse else None
+        final = slice(count, count + batch)
+        return Rows(places, np.arange(count), np.arange(0, count + 1, batch), None, final)
     ends = np.full(batch, steps) if lengths is None else lengths
     order = np.argsort(-ends, kind="stable")
     ends = ends[order]
@@ -549,9 +648,9 @@ def make_rows(
     if reset is not None:  # a pass in reverse starts anew on the other side of a boundary
         anew |= reset[np.where(anew, 0, time + reverse), order[row]]
     entering = np.where(anew, row, batch + first[step - 1] + row)
-    last = batch + first[ends - 1] + np.arange(batch)
+    last = torch.from_numpy(batch + first[ends - 1] + np.arange(batch))
     places = None if lengths is None and not reverse else torch.from_numpy(time * batch + order[row])
-    return Rows(places, entering, first, torch.from_numpy(order), torch.from_numpy(last))
+    return Rows(places, entering, first, torch.from_numpy(order), last)
 
 
 # --- The gradient of the first backward pass -------------------------------------------------------------
@@ -571,7 +670,7 @@ def second_backward(
     cell: Cell,
     x: Tensor,  # (T, B, I)
     y: Tensor,  # (T, B, P), the output
-    initial: Sequence[Tensor],  # (B, P) and (B, H)s
+    initial: Sequence[Tensor | None],  # (B, P) and (B, H)s; None is zero
     weights: Weights,
     dy: Tensor,  # (T, B, P)
     dfinal: Sequence[Tensor],  # (B, P) and (B, H)s
@@ -594,19 +693,18 @@ def second_backward(
     for side, given in enumerate((initial, moved_initial)):
         for target, state in zip((run.outputs[side], *run.states[side]), given):
             if state is not None:
-                target[:batch] = state[rows.order]
+                target[:batch] = rows.sort(state)
     run.d_outputs[0, batch:] = rows.take(dy)
     for target, state in zip((run.d_outputs[0], *run.d_states[0]), dfinal):
-        target[rows.last] += state[rows.order]
+        target[rows.last] += rows.sort(state)
     run.project()
     run.sweep()
     dweights, dx = run.weight_gradients(), run.input_gradient() if wants_x else None
-    place = rows.order.argsort()
     return Second(
         rows.put(run.outputs[1, batch:], steps),
-        [part[rows.last][place] for part in (run.outputs[1], *run.states[1])],
+        [rows.unsort(part[rows.last]) for part in (run.outputs[1], *run.states[1])],
         None if dx is None else rows.put(dx, steps),
-        [part[:batch][place] for part in (run.d_outputs[1], *run.d_states[1])],
+        [rows.unsort(part[:batch]) for part in (run.d_outputs[1], *run.d_states[1])],
         dweights,
     )
 
@@ -625,7 +723,7 @@ class _Pass:
         self.moved_x = None if moved_x is None else rows.take(moved_x).contiguous()
         self.hidden, self.wide = weights.ih.shape[0] // spec.gates, weights.ih.shape[0]
         number = len(rows.entering)
-        count = len(rows.order) + number
+        count = rows.batch + number
         self.outputs = x.new_zeros(2, count, weights.hh.shape[1])
         self.states = x.new_zeros(2, spec.states, count, self.hidden)
         self.raw = x.new_zeros(2, number if spec.projected else 0, self.hidden)
@@ -633,16 +731,15 @@ class _Pass:
         width = spec.inputs * self.hidden
         self.gates = x.new_empty(2, number, width + LINE // spec.size)[..., :width]
         self.vectors = x.new_zeros(2, spec.vectors, self.hidden)
-        for side, given in enumerate((self.own, self.moved)):
-            self.gates[side] = self._bias(given)
-            for target, vector in zip(self.vectors[side], given.vectors):
+        for side, own in enumerate((self.own, self.moved)):
+            self.gates[side] = self._bias(own)
+            for target, vector in zip(self.vectors[side], own.vectors):
                 if vector is not None:
                     target.copy_(vector)
         self.d_outputs, self.d_states, self.d_raw = map(
             torch.zeros_like, (self.outputs, self.states, self.raw)
         )
         self.d_vectors = x.new_zeros(spec.vectors, self.hidden)
-        self.entering = torch.from_numpy(rows.entering)
 
     def _bias(self, weights: Weights) -> Tensor:
         """The biases of all pre-activations."""
@@ -658,38 +755,46 @@ class _Pass:
 
     def project(self) -> None:
         """Fill the gates, and their tangents but for what comes from the tangents of the outputs."""
-
-        def pack(weight: Tensor | None) -> Packed | None:
-            return None if weight is None else self.tiles.pack(weight, transpose=True)
-
         own, moved = self.own, self.moved
-        ih, hh = pack(own.ih), pack(own.hh)
         from_input, from_output = self.products(self.gates)
-        entering = self.outputs[0][self.entering]
+        entering = self.rows.enter(self.outputs[0])
         terms = (
-            (from_input[0], self.x, ih),
-            (from_input[1], self.x, pack(moved.ih)),
-            (from_input[1], self.moved_x, ih),
-            (from_output[0], entering, hh),
-            (from_output[1], entering, pack(moved.hh)),
+            (from_input[0], self.x, own.ih),
+            (from_input[1], self.x, moved.ih),
+            (from_input[1], self.moved_x, own.ih),
+            (from_output[0], entering, own.hh),
+            (from_output[1], entering, moved.hh),
         )
-        for begin in range(0, len(self.entering), OUTER_ROWS):  # whose gates stay in cache
+        for begin in range(0, len(entering), OUTER_ROWS):  # whose gates stay in cache
             chunk = slice(begin, begin + OUTER_ROWS)
             for target, source, weight in terms:
                 if source is not None and weight is not None:
-                    self.tiles.add(target[chunk], source[chunk], weight)
+                    self.tiles.add(target[chunk], source[chunk], weight, transpose=True)
 
     def sweep(self) -> None:
         """Forward and backward through time."""
-        spec, own, moved = self.spec, self.own, self.moved
+        own, moved, (forward, backward) = self.own, self.moved, sweeps(self.spec)
         # each gate begins with a vector of its own
-        by_gate = own.hh.unflatten(0, (spec.gates, -1))
-        if missing := -self.hidden % spec.lanes:
+        by_gate = own.hh.unflatten(0, (self.spec.gates, -1))  # type: ignore[no-untyped-call]
+        if missing := -self.hidden % self.spec.lanes:
             by_gate = torch.nn.functional.pad(by_gate, (0, 0, 0, missing))
-        given = [(by_gate.flatten(0, 1), True), (own.hh, False), (moved.hh, False)]
-        given += [(part, transpose) for transpose in (True, False) for part in (own.hr, moved.hr)]
-        packed = [None if part is None else self.tiles.pack(part, transpose) for part, transpose in given]
-        planes = Planes(*(0 if part is None else part.address for part in packed))
+
+        def pack(weight: Tensor | None, transpose: bool = False) -> Packed | None:
+            return None if weight is None else self.tiles.pack(weight, transpose)
+
+        self._run(
+            forward,
+            recurrent=pack(by_gate.flatten(0, 1), True),
+            project=pack(own.hr, True),
+            moved_project=pack(moved.hr, True),
+        )
+        self._run(
+            backward, transposed=pack(own.hh), moved_transposed=pack(moved.hh),
+            unproject=pack(own.hr), moved_unproject=pack(moved.hr),
+        )  # fmt: skip
+
+    def _run(self, kernel: engine.Kernel, **packed: Packed | None) -> None:
+        planes = Planes(**{name: part.address for name, part in packed.items() if part is not None})
         at, along = (
             Places(
                 *(getattr(self, name)[side].data_ptr() for name in Places._fields[:-1]),
@@ -697,49 +802,47 @@ class _Pass:
             )
             for side in (0, 1)
         )
-        number, batch = len(self.entering), len(self.rows.order)
+        rows, threads = self.rows, self._threads()
         _, stride = _memory(self.gates[0])
-        sizes = Sizes(batch, number, self.hidden, self.outputs.shape[-1], stride)
-        threads = self._threads()
-        for kernel in sweeps(spec):
-            kernel.entry(
-                team.current().address if threads > 1 else 0, threads, team.PATIENCE_US, kernel.address,
-                tile_table(spec).ctypes.data, self.rows.first, self.rows.entering, at, along, planes, sizes,
-            )  # fmt: skip
+        sizes = Sizes(rows.batch, len(rows.entering), self.hidden, self.outputs.shape[-1], stride)
+        kernel.entry(
+            team.current().address if threads > 1 else 0, threads, team.PATIENCE_US, kernel.address,
+            tile_table(self.spec).ctypes.data, rows.first, rows.entering, at, along, planes, sizes,
+        )  # fmt: skip
 
     def _threads(self) -> int:
         """As many as pay, which meet once a step."""
         steps, weights = len(self.rows.first) - 1, self.own.hh.numel()
-        work = len(self.entering) * weights / engine.FLOPS + steps * weights * self.spec.size / engine.BYTES
+        work = (
+            len(self.rows.entering) * weights / engine.FLOPS + steps * weights * self.spec.size / engine.BYTES
+        )
         if self.hidden <= self.spec.lanes or engine.START + steps * engine.BARRIER > work / 2:
             return 1
         return int(team.get_num_threads())
 
     def weight_gradients(self) -> Weights:
         """From the gradients of the gates, which have taken the place of these."""
-        own, new, batch = self.own, self.outputs.new_zeros, len(self.rows.order)
+        own, outer, rows = self.own, self.tiles.outer, self.rows
+        new = self.outputs.new_empty
         gradients = Weights(new(own.ih.shape), new(own.hh.shape), vectors=tuple(self.d_vectors))
         d_input, d_output = self.products(self.gates)
+        every = np.arange(len(rows.entering))
+        outer(gradients.ih, d_input, self.x, self.moved_x, every)
+        outer(gradients.hh, d_output, *self.outputs, rows.entering)
         if own.bias_ih is not None:
             gradients = gradients._replace(bias_ih=d_input[1].sum(0), bias_hh=d_output[1].sum(0))
         if own.hr is not None:
             gradients = gradients._replace(hr=new(own.hr.shape))
-        for side, source in enumerate((self.x, self.moved_x)):  # values by tangents, tangents by values
-            other = 1 - side
-            if source is not None:
-                self.tiles.add_outer(gradients.ih, d_input[other], source)
-            self.tiles.add_outer(gradients.hh, d_output[other], self.outputs[side][self.entering])
-            if own.hr is not None:
-                self.tiles.add_outer(gradients.hr, self.d_outputs[other, batch:], self.raw[side])
+            outer(gradients.hr, self.d_outputs[:, rows.batch :], *self.raw, every)
         return _by_product(self.spec.cell, gradients, back=True)
 
     def input_gradient(self) -> Tensor:  # (N, I)
         """From the gradients of the gates."""
         d, moved_d = self.products(self.gates)[0]
         dx: Tensor = d.new_zeros(len(d), self.own.ih.shape[1])
-        self.tiles.add(dx, moved_d, self.tiles.pack(self.own.ih))
+        self.tiles.add(dx, moved_d, self.own.ih)
         if self.moved.ih is not None:
-            self.tiles.add(dx, d, self.tiles.pack(self.moved.ih))
+            self.tiles.add(dx, d, self.moved.ih)
         return dx
 
 

@@ -618,18 +618,20 @@ def _run_second(
     from .second_order import second_backward
 
     moved_x, *moved = seeds
-    states = initial or [x.new_zeros((shape.directions, shape.batch, size)) for size in shape.sizes]
-    moved_states = moved[: len(initial)] or [None] * len(states)
     each = len(weights) // shape.directions
+
+    def of(d: int, states: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if state is None else state[d] for state in states]
+
     results = []
     for d in range(shape.directions):
         part, own = slice(d * shape.outputs, (d + 1) * shape.outputs), slice(d * each, (d + 1) * each)
         results.append(
             second_backward(
-                shape.cell, x, y[..., part], [state[d] for state in states],
+                shape.cell, x, y[..., part], of(d, initial),
                 storage.unflatten(shape.cell, weights[own]),
                 grads[0][..., part], [state[d] for state in grads[1:]],
-                moved_x, [None if state is None else state[d] for state in moved_states],
+                moved_x, of(d, moved[: len(initial)]),
                 storage.unflatten(shape.cell, moved[len(initial) :][own]), lengths, reset, d == 1, wants_x,
             )
         )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import checks
+import numba
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fusedlstm.torch as fused
-from fusedlstm import cells
+from fusedlstm import cells, second_order
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of the norm, for one step
 
@@ -97,3 +98,48 @@ def test_cotangents_that_are_zero() -> None:
         case.seeds = [seed if n == kept else None for n, seed in enumerate(given)]
         case.check()
         case.seeds = given
+
+
+def test_boundaries_alone() -> None:
+    """Without lengths the sequences are in order, but a step need not go on from the one before."""
+    case = Case(cells.gru, (6, 3, 4, 9), torch.float64).cut()
+    case.lengths = None
+    case.check()
+
+
+def test_weights_and_cotangents_that_are_not_contiguous() -> None:
+    case = Case(cells.lstm, (5, 3, 4, 9), torch.float64)
+    case.weights = [columns_first(weight) for weight in case.weights]
+    case.seeds = [None if seed is None else columns_first(seed) for seed in case.seeds]
+    case.check()
+
+
+def columns_first(tensor: Tensor) -> Tensor:
+    """The same numbers, in memory from the first axis to the last."""
+    axes = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 16, 8), (70, 33, 150), (1100, 5, 67)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_products(sizes: tuple[int, int, int], dtype: Any) -> None:
+    """Of fewer and more rows than stay in cache, by widths that are no whole number of vectors."""
+    rows, depth, columns = sizes
+    tiles = second_order.products(numba.from_dtype(np.dtype(str(dtype).removeprefix("torch."))))
+    source, weight = torch.randn(2, rows, depth, dtype=dtype), torch.randn(depth, columns, dtype=dtype)
+    limit = 100 * rows**0.5 * depth * torch.finfo(dtype).eps
+    for transpose, given in ((False, weight), (True, weight.T.contiguous())):
+        target = torch.ones(rows, columns, dtype=dtype)
+        tiles.add(target, source[0], given, transpose)
+        assert (target - 1 - source[0] @ weight).abs().max() <= limit
+        planes = torch.from_numpy(tiles.pack(given, transpose).array).view(-1, depth, tiles.spec.lanes)
+        laid_out = planes.transpose(0, 1).flatten(1)
+        assert torch.equal(laid_out[:, :columns], weight)
+        assert not laid_out[:, columns:].any()
+    d, entering = torch.randn(2, rows, columns, dtype=dtype), torch.randint(0, rows, (rows,))
+    values, moved = source[:, entering]
+    for moves in (False, True):
+        target = torch.full((columns, depth), torch.nan, dtype=dtype)
+        tiles.outer(target, d, source[0], source[1] if moves else None, entering.numpy())
+        expected = d[1].T @ values + moves * d[0].T @ moved
+        assert (target - expected).abs().max() <= 100 * rows * torch.finfo(dtype).eps

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import count
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from . import dispatch
 from . import weights as storage
 from .cells import Cell
 from .dispatch import Direction
@@ -70,8 +69,6 @@ class Steps:
 
     def back(self, dx: np.ndarray) -> np.ndarray:
         """The gradient of what was moved to the front."""
-        if not self.moves:
-            return dx
         moved = np.empty_like(dx)
         np.put_along_axis(moved, self.order, dx, 1)
         moved[~self.mask] = 0
@@ -178,11 +175,13 @@ def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> Direction:
     return direction
 
 
-def _pack(cell: Cell, flat: Sequence[np.ndarray]) -> Direction:
-    # copies, since the memory of the framework is ours during this call only, laid out as backward needs them
-    kernels = [storage.transposed(kernel).T for kernel in flat[:2]]
-    rest = [np.array(array) for array in flat[2:]]
-    return dispatch.engine("cpu").prepare(cell, storage.from_keras(cell, [*kernels, *rest], np.zeros_like))
+def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> Direction:
+    from fusedlstm.kernels.cpu.engine import CPUDirection
+
+    direction = CPUDirection(cell, storage.from_keras(cell, flat, np.zeros_like))
+    if training:  # now, since the memory of the framework is ours during this call only
+        direction.lay_out_for_backward()
+    return cast(Direction, direction)
 
 
 # --- Forward and backward --------------------------------------------------------------------------------
@@ -214,7 +213,9 @@ class _Arguments:
         return np.swapaxes(x, 0, 1)
 
 
-def forward(run: Run, training: bool, *flat: Any) -> list[np.ndarray]:
+def forward(
+    run: Run, training: bool, *flat: Any, out: Sequence[np.ndarray] | None = None
+) -> list[np.ndarray]:
     """The outputs (B, T, H), or the last (B, H); the final states (B, H); the number of the record, or 0.
 
     Args:
@@ -222,22 +223,25 @@ def forward(run: Run, training: bool, *flat: Any) -> list[np.ndarray]:
         training: whether to keep a record, which makes backward quicker.
         flat: the input (B, T, I); the mask (B, T) if there is one; the initial states (B, H); the weights,
             as :func:`fusedlstm.weights.from_keras` takes them.
+        out: arrays in which some of the results may be; else all are new.
     """
     given = _Arguments(run, flat)
-    y, finals, record = _forward(run, training, given)
+    # what a record keeps is memory of ours
+    y, finals, record = _forward(run, training, given, None if training or not run.sequences else out)
     number = 0 if record is None else _keep(record)
     return [_shown(run, given, y, finals), *finals, np.array(number, np.int32)]
 
 
 def _forward(
-    run: Run, training: bool, given: _Arguments
+    run: Run, training: bool, given: _Arguments, out: Sequence[np.ndarray] | None = None
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], _Record | None]:
     """The outputs (B, T, H) of the steps that count, the final states, and the record if training."""
     x, steps = given.run_steps, given.steps
-    y = np.empty(given.shape, x.dtype)
+    y = out[0] if out else np.empty(given.shape, x.dtype)
     finals = tuple([np.empty_like(state) for state in given.initial])
     # in training the weights are others at each call
-    direction = (_pack if training else _packed_direction)(run.cell, given.weights)
+    cell, weights = run.cell, given.weights
+    direction = _pack(cell, weights, True) if training else _packed_direction(cell, weights)
     lengths = None if steps is None else steps.lengths
     tape = direction.forward(x, given.initial, y.swapaxes(0, 1), finals, lengths, None, False, training)
     if steps is not None and steps.moves:
@@ -262,13 +266,14 @@ def _hidden(run: Run, steps: Steps) -> np.ndarray:
     return hidden[:, None]
 
 
-def backward(run: Run, number: Any, *flat: Any) -> list[np.ndarray]:
+def backward(run: Run, number: Any, *flat: Any, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
     """The gradients of the input, the initial states and the weights.
 
     Args:
         run: as for :func:`forward`.
         number: of the record.  Where it is gone, the layer is run again.
         flat: as for :func:`forward`; then the gradients of the outputs and of the final states.
+        out: contiguous arrays for the gradients; else they are new.
     """
     states = len(run.cell.states)
     given = _Arguments(run, flat[: -1 - states])
@@ -276,15 +281,30 @@ def backward(run: Run, number: Any, *flat: Any) -> list[np.ndarray]:
     record = _records.take(int(number)) or _forward(run, True, given)[2]
     assert record is not None
     dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
+    if out is None:
+        out = [np.empty(array.shape, array.dtype) for array in (given.x, *given.initial, *given.weights)]
     x, steps = given.run_steps, given.steps
-    dx = np.empty(given.x.shape, x.dtype)
+    dx = out[0][:, ::-1] if run.backwards else out[0]
     dinitial, dweights = record.direction.backward(
         record.tape._replace(x=x), dy.swapaxes(0, 1), tuple(dfinals), dx.swapaxes(0, 1), False
     )
     if steps is not None:
-        dx = steps.back(dx)
+        if steps.moves:
+            dx[...] = steps.back(dx)
         dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
-    return [dx[:, ::-1] if run.backwards else dx, *dinitial, *storage.to_keras(dweights, given.weights)]
+    for target, gradient in zip(out[1:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
+        _write(target, gradient)
+    return list(out)
+
+
+def _write(target: np.ndarray, gradient: np.ndarray) -> None:
+    """``target[...] = gradient``; those of the kernels lie transposed."""
+    from fusedlstm.kernels.cpu.engine import write_transposed
+
+    if gradient.flags.c_contiguous:
+        target[...] = gradient
+    else:
+        write_transposed(gradient.T, target)
 
 
 def _seeds(

@@ -39,19 +39,9 @@ from torch import Tensor
 from fusedlstm.kernels.cpu import engine, simd, team
 from fusedlstm.kernels.cpu.backward import add_outer, note_uniform
 from fusedlstm.kernels.cpu.memory import LINE, aligned, round_up
+from fusedlstm.kernels.cpu.pack import pack_vectors
 from fusedlstm.kernels.cpu.shares import share
-from fusedlstm.kernels.cpu.simd import (
-    OPTIONS,
-    address,
-    inlined,
-    load_row,
-    part,
-    read,
-    splat,
-    store,
-    write,
-    write_int,
-)  # fmt: skip
+from fusedlstm.kernels.cpu.simd import OPTIONS, address, inlined, part, write_int
 from fusedlstm.kernels.cpu.spec import Spec, entry_point
 from fusedlstm.kernels.cpu.team import barrier
 from fusedlstm.kernels.cpu.tile import PLANES, plane_rows, rows_times_planes, tile_table
@@ -268,7 +258,7 @@ def space(spec, start, rows, vectors):
     target = start + rows * 8
     values = round_up(target + rows * 8, LINE)
     scratch = values + vectors * vector
-    end = round_up(scratch + max(plane_rows(spec) * PLANES, spec.lanes) * vector, LINE)
+    end = round_up(scratch + plane_rows(spec) * PLANES * vector, LINE)
     return Space(start, target, values, scratch, end)
 
 
@@ -295,44 +285,21 @@ def note_entering(start, width, entering, first, last, table):
 
 
 @part
-def pack_vector(spec, weight, transpose, v, plane, scratch):
-    """Lay out a vector of columns of a matrix (m, n), or (n, m) if transposed, as a plane (m,)."""
-    stride, vector = weight.strides[0], spec.lanes * spec.size
-    if not transpose:
-        start, left = address(weight) + v * vector, weight.shape[1] - v * spec.lanes
-        for k in range(weight.shape[0]):
-            store(load_row(spec, start + k * stride, left), plane + k * vector)
-    else:
-        depth, rows = weight.shape[1], min(spec.lanes, weight.shape[0] - v * spec.lanes)
-        for lane in range(rows, spec.lanes):
-            store(splat(spec, 0.0), scratch + lane * vector)
-        for begin in range(0, depth, spec.lanes):
-            start = address(weight) + v * spec.lanes * stride + begin * spec.size
-            for lane in range(rows):  # whole vectors, whose loads do not wait for each other
-                store(load_row(spec, start + lane * stride, depth - begin), scratch + lane * vector)
-            for k in range(min(spec.lanes, depth - begin)):
-                for lane in range(spec.lanes):
-                    value = read(spec, scratch + lane * vector + k * spec.size)
-                    write(spec, value, plane + (begin + k) * vector + lane * spec.size)
-
-
-def pack_work(thread, threads, sync, arguments):
-    """Lay out a matrix (m, n), or (n, m) if transposed, as planes (vectors of n, m); a thread takes some."""
-    spec, weight, transpose, target, start = captured(arguments)
-    own = space(spec, start + thread * space(spec, 0, 0, 0).end, 0, 0)
-    columns, depth = weight.shape[1 - transpose], weight.shape[transpose]
-    low, high = share(vectors_of(spec, columns), thread, threads)
-    for v in range(low, high):
-        pack_vector(spec, weight, transpose, v, target + v * depth * spec.lanes * spec.size, own.scratch)
+def pack_vector(spec, weight, v, plane):
+    """Lay out a vector of columns of a matrix (m, n) as a plane (m,)."""
+    along, across = weight.strides
+    valid = min(spec.lanes, weight.shape[1] - v * spec.lanes)
+    start = address(weight) + v * spec.lanes * across
+    pack_vectors(spec, start, across, along, valid, weight.shape[0], plane, spec.lanes * spec.size)
 
 
 def product_work(thread, threads, sync, arguments):
-    """Add (N, m) @ (m, n), or (n, m) transposed, to (N, n); a thread takes some of the columns.
+    """Add (N, m) @ (m, n) to (N, n); a thread takes some of the columns.
 
     The planes of these are not kept: they stay in cache while all rows are multiplied by them.
     """
-    spec, source, width, weight, transpose, target, target_width, rows, start = captured(arguments)
-    length, depth = weight.shape[1 - transpose], weight.shape[transpose]
+    spec, source, width, weight, target, target_width, rows, start = captured(arguments)
+    depth, length = weight.shape
     own = space(spec, start + thread * space(spec, 0, rows, PLANES * depth).end, rows, PLANES * depth)
     note_uniform(source, width, rows, own.source)
     note_uniform(target, target_width, rows, own.target)
@@ -341,7 +308,7 @@ def product_work(thread, threads, sync, arguments):
     for first in range(low, high, PLANES):
         last = min(first + PLANES, high)
         for v in range(first, last):
-            pack_vector(spec, weight, transpose, v, own.values + (v - first) * plane, own.scratch)
+            pack_vector(spec, weight, v, own.values + (v - first) * plane)
         rows_times_planes(
             spec, rows, own.source, own.values - first * plane, depth, first, last, own.target, length, True,
             own.scratch,
@@ -368,20 +335,10 @@ def outer_work(thread, threads, sync, arguments):
             )  # fmt: skip
 
 
-def pack(team, threads, patience, work, spec, weight, transpose, target):
-    """Run `pack_work`."""
-    memory = np.empty(threads * space(spec, 0, 0, 0).end + LINE, np.uint8)
-    args = (spec, weight, transpose, target, aligned(memory))
-    run_with(team, threads, patience, work, args, memory)
-
-
-def product(
-    team, threads, patience, work, spec, source, width, weight, transpose, target, target_width, rows
-):
+def product(team, threads, patience, work, spec, source, width, weight, target, target_width, rows):
     """Run `product_work`."""
-    block = PLANES * weight.shape[transpose]
-    memory = np.empty(threads * space(spec, 0, rows, block).end + LINE, np.uint8)
-    args = (spec, source, width, weight, transpose, target, target_width, rows, aligned(memory))
+    memory = np.empty(threads * space(spec, 0, rows, PLANES * len(weight)).end + LINE, np.uint8)
+    args = (spec, source, width, weight, target, target_width, rows, aligned(memory))
     run_with(team, threads, patience, work, args, memory)
 
 
@@ -416,33 +373,31 @@ class Products:
     def __init__(self, scalar: types.Float) -> None:
         self.spec = spec = Spec(rnn_tanh, scalar, False)  # of any cell; products know nothing of it
         self._table = tile_table(spec).ctypes.data
-        matrix = scalar[:, ::1]
-        self._pack = kernel(pack, pack_work, (spec, matrix, INT, INT))
-        self._product = kernel(product, product_work, (spec, INT, INT, matrix, *[INT] * 4))
+        matrix = types.Array(scalar, 2, "A")
+        _, self._pack = engine.packers(scalar)
+        self._product = kernel(product, product_work, (spec, INT, INT, matrix, *[INT] * 3))
         sides = types.NamedUniTuple(INT, len(Sides._fields), Sides)
         self._outer = kernel(outer, outer_work, (spec, sides, sides, INTS, INT, matrix))
 
-    def pack(self, weight: Tensor, transpose: bool = False) -> Packed:  # (m, n), or (n, m) if transposed
+    def pack(self, weight: Tensor) -> Packed:  # (m, n)
         """For products from the left with a matrix (..., m)."""
-        matrix = weight.contiguous().numpy()
-        depth, columns = matrix.shape[::-1] if transpose else matrix.shape
-        planes = engine.empty(depth * round_up(columns, self.spec.lanes), matrix.dtype)
-        given = matrix, int(transpose), planes.ctypes.data
-        self._pack.entry(*self._team(matrix.size), self._pack.address, self._table, *given)
-        return Packed(planes, given[-1])
+        matrix = weight.numpy()
+        planes = engine.empty(len(matrix) * round_up(matrix.shape[1], self.spec.lanes), matrix.dtype)
+        place = planes.ctypes.data
+        self._pack.entry(*self._team(matrix.size), self._pack.address, None, matrix, ONLY, len(matrix), place)
+        return Packed(planes, place)
 
     def add(
         self,
         target: Tensor,  # (N, n)
         source: Tensor,  # (N, m)
-        weight: Tensor,  # (m, n), or (n, m) if transposed
-        transpose: bool = False,
+        weight: Tensor,  # (m, n), quickest if its rows or its columns are contiguous
     ) -> None:
         """target += source @ weight"""
-        rows, matrix = len(source), weight.contiguous().numpy()
+        rows, matrix = len(source), weight.numpy()
         self._product.entry(
             *self._team(rows * matrix.size / 32), self._product.address, self._table, *_memory(source),
-            matrix, int(transpose), *_memory(target), rows,
+            matrix, *_memory(target), rows,
         )  # fmt: skip
 
     def outer(
@@ -769,7 +724,7 @@ class _Pass:
             chunk = slice(begin, begin + OUTER_ROWS)
             for target, source, weight in terms:
                 if source is not None and weight is not None:
-                    self.tiles.add(target[chunk], source[chunk], weight, transpose=True)
+                    self.tiles.add(target[chunk], source[chunk], weight.T)
 
     def sweep(self) -> None:
         """Forward and backward through time."""
@@ -779,15 +734,16 @@ class _Pass:
         if missing := -self.hidden % self.spec.lanes:
             by_gate = torch.nn.functional.pad(by_gate, (0, 0, 0, missing))
 
-        def pack(weight: Tensor | None, transpose: bool = False) -> Packed | None:
-            return None if weight is None else self.tiles.pack(weight, transpose)
+        def pack(weight: Tensor | None) -> Packed | None:
+            return None if weight is None else self.tiles.pack(weight)
+
+        def transposed(weight: Tensor | None) -> Packed | None:
+            return None if weight is None else self.tiles.pack(weight.T)
 
         self._run(
-            forward,
-            recurrent=pack(by_gate.flatten(0, 1), True),
-            project=pack(own.hr, True),
-            moved_project=pack(moved.hr, True),
-        )
+            forward, recurrent=transposed(by_gate.flatten(0, 1)), project=transposed(own.hr),
+            moved_project=transposed(moved.hr),
+        )  # fmt: skip
         self._run(
             backward, transposed=pack(own.hh), moved_transposed=pack(moved.hh),
             unproject=pack(own.hr), moved_unproject=pack(moved.hr),

@@ -93,32 +93,12 @@ def from_keras(cell: Cell, flat: Sequence[Any], zeros_like: Callable[[Any], Any]
 
 
 def to_keras(gradients: Weights, flat: Sequence[Any]) -> list[Any]:
-    """The gradients of the weights that :func:`from_keras` was given as `flat`."""
+    """The gradients of the weights that :func:`from_keras` was given as `flat`, matrices as views."""
     biases = len(flat) - 2 - len(gradients.vectors)
     bias: list[Any] = [gradients.bias_ih][:biases]
     if biases and flat[2].ndim == 2:
         bias = [np.stack([gradients.bias_ih, gradients.bias_hh])]
-    return [transposed(gradients.ih), transposed(gradients.hh), *bias, *gradients.vectors]
-
-
-_COLUMNS, _APART = 128, 16
-
-
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous copy of ``matrix.T``, several times as fast as NumPy makes it.
-
-    Rows of a matrix are often a power of two apart, and then the entries of a column share few lines of a
-    cache.  So some columns at a time go to a buffer whose rows are further apart, and from there.
-    """
-    rows, columns = matrix.shape
-    result = np.empty((columns, rows), matrix.dtype)
-    buffer = np.empty((rows, _COLUMNS + _APART), matrix.dtype)
-    for start in range(0, columns, _COLUMNS):
-        block = matrix[:, start : start + _COLUMNS]
-        part = buffer[:, : block.shape[1]]
-        part[...] = block
-        result[start : start + _COLUMNS] = part.T
-    return result
+    return [gradients.ih.T, gradients.hh.T, *bias, *gradients.vectors]
 
 
 def fill(names: Weights, entry: Callable[[str], Any]) -> Weights:

@@ -3,12 +3,14 @@
 XLA calls foreign functions through structures in C (its header ``xla/ffi/api/c_api.h``, in
 ``jax.ffi.include_dir()``), which are stated here for ctypes.  One such function, registered under one name,
 serves all calls: each has a number, its attribute, by which a function of Python is found.  That function is
-given arrays over XLA's own memory and returns arrays, which are copied to where XLA wants them.
+given arrays over XLA's own memory.  It writes its results to where XLA wants them, or returns others, which
+are copied there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_void_p
@@ -97,15 +99,20 @@ class _Frame(Structure):
     )
 
 
+# a type of ctypes for each number of bytes would take longer to make
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.argtypes, _memory.restype = (c_void_p, ctypes.c_ssize_t, c_int), ctypes.py_object
+_WRITABLE = 0x200
+
+
 def _arrays(buffers: _Buffers) -> list[np.ndarray]:
     """Arrays over the memory of XLA."""
-    arrays = []
+    arrays: list[np.ndarray] = []
     for n in range(buffers.size):
         buffer = buffers.entries[n].contents
         shape, dtype = buffer.dims[: buffer.rank], _DTYPES[buffer.dtype]
-        count = int(np.prod(shape, dtype=np.int64))
-        memory: Any = (ctypes.c_char * (count * dtype.itemsize)).from_address(buffer.data or 0)
-        arrays.append(np.frombuffer(memory, dtype).reshape(shape))
+        memory = _memory(buffer.data, math.prod(shape) * dtype.itemsize, _WRITABLE)
+        arrays.append(np.ndarray(shape, dtype, memory))
     return arrays
 
 
@@ -125,8 +132,10 @@ def _handler(pointer: Any) -> int | None:
         return None
     try:
         function = _functions[frame.attributes.entries[0].contents.value[0]]
-        for target, result in zip(_arrays(frame.results), function(*_arrays(frame.arguments))):
-            target[...] = result
+        targets = _arrays(frame.results)
+        for target, result in zip(targets, function(*_arrays(frame.arguments), out=targets)):
+            if result is not target:
+                target[...] = result
     except BaseException:  # there is nobody else here to raise it to
         message = traceback.format_exc().encode()
         size = ctypes.sizeof(_ErrorArguments)
@@ -155,7 +164,8 @@ def call(function: Function, results: Sequence[jax.ShapeDtypeStruct], *arguments
     call only; elsewhere this is ``jax.pure_callback``.  Under ``jax.vmap`` it is called for each entry.
 
     Args:
-        function: from arrays to arrays, without side effects that matter; each one is kept for ever.
+        function: from arrays to arrays, without side effects that matter; each one is kept for ever.  On
+            CPUs its argument `out` has arrays for its results: those that it returns itself are filled.
         results: shape and type of each result: booleans, int32, float32 or float64.
         arguments: arrays of these types.
 

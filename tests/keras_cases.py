@@ -459,7 +459,7 @@ def test_what_a_call_of_the_host_raises_is_told() -> None:
 
     from fusedlstm import xla
 
-    def fail(*arrays: Any) -> Any:
+    def fail(*arrays: Any, **options: Any) -> Any:
         raise ValueError("no such thing")
 
     result = jax.ShapeDtypeStruct((3,), "float32")

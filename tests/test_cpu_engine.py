@@ -255,6 +255,27 @@ def test_several_chunks_with_a_projection() -> None:
     check(cells.lstm, LONG[2]._replace(proj=7), np.float64)
 
 
+@pytest.mark.parametrize("case", [*SIZES, *LONG, Case(40, 2, 70, 100)], ids=str)
+@pytest.mark.parametrize("cell", [cells.peephole_lstm, cells.gru], ids=name)
+def test_weights_whose_columns_are_contiguous_and_are_gone_before_backward(cell: Cell, case: Case) -> None:
+    p = problem(cell, case, np.float64)
+    columns = [None if w is None else np.asfortranarray(w) for w in p.weights[:5]]
+    vectors = tuple(vector.copy() for vector in p.weights.vectors)
+    made = CPUDirection(cell, Weights(*columns, vectors))
+    made.lay_out_for_backward()
+    for array in (*columns, *vectors):
+        if array is not None:
+            array[...] = np.nan
+    final, y = tuple(np.empty_like(part) for part in p.initial), np.empty_like(p.dy)
+    tape = made.forward(p.x, p.initial, y, final, p.lengths, p.reset, case.reverse, True)
+    _, found = made.backward(tape, p.dy, p.dfinal, None, False)
+    wanted = expected(cell, case._replace(accumulate=False), np.float64)
+    assert_close(y, wanted["y"], case.steps, "y", False)
+    for what, array in zip(Weights._fields[:5], found):
+        if array is not None:
+            assert_close(array, wanted[what], case.steps, what, True)
+
+
 @pytest.mark.parametrize("cell", [cells.lstm, five_gates], ids=name)
 def test_a_tape_is_used_twice(cell: Cell) -> None:
     check(cell, SIZES[3], np.float64, backward_twice=True)

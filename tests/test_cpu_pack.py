@@ -27,6 +27,16 @@ def packed(pack: engine.Kernel, threads: int, size: int, dtype: Any, *arguments:
     return target
 
 
+def apart(matrix: np.ndarray) -> np.ndarray:
+    """The matrix with its rows apart; what is between them must not be read."""
+    return np.pad(matrix, ((0, 0), (0, 3)), constant_values=np.nan)[:, : matrix.shape[1]]
+
+
+def layouts(matrix: np.ndarray) -> list[np.ndarray]:
+    """The matrix with contiguous rows, with contiguous columns, and with neither."""
+    return [apart(matrix), apart(matrix.T).T, np.repeat(matrix, 2, 1)[:, ::2]]
+
+
 def by_gate(weight: np.ndarray, gates: np.ndarray, padded: int) -> np.ndarray:
     """(gates, padded, columns), the gates in the given order."""
     split = weight.reshape(gates.size, -1, weight.shape[1])[gates]
@@ -42,15 +52,15 @@ def test_panels(units: int, threads: int, scalar: types.Float) -> None:
     for gates, hidden, depth in SIZES:
         generator = np.random.default_rng(hidden)
         order = generator.permutation(gates)
-        # the last axis need not be contiguous: NumPy's order of a transposed array
-        weight = generator.normal(size=(depth, gates * hidden)).astype(dtype).T
+        weight = generator.normal(size=(gates * hidden, depth)).astype(dtype)
         panels = -(-hidden // (units * lanes))
         pack, _ = engine.packers(scalar)
         size = panels * units * lanes * gates * depth
-        found = packed(pack, threads, size, dtype, weight, order, units)
         expected = by_gate(weight, order, panels * units * lanes)
         expected = expected.reshape(gates, panels, units, lanes, depth).transpose(1, 4, 0, 2, 3)
-        assert np.array_equal(found.reshape(expected.shape), expected)
+        for given in layouts(weight):
+            found = packed(pack, threads, size, dtype, given, order, units)
+            assert np.array_equal(found.reshape(expected.shape), expected)
 
 
 @DTYPES
@@ -62,13 +72,26 @@ def test_planes(units: int, threads: int, scalar: types.Float) -> None:
     for gates, hidden, columns in SIZES:
         generator = np.random.default_rng(hidden)
         order, panel = generator.permutation(gates), units * lanes
-        weight = generator.normal(size=(gates * hidden, columns + 3)).astype(dtype)
-        weight[:, columns:] = np.nan  # rows lie apart; what is between them is not read
-        weight = weight[:, :columns]
+        weight = generator.normal(size=(gates * hidden, columns)).astype(dtype)
         panels, vectors = -(-hidden // panel), -(-columns // lanes)
         _, pack = engine.packers(scalar)
         size = vectors * panels * gates * panel * lanes
-        found = packed(pack, threads, size, dtype, weight, order, panel)
         expected = by_gate(np.pad(weight, ((0, 0), (0, vectors * lanes - columns))), order, panels * panel)
         expected = expected.reshape(gates, panels, panel, vectors, lanes).transpose(3, 1, 0, 2, 4)
-        assert np.array_equal(found.reshape(expected.shape), expected)
+        for given in layouts(weight):
+            found = packed(pack, threads, size, dtype, given, order, panel)
+            assert np.array_equal(found.reshape(expected.shape), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 128), (300, 5), (16, 32), (64, 256), (140, 333)])
+def test_transposed(shape: tuple[int, int], threads: int, scalar: types.Float) -> None:
+    dtype, kernel = np.dtype(str(scalar)), engine.transposer(scalar)
+    rows, columns = shape
+    source = apart(np.random.default_rng(rows).normal(size=shape).astype(dtype))
+    around = np.full((columns, rows + GUARD), np.nan, dtype)
+    address = team.current().address if threads > 1 else 0
+    kernel.entry(address, threads, 1000, kernel.address, None, source, around[:, :rows])
+    assert np.array_equal(around[:, :rows], source.T)
+    assert np.isnan(around[:, rows:]).all()

@@ -62,15 +62,6 @@ def test_weights_of_keras(bias: tuple[int, ...] | None) -> None:
         assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 128), (64, 256), (5, 300)])
-def test_transposed(shape: tuple[int, int]) -> None:
-    matrix = np.random.default_rng(0).normal(size=shape)
-    found = weights.transposed(matrix)
-    assert found.flags.c_contiguous
-    assert np.array_equal(found, matrix.T)
-    assert np.array_equal(weights.transposed(found), matrix)
-
-
 def test_shapes() -> None:
     assert weights.shapes(cells.peephole_lstm, 3, 5, True, 2) == Weights(
         (20, 3), (20, 2), (20,), (20,), (2, 5), ((5,), (5,), (5,))

@@ -5,34 +5,59 @@
 * Planes, for the gradients and the projection: [vectors][k][lanes], a column of vectors for each vector
   of results.
 
-What is padded is zero.
+What is padded is zero.  Weights may come in any layout: loops go along the memory of the two that there
+are, rows (PyTorch's) and columns (Keras's) that are contiguous.
 """
 
 from __future__ import annotations
 
 from .memory import round_up
 from .shares import share
-from .simd import address, load_row, splat, store, write
+from .simd import address, load_row, part, read, splat, store, transpose, write
 from .work import captured, run
+
+SIDE = 128  # rows and columns that are transposed in turn: few enough pages to be found quickly
+
+
+@part
+def pack_vectors(registers, source, across, along, valid, count, target, stride):
+    """Write `count` vectors, `stride` bytes apart, of `valid` numbers each and zeros after them.
+
+    Number n of vector k lies at `source + n * across + k * along`.
+    """
+    lanes, size = registers.lanes, registers.size
+    if across == size:
+        for k in range(count):
+            store(load_row(registers, source + k * along, valid), target + k * stride)
+        return
+    squares = count // lanes if along == size and valid == lanes else 0
+    for k in range(0, squares * lanes, lanes):
+        transpose(registers, source + k * size, across, target + k * stride, stride)
+    for k in range(squares * lanes, count):
+        store(splat(registers, 0.0), target + k * stride)
+        for n in range(valid):
+            write(registers, read(registers, source + n * across + k * along), target + k * stride + n * size)
 
 
 def panels_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`pack_panels`."""
     registers, weight, gates, units, target = captured(arguments)
     hidden, depth = weight.shape[0] // gates.size, weight.shape[1]
+    across, along = weight.strides
     lanes, width = registers.lanes, gates.size * units
     vector = lanes * registers.size
     low, high = share(round_up(hidden, units * lanes) // (units * lanes), thread, threads)
-    for p in range(low, high):
+    most = lanes if across == registers.size else depth  # how many k in turn
+    for k in range(0, depth, most):
         for n in range(width):
-            start = target + (p * depth * width + n) * vector
-            first = (p * units + n % units) * lanes
-            row = gates[n // units] * hidden + first
-            for k in range(depth):
-                to = start + k * width * vector
-                store(splat(registers, 0.0), to)
-                for lane in range(min(lanes, hidden - first)):
-                    write(registers, weight[row + lane, k], to + lane * registers.size)
+            for p in range(low, high):
+                first = (p * units + n % units) * lanes
+                source = address(weight) + (gates[n // units] * hidden + first) * across + k * along
+                valid = max(min(lanes, hidden - first), 0)
+                to = target + ((p * depth + k) * width + n) * vector
+                pack_vectors(
+                    registers, source, across, along, valid, min(most, depth - k), to, width * vector
+                )
 
 
 def pack_panels(team, threads, patience, work, registers, weight, gates, units, target):
@@ -44,23 +69,59 @@ def planes_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`pack_planes`."""
     registers, weight, gates, panel, target = captured(arguments)
     hidden, columns = weight.shape[0] // gates.size, weight.shape[1]
-    vector = registers.lanes * registers.size
-    depth = gates.size * round_up(hidden, panel)
-    low, high = share(-(-columns // registers.lanes), thread, threads)
-    source, stride = address(weight), weight.strides[0]
-    for v in range(low, high):
-        to = target + v * depth * vector
-        for p in range(round_up(hidden, panel) // panel):
-            for n in range(gates.size):
-                for unit in range(p * panel, (p + 1) * panel):
-                    row = splat(registers, 0.0)
-                    if unit < hidden:
-                        at = source + (gates[n] * hidden + unit) * stride + v * vector
-                        row = load_row(registers, at, columns - v * registers.lanes)
-                    store(row, to)
-                    to += vector
+    along, across = weight.strides
+    lanes = registers.lanes
+    vector = lanes * registers.size
+    panels = round_up(hidden, panel) // panel
+    low, high = share(-(-columns // lanes), thread, threads)
+    most = high - low if across == registers.size else 1  # how many v in turn
+    for start in range(low, high, max(most, 1)):
+        for n in range(gates.size):
+            for p in range(panels):
+                for v in range(start, start + most):
+                    row = gates[n] * hidden + p * panel
+                    source = address(weight) + row * along + v * lanes * across
+                    valid, count = min(lanes, columns - v * lanes), min(panel, hidden - p * panel)
+                    to = target + ((v * panels + p) * gates.size + n) * panel * vector
+                    pack_vectors(registers, source, across, along, valid, count, to, vector)
+                    for unit in range(count, panel):
+                        store(splat(registers, 0.0), to + unit * vector)
 
 
 def pack_planes(team, threads, patience, work, registers, weight, gates, panel, target):
     """Lay out `weight` (gates*H, columns) as planes, its rows in the order [panels][gates][panel]."""
     run(team, threads, patience, work, (registers, weight, gates, panel, target))
+
+
+def transposed_work(thread, threads, sync, arguments):
+    """What each thread does; see :func:`write_transposed`."""
+    registers, source, target = captured(arguments)
+    rows, columns = source.shape
+    down = -(-rows // SIDE)
+    low, high = share(down * -(-columns // SIDE), thread, threads)
+    for block in range(low, high):
+        row, column = block % down * SIDE, block // down * SIDE
+        transpose_block(
+            registers, source, target, row, min(row + SIDE, rows), column, min(column + SIDE, columns)
+        )
+
+
+@part
+def transpose_block(registers, source, target, row, row_end, column, column_end):
+    """What lies in these rows and columns of the source."""
+    lanes, size = registers.lanes, registers.size
+    whole_rows = row + (row_end - row) // lanes * lanes
+    whole_columns = column + (column_end - column) // lanes * lanes
+    for c in range(column, whole_columns, lanes):
+        for r in range(row, whole_rows, lanes):
+            at = address(source) + r * source.strides[0] + c * size
+            to = address(target) + c * target.strides[0] + r * size
+            transpose(registers, at, source.strides[0], to, target.strides[0])
+    for c in range(column, column_end):
+        for r in range(whole_rows if c < whole_columns else row, row_end):
+            target[c, r] = source[r, c]
+
+
+def write_transposed(team, threads, patience, work, registers, source, target):
+    """Write `source` (rows, columns), whose rows are contiguous, to `target` (columns, rows) likewise."""
+    run(team, threads, patience, work, (registers, source, target))

@@ -251,6 +251,36 @@ def store_row(spec, vector, address, valid):
 
 
 @intrinsic
+def transpose(
+    typingctx: Any, spec: Any, source: Any, source_stride: Any, target: Any, target_stride: Any
+) -> Any:
+    """Write a square of `lanes` times `lanes` numbers transposed; strides are in bytes from row to row."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector, lanes, align = spec.vector.ir, spec.lanes, spec.scalar.bitwidth // 8
+
+        def rows(start: Any, stride: Any) -> list[Any]:
+            places = [builder.add(start, builder.mul(stride, INT64(n))) for n in range(lanes)]
+            return [_pointer(builder, place, vector) for place in places]
+
+        square = [builder.load(pointer, align=align) for pointer in rows(*args[1:3])]
+        for size in [1 << n for n in range(lanes.bit_length() - 1)]:
+            # of each pair of rows, the blocks of `size` lanes that lie across the diagonal change places
+            kept = [n if not n & size else n - size + lanes for n in range(lanes)]
+            moved = [n + size if not n & size else n + lanes for n in range(lanes)]
+            for n in [n for n in range(lanes) if not n & size]:
+                pair = square[n], square[n + size]
+                for row, lanes_of in ((n, kept), (n + size, moved)):
+                    order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), lanes_of)
+                    square[row] = builder.shuffle_vector(*pair, order)
+        for row, pointer in zip(square, rows(*args[3:])):
+            builder.store(row, pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(spec, *[types.int64] * 4), codegen
+
+
+@intrinsic
 def keep(typingctx: Any, vector: Any, count: Any) -> Any:
     """A vector with zero in all but its first `count` lanes."""
 

@@ -22,7 +22,7 @@ from fusedlstm.benchmarks.worker import rest
 
 pytest.importorskip("keras")
 
-SHAPES = cases_of_set("text")[:3]
+SHAPES = cases_of_set("text")
 LAYERS = {"ours": "fusedlstm.keras", "theirs": "keras.layers"}
 MODULES = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow"}  # that a backend needs
 BATCHES, ROUNDS = 4, 3  # batches of an epoch or a prediction, and how many of these are timed

@@ -80,8 +80,10 @@ class CuDNN(OnGPU, Torch):
     def module(self, case: Case) -> Any:
         return super().module(case).to(self.device, self.narrow)
 
-    def prepare(self, case: Case, data: Data) -> Prepared:
-        prepared = super().prepare(case, data)
+    def prepare_module(
+        self, case: Case, data: Data, layer: Callable[..., Any], parameters: dict[str, Any]
+    ) -> Prepared:
+        prepared = super().prepare_module(case, data, layer, parameters)
         return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
 
 
@@ -99,8 +101,7 @@ class Haste(CuDNN):
         layer = {"lstm": haste.LSTM, "gru": haste.GRU}[case.cell](case.inputs, case.hidden).to(self.device)
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
         layer.from_native_weights(*(self.tensor(data.weights[name]) for name in names))
-        prepared = self.prepare_module(case, data, layer.eval(), {})
-        return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
+        return self.prepare_module(case, data, layer.eval(), {})
 
 
 class FlashRNN(CuDNN):
@@ -115,9 +116,7 @@ class FlashRNN(CuDNN):
         if case.layers > 1:
             raise Unsupported("no stack of layers")
         parameters = {name: self.tensor(a, case.mode == "train") for name, a in data.weights.items()}
-        layer = self.layer(case, **parameters)
-        prepared = self.prepare_module(case, data, layer, parameters)
-        return Prepared(_finished(prepared.call, self.torch.cuda.synchronize), prepared.read)
+        return self.prepare_module(case, data, self.layer(case, **parameters), parameters)
 
     def layer(
         self, case: Case, weight_ih_l0: Any, weight_hh_l0: Any, bias_ih_l0: Any, bias_hh_l0: Any

@@ -146,20 +146,27 @@ def against(record: dict[str, Any], other: dict[str, Any]) -> str:
     """How far each ratio of a peer's time to ours is from that in another record, as Markdown."""
     before = {Case(**row["case"]): row for row in other["rows"]}
     names = [name for name in record["contenders"] if name not in OURS]
-    lines, changes = [], []
+    lines, changes, best = [], [], []
     for row in record["rows"]:
         case = Case(**row["case"])
         if case not in before:
             continue
-        cells = []
+        cells, both = [], []
         for name in names:
             now, then = ratio_of(row, name), ratio_of(before[case], name)
             cells.append(f"{then:.2f} to {now:.2f}, {now / then - 1:+.0%}" if now and then else "-")
-            changes += [abs(now / then - 1)] if now and then else []
+            both += [(now, then)] if now and then else []
         lines.append([str(case), *cells])
-    near = sum(change <= SAME for change in changes)
+        changes += [abs(now / then - 1) for now, then in both]
+        if both:
+            now, then = map(min, zip(*both))
+            best.append(abs(now / then - 1))
+    near, nearest = (sum(change <= SAME for change in some) for some in (changes, best))
     header = ["case", *(record["contenders"][name]["title"] for name in names)]
-    summary = f"{near} of {len(changes)} ratios to ours are within {SAME:.0%} of those of {other['date']}"
+    summary = (
+        f"{near} of {len(changes)} ratios to ours are within {SAME:.0%} of those of {other['date']}, "
+        f"and so is that of the best peer in {nearest} of {len(best)} rows"
+    )
     return f"{markdown(header, lines)}\n\n{summary}"
 
 

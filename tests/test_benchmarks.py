@@ -665,6 +665,7 @@ def test_ratios_of_two_records_are_compared() -> None:
     text = report.against(after, {**before, "date": "yesterday"})
     assert "2.00 to 2.50, +25%" in text
     assert "0 of 1 ratios to ours are within 10% of those of yesterday" in text
+    assert text.endswith("and so is that of the best peer in 0 of 1 rows")
     assert "2 of 2 ratios" in report.against(after, {**after, "date": "today"})
 
 

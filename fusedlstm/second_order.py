@@ -36,7 +36,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from fusedlstm.kernels.cpu import engine, simd, team
+from fusedlstm.kernels.cpu import engine, plan, simd, team
 from fusedlstm.kernels.cpu.backward import add_outer, note_uniform
 from fusedlstm.kernels.cpu.memory import LINE, aligned, round_up
 from fusedlstm.kernels.cpu.pack import pack_vectors
@@ -54,7 +54,7 @@ from .math import DERIVATIVES
 from .weights import Weights
 
 ONLY = engine.ONLY
-OUTER_ROWS = engine.BACKWARD_ROWS  # rows whose gates stay in cache
+OUTER_ROWS = plan.BACKWARD_ROWS  # rows whose gates stay in cache
 OUTER_BLOCK = OUTER_ROWS * PLANES  # vectors of these rows that are laid out together
 OUTER_PANEL = 24  # rows of a weight's gradient that a thread takes together: whole tiles, of whatever height
 
@@ -140,11 +140,16 @@ def _gate(k: int) -> str:
     return f"gates + n * sizes.stride + {k} * width"
 
 
-def _load(cell: Cell, places: dict[str, str]) -> list[str]:
+def _locals(names: Sequence[str]) -> str:
+    """Values, then tangents, by names that no argument of `update` has."""
+    return ", ".join([f"v_{name}" for name in names] + [f"t_{name}" for name in names])
+
+
+def _load(places: dict[str, str]) -> list[str]:
     return [
-        f"    {target} = load_row(spec, {side}.{place} + offset, valid)"
+        f"    {kind}_{name} = load_row(spec, {side}.{place} + offset, valid)"
         for name, place in places.items()
-        for side, target in (("at", name), ("moved", *_moved(cell, [name])))
+        for side, kind in (("at", "v"), ("moved", "t"))
     ]
 
 
@@ -159,8 +164,8 @@ def _add(value: str, place: str) -> str:
 def _update(cell: Cell, projected: bool) -> str:
     """The step at a vector of hidden units of a row."""
     names, count = cell.arguments, len(cell.states)
-    lines = _load(cell, _arguments(cell))
-    lines.append(f"    new = step({', '.join([*names, *_moved(cell, names)])})")
+    lines = _load(_arguments(cell))
+    lines.append(f"    new = step({_locals(names)})")
     if projected:
         lines += [_store("new[0]", "at.raw + n * width"), _store(f"new[{count}]", "moved.raw + n * width")]
     else:  # the output itself is known
@@ -179,9 +184,8 @@ def _update_adjoint(cell: Cell, projected: bool) -> str:
     names, seeds = cell.arguments, cell.seeds
     output = "d_raw + n * width" if projected else "d_outputs + leaving * width"
     others = {name: f"d_states + ({k} * rows + leaving) * width" for k, name in enumerate(seeds[1:])}
-    lines = _load(cell, _arguments(cell) | {seeds[0]: output} | others)
-    both = (*names, *seeds)
-    lines.append(f"    d = adjoint({', '.join([*both, *_moved(cell, both)])})")
+    lines = _load(_arguments(cell) | {seeds[0]: output} | others)
+    lines.append(f"    d = adjoint({_locals([*names, *seeds])})")
     value = {name: f"d[{k}]" for k, name in enumerate(names)}
     tangent = {name: f"d[{len(names) + k}]" for k, name in enumerate(names)}
     for k, name in enumerate(cell.preactivations):
@@ -769,10 +773,8 @@ class _Pass:
     def _threads(self) -> int:
         """As many as pay, which meet once a step."""
         steps, weights = len(self.rows.first) - 1, self.own.hh.numel()
-        work = (
-            len(self.rows.entering) * weights / engine.FLOPS + steps * weights * self.spec.size / engine.BYTES
-        )
-        if self.hidden <= self.spec.lanes or engine.START + steps * engine.BARRIER > work / 2:
+        work = len(self.rows.entering) * weights / plan.FLOPS + steps * weights * self.spec.size / plan.BYTES
+        if self.hidden <= self.spec.lanes or plan.START + steps * plan.BARRIER > work / 2:
             return 1
         return int(team.get_num_threads())
 

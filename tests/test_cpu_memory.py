@@ -12,7 +12,7 @@ from hypothesis import given
 from numba import njit, types
 
 from fusedlstm import cells
-from fusedlstm.kernels.cpu import engine, memory
+from fusedlstm.kernels.cpu import engine, memory, plan
 from fusedlstm.kernels.cpu.memory import LINE, Layout, Sequences, layout, rows_before, starts_anew, time_of
 from fusedlstm.kernels.cpu.spec import Registers, Spec
 from fusedlstm.kernels.reference import schedule
@@ -22,7 +22,7 @@ CUBE, MATRIX = types.Array(types.float64, 3, "A"), types.Array(types.float64, 2,
 
 
 def sequences(steps: int, batch: int, lengths: Any = None, reset: Any = None, reverse: bool = False) -> Any:
-    order = engine.sequences(steps, batch, lengths)
+    order = plan.sequences(steps, batch, lengths)
     return Sequences(*order, engine.NO_RESET if reset is None else reset, reverse)
 
 

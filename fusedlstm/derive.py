@@ -46,7 +46,10 @@ class Graph:
         return self._node("constant", (), repr(float(value)))
 
     def apply(self, op: str, *args: Any) -> Expression:
-        """The expression `op(*args)`, simplified where that cannot change its value."""
+        """The expression `op(*args)`, simplified.
+
+        A constant 0 is exact: times anything it is 0, also infinity or NaN.  Gradients rely on that.
+        """
         nodes = tuple(self.lift(op, arg) for arg in args)
         if op == "div" and nodes[1].number == 0:
             raise CellError("the cell divides by zero")
@@ -104,13 +107,14 @@ def _decided(condition: Expression) -> bool | None:
     numbers = [arg.number for arg in condition.args]
     if condition.op in COMPARISONS and None not in numbers:
         return bool(getattr(operator, condition.op)(*numbers))
+    if condition.op != "not" and condition.op not in LOGIC:
+        return None
     known = [_decided(arg) for arg in condition.args]
     if condition.op == "not":
         return None if known[0] is None else not known[0]
-    if condition.op in LOGIC:
-        decisive = condition.op == "or"  # one that holds decides an or, one that does not an and
-        if decisive in known or None not in known:
-            return decisive if decisive in known else not decisive
+    decisive = condition.op == "or"  # one that holds decides an or, one that does not an and
+    if decisive in known or None not in known:
+        return decisive if decisive in known else not decisive
     return None
 
 

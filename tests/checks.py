@@ -52,10 +52,13 @@ def one_gate(u: Any, h: Any) -> Any:
     return 0.75 * h + 0.25 * tanh(u)
 
 
-@cell(gates=("a", "b"), states=("h", "s", "m"), split=("b",), weights=("w",))
-def three_states(a: Any, b_x: Any, b_h: Any, s: Any, m: Any, w: Any, *, keep: float = 0.9) -> Any:
-    """Three states, one of them a running maximum, a split gate, a learned vector and a constant."""
-    s = keep * s + w * tanh(a + b_x) * sigmoid(b_h)
+@cell(gates=("output", "b"), states=("h", "s", "m"), split=("b",), weights=("n",))
+def three_states(output: Any, b_x: Any, b_h: Any, s: Any, m: Any, n: Any, *, keep: float = 0.9) -> Any:
+    """Three states, one of them a running maximum, a split gate, a learned vector and a constant.
+
+    Two names are those of arguments of generated code.
+    """
+    s = keep * s + n * tanh(output + b_x) * sigmoid(b_h)
     m = maximum(m * keep, absolute(s))
     return s / (1 + m), s, m
 

@@ -887,7 +887,7 @@ def test_weights_cannot_be_written_in_place() -> None:
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     with pytest.raises(ValueError, match="read-only"):
-        layer.w_l0 *= 2
+        layer.n_l0 *= 2
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_flatten_and_fill_agree() -> None:
     upper = weights.fill(entries, str.upper)
     assert upper.hr is None
     assert weights.flatten(upper) == [entry.upper() for entry in weights.flatten(entries)]
-    assert weights.flatten(entries)[-1] == "w_l0"
+    assert weights.flatten(entries)[-1] == "n_l0"
 
 
 @pytest.mark.parametrize("framework", weights.GATE_ORDERS)

@@ -40,9 +40,18 @@ def _places(cell: Cell) -> dict[str, str]:
     return {name: places[name] for name in cell.arguments}
 
 
+def _value(name: str) -> str:
+    """The local name of an argument of the cell, which none of `update` and `update_adjoint` has."""
+    return f"v_{name}"
+
+
+def _load_arguments(cell: Cell) -> list[str]:
+    return [f"    {_value(name)} = {place}" for name, place in _places(cell).items()]
+
+
 def _update(cell: Cell) -> str:
-    lines = [f"    {name} = {place}" for name, place in _places(cell).items()]
-    lines.append(f"    new = step({', '.join(cell.arguments)})")
+    lines = _load_arguments(cell)
+    lines.append(f"    new = step({', '.join(map(_value, cell.arguments))})")
     lines.append("    store_row(spec, new[0], output + offset, valid)")
     for n in range(len(cell.states) - 1):
         lines.append(f"    store(new[{n + 1}], new_states + {n} * new_stride + offset)")
@@ -50,15 +59,16 @@ def _update(cell: Cell) -> str:
 
 
 def _update_adjoint(cell: Cell, projected: bool) -> str:
-    lines = [f"    {name} = {place}" for name, place in _places(cell).items()]
-    output, *others = cell.seeds
+    lines = _load_arguments(cell)
+    output, *others = seeds = [_value(name) for name in cell.seeds]
     lines.append(f"    {output} = load(spec, carried + offset)")
     if not projected:
         lines.append(f"    {output} = {output} + load_row(spec, doutput + offset, valid)")
     for n, name in enumerate(others):
         lines.append(f"    {name} = load(spec, dstates + {n} * dstates_stride + offset)")
     gradients = [f"g_{name}" for name in cell.arguments]
-    lines.append(f"    {', '.join(gradients)}, = adjoint({', '.join((*cell.arguments, *cell.seeds))})")
+    given = [*map(_value, cell.arguments), *seeds]
+    lines.append(f"    {', '.join(gradients)}, = adjoint({', '.join(given)})")
     # lanes beyond the row's end meet weights of zero, and must not be infinite or NaN
     for buffer, gates, part in (
         ("from_input", cell.input_gates, "x"),

@@ -275,7 +275,7 @@ class _TwoProducts(Cell):
     OWN = ("operand", "update", "phase")
 
     def __init__(self, half: Cell) -> None:
-        self.half, self.function, self.name, self.key = half, half.function, half.name, half.key
+        self.half, self.function, self.name, self.key = half, half.function, half.name, f"{half.key}_twice"
         self.__doc__, self.__module__ = half.__doc__, half.__module__
         self.gates, self.split, self.weights = half.gates, half.split, half.weights
         self.states = tuple(name for name in half.states if name not in self.OWN)

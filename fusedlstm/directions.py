@@ -29,6 +29,18 @@ def half_states(cell: Cell, given: Sequence[Any], operand: Any, zero: Any) -> tu
     return tuple([named[name] for name in half.states])
 
 
+def half_reset(reset: Any) -> Any:
+    """Boundaries of half steps, (2T, B), of those of steps, (T, B)."""
+    halves = np.zeros_like(reset, shape=(2 * len(reset), reset.shape[1]))
+    halves[::2] = reset
+    return halves
+
+
+def second_halves(reverse: bool) -> slice:
+    """The half steps that have the outputs of the steps."""
+    return slice(0 if reverse else 1, None, 2)
+
+
 def prepare(engine: Engine, cell: Cell, weights: Weights) -> Direction:
     """A direction of any cell, with the weights laid out for the engine's kernels."""
     if cell.half is None:
@@ -102,10 +114,6 @@ class TwoProducts(NamedTuple):
     ) -> Any:
         steps, batch, _ = x.shape
         halves = np.empty_like(y, shape=(2 * steps, batch, y.shape[2]))
-        if reset is not None:
-            # of the boundaries of half steps, those between steps
-            reset, marks = np.zeros_like(reset, shape=(2 * steps, batch)), reset
-            reset[::2] = marks
         given = tuple(map(np.zeros_like, final)) if initial is None else initial
         tape = self.direction.forward(
             np.repeat(x, 2, axis=0),
@@ -113,11 +121,11 @@ class TwoProducts(NamedTuple):
             halves,
             self._states(final, np.empty_like(final[0])),
             None if lengths is None else 2 * lengths,
-            reset,
+            None if reset is None else half_reset(reset),
             reverse,
             training,
         )
-        y[...] = halves[0 if reverse else 1 :: 2]  # the second half of a step has the output
+        y[...] = halves[second_halves(reverse)]
         return (tape, reverse) if training else None
 
     def backward(
@@ -131,7 +139,7 @@ class TwoProducts(NamedTuple):
         inner, reverse = tape
         steps, batch, _ = dy.shape
         dhalves = np.zeros_like(dy, shape=(2 * steps, batch, dy.shape[2]))
-        dhalves[0 if reverse else 1 :: 2] = dy
+        dhalves[second_halves(reverse)] = dy
         if dfinal is not None:
             dfinal = self._states(dfinal, np.zeros_like(dfinal[0]))
         twice = None if dx is None else np.empty_like(dx, shape=(2 * steps, batch, dx.shape[2]))

@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import count
 from threading import Lock
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import weights as storage
 from .cells import Cell
-from .dispatch import Direction
+
+if TYPE_CHECKING:
+    from fusedlstm.kernels.cpu.engine import CPUDirection
 
 
 class Run(NamedTuple):
@@ -141,12 +143,12 @@ class _Table:
 class _Record(NamedTuple):
     """What backward needs of one forward pass."""
 
-    direction: Direction
+    direction: CPUDirection
     tape: Any  # without the input, whose memory is the framework's
 
     @property
     def size(self) -> int:
-        return int(self.tape.memory.nbytes + self.tape.y.nbytes)
+        return int(self.direction.nbytes + self.tape.memory.nbytes + self.tape.y.nbytes)
 
 
 _numbers = count(1)
@@ -161,27 +163,27 @@ def _keep(record: _Record) -> int:
     return number
 
 
-def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> Direction:
+def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> CPUDirection:
     """A direction with these weights, for inference: laid out once, as long as their bits are the same."""
     from fusedlstm.kernels.cpu.fingerprint import fingerprint, table
 
     dense = [array.ravel(order="K") for array in flat]
     layout = tuple([(array.shape, array.strides) for array in flat])
     key = (cell, flat[0].dtype, layout, fingerprint(table(dense), 1))
-    direction: Direction | None = _packed.use(key)
+    direction: CPUDirection | None = _packed.use(key)
     if direction is None:
         direction = _pack(cell, flat)
-        _packed.put(key, direction, 2 * sum(array.nbytes for array in flat))
+        _packed.put(key, direction, direction.nbytes)
     return direction
 
 
-def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> Direction:
+def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> CPUDirection:
     from fusedlstm.kernels.cpu.engine import CPUDirection
 
     direction = CPUDirection(cell, storage.from_keras(cell, flat, np.zeros_like))
     if training:  # now, since the memory of the framework is ours during this call only
         direction.lay_out_for_backward()
-    return cast(Direction, direction)
+    return direction
 
 
 # --- Forward and backward --------------------------------------------------------------------------------
@@ -266,11 +268,14 @@ def _hidden(run: Run, steps: Steps) -> np.ndarray:
     return hidden[:, None]
 
 
-def backward(run: Run, number: Any, *flat: Any, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-    """The gradients of the input, the initial states and the weights.
+def backward(
+    run: Run, wants_dx: bool, number: Any, *flat: Any, out: Sequence[np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """The gradients of the input, if that is wanted, of the initial states and of the weights.
 
     Args:
         run: as for :func:`forward`.
+        wants_dx: whether the gradient of the input is wanted; its product is saved else.
         number: of the record.  Where it is gone, the layer is run again.
         flat: as for :func:`forward`; then the gradients of the outputs and of the final states.
         out: contiguous arrays for the gradients; else they are new.
@@ -282,17 +287,18 @@ def backward(run: Run, number: Any, *flat: Any, out: Sequence[np.ndarray] | None
     assert record is not None
     dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
     if out is None:
-        out = [np.empty(array.shape, array.dtype) for array in (given.x, *given.initial, *given.weights)]
+        wanted = ([given.x] if wants_dx else []) + [*given.initial, *given.weights]
+        out = [np.empty(array.shape, array.dtype) for array in wanted]
     x, steps = given.run_steps, given.steps
-    dx = out[0][:, ::-1] if run.backwards else out[0]
+    dx = (out[0][:, ::-1] if run.backwards else out[0]).swapaxes(0, 1) if wants_dx else None
     dinitial, dweights = record.direction.backward(
-        record.tape._replace(x=x), dy.swapaxes(0, 1), tuple(dfinals), dx.swapaxes(0, 1), False
+        record.tape._replace(x=x), dy.swapaxes(0, 1), tuple(dfinals), dx, False
     )
     if steps is not None:
-        if steps.moves:
-            dx[...] = steps.back(dx)
+        if dx is not None and steps.moves:
+            dx[...] = steps.back(dx.swapaxes(0, 1)).swapaxes(0, 1)
         dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
-    for target, gradient in zip(out[1:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
+    for target, gradient in zip(out[wants_dx:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
         _write(target, gradient)
     return list(out)
 

@@ -27,7 +27,7 @@ from . import cells, host, math
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
-from .directions import half_states
+from .directions import half_states, second_halves
 from .host import Run
 from .weights import GATE_ORDERS
 
@@ -88,7 +88,8 @@ def _activation_name(argument: str, function: Any) -> str:
         ValueError: if kernels cannot compute it.
     """
     for name in _ACTIVATIONS:
-        if function in (getattr(activations, name), getattr(ops, name, None)):
+        operation = getattr(ops, name, None) if name != "gelu" else None  # ops.gelu is an approximation
+        if function in (getattr(activations, name), operation):
             return name
     shown = getattr(function, "__name__", repr(function))
     raise ValueError(
@@ -166,7 +167,9 @@ class _Fused(layers.RNN):  # type: ignore[misc]
             halves = half_states(cell, states, states[0], ops.zeros_like(states[0]))
             shown, finals = self._run(cell.half, training, x, mask, list(halves))
             found = dict(zip(cell.half.states, finals))
-            return shown[:, 1::2] if self.return_sequences else shown, [found[name] for name in cell.states]
+            if self.return_sequences:
+                shown = shown[:, second_halves(reverse=False)]
+            return shown, [found[name] for name in cell.states]
         run = Run(
             cell,
             self.go_backwards,
@@ -528,6 +531,15 @@ def _traced(array: Any) -> bool:
     return False
 
 
+def _filled(gradient: Any) -> Any:
+    """An array of JAX in the place of what stands for zeros."""
+    import jax
+
+    if isinstance(gradient, jax.custom_derivatives.SymbolicZero):
+        return jax.numpy.zeros(gradient.shape, gradient.dtype)
+    return gradient
+
+
 @cache
 def _jax_layer() -> Any:
     import jax
@@ -550,16 +562,21 @@ def _jax_layer() -> Any:
         return call(run, False, *arguments)[:-1]
 
     def forward(run: Run, *arguments: Any) -> tuple[list[Any], Any]:
+        wants_dx = arguments[0].perturbed
+        arguments = jax.tree.map(lambda argument: argument.value, arguments)
         *results, number = call(run, True, *arguments)
-        return results, (number, *arguments)
+        # an empty tuple or None, since what is kept may hold arrays alone
+        return results, (() if wants_dx else None, number, *arguments)
 
     def backward(run: Run, kept: Any, gradients: list[Any]) -> tuple[Any, ...]:
-        number, x, mask, initial, weights = kept
-        flat = (number, x, *_present(mask), *initial, *weights, *gradients)
-        dx, *rest = xla.call(_backward(run), like(x, *initial, *weights), *flat)
-        return dx, None, rest[: len(initial)], rest[len(initial) :]
+        wants_dx, number, x, mask, initial, weights = kept
+        wanted = [*([] if wants_dx is None else [x]), *initial, *weights]
+        flat = (number, x, *_present(mask), *initial, *weights, *map(_filled, gradients))
+        found = xla.call(_backward(run, wants_dx is not None), like(*wanted), *flat)
+        dx = None if wants_dx is None else found.pop(0)
+        return dx, None, found[: len(initial)], found[len(initial) :]
 
-    layer.defvjp(forward, backward)
+    layer.defvjp(forward, backward, symbolic_zeros=True)
     return layer
 
 
@@ -586,7 +603,7 @@ def _tensorflow(
 
         def gradient(*gradients: Any) -> list[Any]:
             shapes = [part.shape for part in (x, *rest)]
-            return call(_backward(run), [number, *given, *gradients], shapes)
+            return call(_backward(run, True), [number, *given, *gradients], shapes)
 
         return results, gradient
 
@@ -609,8 +626,8 @@ def _forward(run: Run, training: bool) -> Callable[..., list[Any]]:
 
 
 @cache
-def _backward(run: Run) -> Callable[..., list[Any]]:
-    return partial(host.backward, run)
+def _backward(run: Run, wants_dx: bool) -> Callable[..., list[Any]]:
+    return partial(host.backward, run, wants_dx)
 
 
 _CORES = {"torch": _torch, "jax": _jax, "tensorflow": _tensorflow, "numpy": _numpy}

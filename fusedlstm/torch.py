@@ -34,7 +34,7 @@ from . import cells, dispatch, layers
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
-from .directions import half_states, prepare
+from .directions import half_reset, half_states, prepare, second_halves
 from .dispatch import Direction
 from .weights import Weights
 
@@ -82,7 +82,7 @@ class _Packed(NamedTuple):
 
     cell: Cell
     owners: list[weakref.ref[Tensor]]  # the weights
-    places: list[int]  # where they lie
+    places: list[Any]  # where and how they lie
     arrays: list[Any]  # their memory, so that nothing else can lie there
     table: np.ndarray | None  # where to look at it, (n, 2); none on a GPU
     sparse: int  # for few rows one block of numbers in so many is looked at
@@ -107,7 +107,7 @@ def _direction(cell: Cell, weights: Sequence[Tensor], rows: int) -> Direction:
     if (
         known is not None
         and known.cell is cell
-        and known.places == [weight.data_ptr() for weight in weights]
+        and known.places == _places(weights)
         and known.stamps.get(every := 1 if rows >= _MANY_ROWS else known.sparse)
         == _stamp(known.table, weights, every)
     ):
@@ -122,7 +122,14 @@ def _owner(weight: Tensor) -> Tensor:
 
 def _identity(weight: Tensor) -> Any:
     """What is equal for the same weight; views are new objects each time."""
-    return id(weight) if weight._base is None else (id(weight._base), weight.stride())
+    return id(weight) if weight._base is None else (id(weight._base), weight.shape, weight.stride())
+
+
+def _places(weights: Sequence[Tensor]) -> list[Any]:
+    """Where weights lie, and how the two matrices do, which may be given other data at the same place."""
+    ih, hh, *_ = weights
+    shapes = [ih.shape, ih.stride(), hh.shape, hh.stride()]
+    return [weight.data_ptr() for weight in weights] + shapes
 
 
 def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
@@ -132,7 +139,6 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
     if not all(weight.is_contiguous() for weight in dense):  # what would be looked at is a copy
         return prepare(engine, cell, own)
     arrays, key = [_array(weight) for weight in dense], tuple(map(_identity, weights))
-    places = [weight.data_ptr() for weight in weights]
     table = None if weights[1].is_cuda else _bits().table(arrays)
     sparse = 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
     stamps = {every: _stamp(table, weights, every) for every in {1, sparse}}
@@ -143,7 +149,7 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
             del _packed[key]
 
     owners = [weakref.ref(_owner(weight), drop) for weight in weights]
-    _packed[key] = _Packed(cell, owners, places, arrays, table, sparse, stamps, direction)
+    _packed[key] = _Packed(cell, owners, _places(weights), arrays, table, sparse, stamps, direction)
     return direction
 
 
@@ -521,15 +527,12 @@ def _replay_halves(
 ) -> tuple[Tensor, list[Tensor]]:
     """Each step as two of half of it, as :class:`fusedlstm.directions.TwoProducts` runs it."""
     halves = half_states(cell, initial, initial[0], torch.zeros_like(initial[0]))
-    if reset is not None:
-        reset, marks = np.zeros((2 * len(x), x.shape[1]), bool), reset
-        reset[::2] = marks
     y, final = _replay_direction(
         half, weights, x.repeat_interleave(2, 0), list(halves),
-        None if lengths is None else 2 * lengths, reset, reverse,
+        None if lengths is None else 2 * lengths, None if reset is None else half_reset(reset), reverse,
     )  # fmt: skip
     found = dict(zip(half.states, final))
-    return y[0 if reverse else 1 :: 2], [found[name] for name in cell.states]
+    return y[second_halves(reverse)], [found[name] for name in cell.states]
 
 
 # --- The operators ---------------------------------------------------------------------------------------
@@ -1221,6 +1224,8 @@ class _Single(nn.RNNCellBase):
         states = []
         for n, part in enumerate(parts):
             label = "hidden" if len(names) == 1 else f"hx[{n}]"
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{label} must be a tensor, got {_described(part)}")
             if part.dim() not in (1, 2):
                 raise ValueError(
                     f"{type(self).__name__}: Expected {label} to be 1D or 2D, got {part.dim()}D instead"
@@ -1321,13 +1326,22 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo :func:`accelerate`; the names of the modules that are PyTorch's again."""
-    names = []
-    for name, module in model.named_modules():
-        if module.__dict__.pop(_MARK, False):
-            module.__class__ = _THEIRS[cast("type[nn.Module]", type(module))]
-            names.append(name)
-    return names
+    """Undo :func:`accelerate`; the names of the modules that are PyTorch's again.
+
+    Raises:
+        TypeError: if a module has become another class since; then nothing is changed.
+    """
+    marked = {name: module for name, module in model.named_modules() if _MARK in module.__dict__}
+    for name, module in marked.items():
+        if type(module) not in _THEIRS:
+            raise TypeError(
+                f"{name or 'the model itself'} has become a {type(module).__name__} since: undo that first, "
+                "a parametrization with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for module in marked.values():
+        del module.__dict__[_MARK]
+        module.__class__ = _THEIRS[cast("type[nn.Module]", type(module))]
+    return list(marked)
 
 
 def _obstacle(module: Any) -> str | None:

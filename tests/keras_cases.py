@@ -202,6 +202,20 @@ def test_every_activation_is_known_or_refused() -> None:
             SimpleRNN(H, activation=getattr(keras.activations, name))
 
 
+def test_operations_are_taken_for_activations_where_they_are_the_same() -> None:
+    x = ops.convert_to_tensor(normal(40))
+    for name, function in vars(ops).items():
+        if name not in _ACTIVATIONS:
+            continue
+        same = np.allclose(numpy(function(x)), numpy(keras.activations.get(name)(x)), rtol=1e-5)
+        assert same == (name != "gelu")
+        if same:
+            SimpleRNN(H, activation=function)
+        else:
+            with pytest.raises(ValueError, match="activation must be one of"):
+                SimpleRNN(H, activation=function)
+
+
 def test_an_activation_of_ones_own_is_refused() -> None:
     with pytest.raises(ValueError, match=r"recurrent_activation must be one of .*, got <lambda>"):
         LSTM(H, recurrent_activation=lambda x: x)
@@ -421,9 +435,9 @@ def only(backend: str) -> Any:
     return pytest.mark.skipif(backend != BACKEND, reason=f"is about {backend}")
 
 
-def built_with_values() -> tuple[Any, list[Any], list[Any]]:
+def built_with_values(**options: Any) -> tuple[Any, list[Any], list[Any]]:
     """A layer, and the values of its variables."""
-    layer = built(LSTM, H)
+    layer = built(LSTM, H, **options)
     kinds = layer.trainable_variables, layer.non_trainable_variables
     trained, fixed = ([variable.value for variable in variables] for variables in kinds)
     return layer, trained, fixed
@@ -454,6 +468,38 @@ def test_jax_transforms() -> None:
 
 
 @only("jax")
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("options", [{}, {"go_backwards": True, "return_sequences": True}])
+def test_jax_saves_the_gradient_of_an_input_that_nobody_wants(
+    options: dict[str, Any], jit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    from fusedlstm.kernels.cpu.engine import CPUDirection
+
+    layer, weights, fixed = built_with_values(**options)
+    right, saved = CPUDirection.backward, []
+
+    def backward(self: Any, tape: Any, dy: Any, dfinal: Any, dx: Any, accumulate: bool) -> Any:
+        saved.append(dx is None)
+        return right(self, tape, dy, dfinal, dx, accumulate)
+
+    monkeypatch.setattr(CPUDirection, "backward", backward)
+
+    def loss(weights: Any, x: Any) -> Any:
+        return ops.sum(layer.stateless_call(weights, fixed, x)[0] ** 2)
+
+    def gradient(wanted: Any) -> Any:
+        function = jax.grad(loss, wanted)
+        return (jax.jit(function) if jit else function)(weights, normal(B, T, D))
+
+    without, (along, _) = gradient(0), gradient((0, 1))
+    for a, b in zip(without, along):
+        np.testing.assert_array_equal(a, b)
+    assert saved == [True, False]
+
+
+@only("jax")
 def test_what_a_call_of_the_host_raises_is_told() -> None:
     import jax
 
@@ -481,6 +527,15 @@ def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         for a, b in zip(first, other):
             np.testing.assert_array_equal(a, b)
     assert not len(host._records)
+
+
+@only("jax")
+def test_records_count_the_weights_that_are_laid_out_in_them() -> None:
+    run = host.Run(cells.lstm, False, False, False, False, False)
+    units, step = 300, normal(1, 1, 1)
+    weights = [normal(1, 4 * units), normal(units, 4 * units), normal(4 * units)]
+    *_, number = host.forward(run, True, step, *[normal(1, units)] * 2, *weights)
+    assert host._records.take(int(number)).size >= 2 * weights[1].nbytes  # forward's and backward's
 
 
 @only("tensorflow")

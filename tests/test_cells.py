@@ -96,6 +96,12 @@ def test_with_functions_keeps_constants_and_closures() -> None:
     assert made.numpy.step(2.0, 10.0) == (11.0,)
 
 
+def test_a_cell_of_two_products_is_not_taken_for_its_half() -> None:
+    whole = cells.gru_reset_before
+    assert whole.half is not None
+    assert whole.key != whole.half.key
+
+
 def test_with_functions_of_a_cell_of_two_products() -> None:
     made = cells.with_functions(cells.gru_reset_before, tanh=relu)
     assert made.states == ("h",)
@@ -129,7 +135,7 @@ def test_preactivations_of_split_gates_stand_at_the_ends() -> None:
 
 
 def test_arguments_are_those_in_use_in_a_fixed_order() -> None:
-    assert three_states.arguments == ("b_x", "a", "b_h", "s", "m", "w")
+    assert three_states.arguments == ("b_x", "output", "b_h", "s", "m", "n")
     assert three_states.constants == {"keep": 0.9}
     assert cells.lstm.arguments == ("i", "f", "g", "o", "c")
 

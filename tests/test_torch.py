@@ -504,6 +504,26 @@ def test_changed_weights_are_seen(change: str) -> None:
         assert_same(ours(x), theirs(x))
 
 
+def test_the_same_memory_in_another_shape_is_seen() -> None:
+    theirs, ours = pair("RNN", HIDDEN, HIDDEN)
+    x = torch.randn(STEPS, BATCH, HIDDEN)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        ours(x)
+        for module in (theirs, ours):
+            getattr(module, name).data = getattr(module, name).data.t()
+        assert_same(ours(x), theirs(x))
+
+
+def test_views_of_the_same_memory_of_other_shapes_are_told_apart() -> None:
+    whole, hh = torch.randn(8, HIDDEN), torch.randn(HIDDEN, HIDDEN)
+    for inputs in (8, 4):
+        weights = {"weight_ih_l0": whole[:inputs].t(), "weight_hh_l0": hh}
+        x = torch.randn(STEPS, BATCH, inputs)
+        theirs, ours = pair("RNN", inputs, HIDDEN, bias=False)
+        found, expected = (torch.func.functional_call(module, weights, x) for module in (ours, theirs))
+        assert_same(found, expected)
+
+
 def test_large_weights_written_unseen_by_counters() -> None:
     theirs, ours = pair("LSTM", 300, 300)
     x = torch.randn(2, 1, 300)
@@ -769,6 +789,17 @@ def test_accelerate_and_restore() -> None:
     assert fused.restore(model) == []
 
 
+def test_restore_changes_nothing_where_a_module_has_become_another_class() -> None:
+    model = nn.Sequential(nn.LSTM(2, 3), nn.GRU(3, 2))
+    fused.accelerate(model)
+    nn.utils.parametrizations.weight_norm(model[1], "weight_hh_l0")
+    with pytest.raises(TypeError, match=r"^1 has become a ParametrizedGRU.*remove_parametrizations"):
+        fused.restore(model)
+    assert type(model[0]) is fused.LSTM
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight_hh_l0")
+    assert fused.restore(model) == ["0", "1"]
+
+
 def test_accelerate_takes_the_model_itself() -> None:
     model = nn.GRU(2, 3)
     assert str(fused.accelerate(model)) == "1 replaced, 0 not\n  the model itself: GRU(2, 3)"
@@ -830,6 +861,12 @@ def test_bad_input(case: str) -> None:
     error, message, call = BAD[case]
     with pytest.raises(error, match=message):
         call(fused.LSTM(4, 7))
+
+
+@pytest.mark.parametrize(("hx", "message"), [((None, None), r"hx\[0\] .*got None"), (3, r"\(h, c\), got int")])
+def test_bad_state_of_a_cell(hx: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fused.LSTMCell(4, 7)(X[0], hx)
 
 
 def test_bad_cell() -> None:

@@ -6,6 +6,7 @@ compared stand in one group.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import multiprocessing
@@ -25,7 +26,7 @@ pytest.importorskip("keras")
 SHAPES = cases_of_set("text")
 LAYERS = {"ours": "fusedlstm.keras", "theirs": "keras.layers"}
 MODULES = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow"}  # that a backend needs
-BATCHES, ROUNDS = 4, 3  # batches of an epoch or a prediction, and how many of these are timed
+BATCHES, ROUNDS = 12, 4  # batches of an epoch or a prediction, and how many of these are timed
 
 Ask = Callable[..., Any]
 _losses: dict[str, float] = {}  # of the first epoch, the same for both kinds of layers
@@ -35,6 +36,7 @@ class Trainer:
     """In the process of a contender: a model and its data."""
 
     def __init__(self, source: str) -> None:
+        gc.disable()  # as timeit does: some hundred milliseconds, wherever they happen to fall
         self.source = source
         self.ready: tuple[Case, float] | None = None  # what it has been built for
         self.loss = math.nan
@@ -71,7 +73,8 @@ class Trainer:
         return float(np.mean(self.model.predict(self.x, self.batch, verbose=0)))
 
     def rest(self) -> None:
-        """Wait for threads that still spin."""
+        """Collect garbage, and wait for threads that still spin."""
+        gc.collect()
         rest()
 
 

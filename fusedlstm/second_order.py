@@ -24,7 +24,6 @@ state that enters each step.  Sizes as in :mod:`fusedlstm.torch`, and:
 from __future__ import annotations
 
 import hashlib
-import linecache
 from collections.abc import Sequence
 from functools import cache
 from types import FunctionType
@@ -36,21 +35,21 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from fusedlstm.kernels.cpu import engine, plan, simd, team
+from fusedlstm.kernels.cpu import engine, plan, team
 from fusedlstm.kernels.cpu.backward import add_outer, note_uniform
-from fusedlstm.kernels.cpu.memory import LINE, aligned, round_up
+from fusedlstm.kernels.cpu.cell import simd_module
+from fusedlstm.kernels.cpu.memory import aligned, round_up
 from fusedlstm.kernels.cpu.pack import pack_vectors
 from fusedlstm.kernels.cpu.shares import share
 from fusedlstm.kernels.cpu.simd import OPTIONS, address, inlined, part, write_int
-from fusedlstm.kernels.cpu.spec import Spec, entry_point
-from fusedlstm.kernels.cpu.team import barrier
+from fusedlstm.kernels.cpu.spec import Spec
+from fusedlstm.kernels.cpu.team import LINE, barrier
 from fusedlstm.kernels.cpu.tile import PLANES, plane_rows, rows_times_planes, tile_table
-from fusedlstm.kernels.cpu.work import captured, compiled, run_with
+from fusedlstm.kernels.cpu.work import captured, run_with
 
 from . import derive
 from .cells import Cell, rnn_tanh
-from .derive import Graph, compile_source, differentiate, tangents, trace
-from .math import DERIVATIVES
+from .derive import Graph, differentiate, tangents, trace
 from .weights import Weights
 
 ONLY = engine.ONLY
@@ -210,17 +209,7 @@ def _source(cell: Cell, projected: bool) -> str:
 
 @cache
 def _module(cell: Cell, projected: bool) -> Any:
-    text = _source(cell, projected)
-    filename = f"<fusedlstm second order {cell.key}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    names = [*DERIVATIVES, "full_like", "load_row", "store_row"]
-    # Numba's cache on disk imports the module in which a function says that it stands
-    module = compile_source(
-        text, {name: getattr(simd, name) for name in names} | {"__name__": __name__}, filename
-    )
-    module.step = inlined(module.step)  # type: ignore[attr-defined]
-    module.adjoint = inlined(module.adjoint)  # type: ignore[attr-defined]
-    return module
+    return simd_module(_source(cell, projected), f"<fusedlstm second order {cell.key}>", __name__)
 
 
 def update(*args: Any) -> None:
@@ -429,8 +418,7 @@ products = cache(Products)
 
 def kernel(entry: Any, work: Any, arguments: tuple[Any, ...]) -> engine.Kernel:
     """Compile, or load from Numba's cache."""
-    made = compiled(work, types.Tuple((*arguments, INT)))
-    return engine.Kernel(entry_point(entry, INT, INT, INT, made.type, *arguments), made, made.address)
+    return engine.compile_kernel(entry, work, types.Tuple((*arguments, INT)), *arguments)
 
 
 def _memory(matrix: Tensor) -> tuple[int, int]:
@@ -684,12 +672,12 @@ class _Pass:
         number = len(rows.entering)
         count = rows.batch + number
         self.outputs = x.new_zeros(2, count, weights.hh.shape[1])
-        self.states = x.new_zeros(2, spec.states, count, self.hidden)
+        self.states = x.new_zeros(2, spec.further, count, self.hidden)
         self.raw = x.new_zeros(2, number if spec.projected else 0, self.hidden)
         # a line more than a row needs, so that the rows of a column do not fall on the same cache set
         width = spec.inputs * self.hidden
         self.gates = x.new_empty(2, number, width + LINE // spec.size)[..., :width]
-        self.vectors = x.new_zeros(2, spec.vectors, self.hidden)
+        self.vectors = x.new_zeros(2, spec.learned, self.hidden)
         for side, own in enumerate((self.own, self.moved)):
             self.gates[side] = self._bias(own)
             for target, vector in zip(self.vectors[side], own.vectors):
@@ -698,7 +686,7 @@ class _Pass:
         self.d_outputs, self.d_states, self.d_raw = map(
             torch.zeros_like, (self.outputs, self.states, self.raw)
         )
-        self.d_vectors = x.new_zeros(spec.vectors, self.hidden)
+        self.d_vectors = x.new_zeros(spec.learned, self.hidden)
 
     def _bias(self, weights: Weights) -> Tensor:
         """The biases of all pre-activations."""

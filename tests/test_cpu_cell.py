@@ -84,7 +84,7 @@ def test_update(cell: Cell, projected: bool) -> None:
     for valid in (1, spec.lanes - 1, spec.lanes, spec.lanes + 5):
         m = Memory(spec, min(valid, spec.lanes))
         gates, entering = m.gates(spec.inputs), m.rows(1, ends=True)
-        states, new, vectors = m.rows(spec.states), m.rows(spec.states), m.rows(spec.vectors)
+        states, new, vectors = m.rows(spec.further), m.rows(spec.further), m.rows(spec.learned)
         output = m.rows(1)
         before, new_before = output.copy(), new.copy()
         entry(
@@ -108,8 +108,8 @@ def test_update_adjoint(cell: Cell, projected: bool) -> None:
         m = Memory(spec, min(valid, spec.lanes))
         gates, entering, doutput = m.gates(spec.inputs), m.rows(1, ends=True), m.rows(1, ends=True)
         gates[:, m.valid :] = np.nan
-        states, vectors, carried = m.rows(spec.states), m.rows(spec.vectors), m.rows(1)
-        dstates, dvectors = m.rows(spec.states), m.rows(spec.vectors)
+        states, vectors, carried = m.rows(spec.further), m.rows(spec.learned), m.rows(1)
+        dstates, dvectors = m.rows(spec.further), m.rows(spec.learned)
         from_input, from_output = (np.full((spec.gates, spec.lanes), np.nan) for _ in range(2))
         before = [part.copy() for part in (carried, dstates, dvectors)]
         entry(

@@ -13,8 +13,9 @@ from numba import njit, types
 
 from fusedlstm import cells
 from fusedlstm.kernels.cpu import engine, memory, plan
-from fusedlstm.kernels.cpu.memory import LINE, Layout, Sequences, layout, rows_before, starts_anew, time_of
+from fusedlstm.kernels.cpu.memory import Layout, Sequences, layout, rows_before, starts_anew, time_of
 from fusedlstm.kernels.cpu.spec import Registers, Spec
+from fusedlstm.kernels.cpu.team import LINE
 from fusedlstm.kernels.reference import schedule
 
 SEQUENCES = types.NamedTuple(engine.SEQUENCES, Sequences)
@@ -75,8 +76,8 @@ def test_parts_of_memory_follow_each_other(cell: Any, projected: bool) -> None:
     panels = -(-hidden // spec.panel)
     sizes = [
         batch * parts.output_width,
-        spec.states * batch * parts.width,
-        spec.states * rows * parts.width,
+        spec.further * batch * parts.width,
+        spec.further * rows * parts.width,
         projected * rows * parts.width,
         panels * gate_rows * spec.inputs * spec.panel * spec.size,
     ]

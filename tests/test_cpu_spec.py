@@ -18,7 +18,7 @@ from numba.core import config
 
 from fusedlstm import cells
 from fusedlstm.kernels.cpu import spec as spec_module
-from fusedlstm.kernels.cpu.spec import Machine, Named, Registers, Spec, fingerprint, machine
+from fusedlstm.kernels.cpu.spec import Machine, Named, Registers, Spec, machine, source_digest
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(spec_module.__file__).parent
@@ -254,7 +254,7 @@ def test_the_cache_of_other_cells_does_no_harm(filled: Filled) -> None:
 CHANGED = """
 from fusedlstm.kernels.cpu import spec
 
-spec.fingerprint = lambda: "anotherversion"
+spec.source_digest = lambda: "anotherversion"
 """
 
 
@@ -323,11 +323,11 @@ def test_processes_that_save_different_cells_at_once(tmp_path: Path, filled: Fil
         assert python(RUN, cell, **cache) == output
 
 
-def test_the_fingerprint_is_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {fingerprint.__wrapped__()}
+def test_the_digest_is_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {source_digest.__wrapped__()}
     read = Path.read_bytes
     for path in PACKAGE.glob("*.py"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda p, path=path: read(p) + (b" " if p == path else b""))
-            found.add(fingerprint.__wrapped__())
+            found.add(source_digest.__wrapped__())
     assert len(found) == len(list(PACKAGE.glob("*.py"))) + 1

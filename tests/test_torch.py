@@ -863,7 +863,9 @@ def test_bad_input(case: str) -> None:
         call(fused.LSTM(4, 7))
 
 
-@pytest.mark.parametrize(("hx", "message"), [((None, None), r"hx\[0\] .*got None"), (3, r"\(h, c\), got int")])
+@pytest.mark.parametrize(
+    ("hx", "message"), [((None, None), r"hx\[0\] .*got None"), (3, r"\(h, c\), got int")]
+)
 def test_bad_state_of_a_cell(hx: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         fused.LSTMCell(4, 7)(X[0], hx)

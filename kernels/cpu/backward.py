@@ -18,7 +18,6 @@ import numpy as np
 
 from .cell import update_adjoint
 from .memory import (
-    LINE,
     Sequences,
     aligned,
     fill_zero,
@@ -37,7 +36,7 @@ from .memory import (
 )
 from .shares import Shares, close_queues, each, share
 from .simd import address, inlined, load, load_row, part, read, read_int, splat, store, store_row, write_int
-from .team import barrier
+from .team import LINE, barrier
 from .tile import PLANES, outer_product, plane_rows, rows_times_planes, thin_outer_product
 from .work import captured, run_with
 
@@ -85,10 +84,10 @@ def workspace(spec, start, parts, batch, chunk_rows):
     """The memory of a backward pass, but for the space of its threads."""
     raw = start + batch * parts.output_width
     states = raw + batch * parts.width
-    initial = states + spec.states * batch * parts.width
+    initial = states + spec.further * batch * parts.width
     initial_states = initial + batch * parts.output_width
-    vectors = initial_states + spec.states * batch * parts.width
-    from_input = round_up(vectors + spec.vectors * parts.width, LINE)
+    vectors = initial_states + spec.further * batch * parts.width
+    from_input = round_up(vectors + spec.learned * parts.width, LINE)
     # a line more than the row needs, so that the rows of a column do not fall on the same cache set
     gates_width = round_up(parts.width * spec.gates, LINE) + LINE
     from_output = from_input + (chunk_rows * gates_width if spec.splits > 0 else 0)
@@ -361,7 +360,7 @@ def step_back(given, mine, own, table, step, base, sync, threads):
         spec, step, active, mine.low_output, mine.high_output, parts.output_width, sequences, work.carried,
         work.initial,
     )  # fmt: skip
-    for n in range(spec.states):
+    for n in range(spec.further):
         plane = n * batch * parts.width
         start_anew(
             spec, step, active, mine.low * spec.units, mine.high * spec.units, parts.width, sequences,
@@ -502,7 +501,7 @@ def backward(
     fill_zero(spec, start, room.from_input)
     if given:
         set_rows(spec, dfinal[0], sequences, room.carried, parts.output_width)
-        for n in range(spec.states):
+        for n in range(spec.further):
             set_rows(spec, dfinal[n + 1], sequences, room.states + n * batch * parts.width, parts.width)
     if wanted and not accumulate:
         zero_padding(dx, sequences)
@@ -517,8 +516,8 @@ def backward(
     )  # fmt: skip
     run_with(team, threads, patience, work, args, lines)
     get_rows(spec, room.initial, sequences, dinitial[0], parts.output_width)
-    for n in range(spec.states):
+    for n in range(spec.further):
         get_rows(spec, room.initial_states + n * batch * parts.width, sequences, dinitial[n + 1], parts.width)
-    for n in range(spec.vectors):
+    for n in range(spec.learned):
         for k in range(hidden):
             dvectors[n, k] = read(spec, room.vectors + n * parts.width + k * spec.size)

@@ -105,15 +105,22 @@ UPDATE_ADJOINT = (
 
 @cache
 def _compiled(cell: Cell, projected: bool) -> Any:
-    text = source(cell, projected)
-    filename = f"<fusedlstm kernel {cell.key}>"
+    return simd_module(source(cell, projected), f"<fusedlstm kernel {cell.key}>", __name__)
+
+
+def simd_module(text: str, filename: str, stands_in: str) -> Any:
+    """Generated code, for SIMD vectors, as a module whose `step` and `adjoint` are inlined.
+
+    Args:
+        text: the code, which calls functions of :mod:`fusedlstm.math` and of the module ``simd``.
+        filename: under which tracebacks show it.
+        stands_in: the name of a module that Numba's cache on disk can import.
+    """
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     names = [*DERIVATIVES, "full_like", "load", "load_row", "store", "store_row", "keep"]
-    # Numba's cache on disk imports the module in which a function says that it stands
-    namespace = {name: getattr(simd, name) for name in names} | {"__name__": __name__}
-    module = compile_source(text, namespace, filename)
-    module.step = inlined(module.step)  # type: ignore[attr-defined]
-    module.adjoint = inlined(module.adjoint)  # type: ignore[attr-defined]
+    namespace = {name: getattr(simd, name) for name in names} | {"__name__": stands_in}
+    module: Any = compile_source(text, namespace, filename)
+    module.step, module.adjoint = inlined(module.step), inlined(module.adjoint)
     return module
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -11,19 +10,18 @@ from numba import types
 
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_projection
+from fusedlstm.kernels import POISON
 from fusedlstm.weights import Weights
 
 from . import memory, pack, plan, team
 from .backward import Given, Gradients, Transposed, Workspace, backward, backward_work, space, workspace
 from .forward import Packed, forward, forward_work
-from .memory import LINE, layout
+from .memory import layout
 from .plan import BARRIER, BYTES, FLOPS, Sequences, sequences, threads_for
 from .spec import Registers, Spec, entry_point, machine
+from .team import LINE
 from .tile import panel_rows
 from .work import Compiled, compiled
-
-# Buffers that nothing initialises are filled with NaN, to find out who reads them.
-POISON = bool(os.environ.get("FUSEDLSTM_POISON"))
 
 
 def empty_bytes(count: int) -> np.ndarray:
@@ -57,7 +55,8 @@ MEMORY = types.uint8[::1]
 SEQUENCES = (INTS, INTS, INTS, types.Array(FLAG, 2, "A"), FLAG)
 
 
-def _kernel(entry: Any, work: Any, captured: types.BaseTuple, *signature: Any) -> Kernel:
+def compile_kernel(entry: Any, work: Any, captured: types.BaseTuple, *signature: Any) -> Kernel:
+    """Compile, or load from Numba's cache; the work is given what is captured."""
     part = compiled(work, captured)
     return Kernel(entry_point(entry, INT, INT, INT, part.type, *signature), part, part.address)
 
@@ -65,7 +64,8 @@ def _kernel(entry: Any, work: Any, captured: types.BaseTuple, *signature: Any) -
 def _arrays(spec: Spec) -> tuple[Any, Any, Any, Any]:
     """The types of a vector, a matrix, an array (T, B, ...) and the states."""
     matrix = types.Array(spec.scalar, 2, "A")
-    return spec.scalar[::1], matrix, types.Array(spec.scalar, 3, "A"), types.UniTuple(matrix, spec.states + 1)
+    cube, states = types.Array(spec.scalar, 3, "A"), types.UniTuple(matrix, 1 + spec.further)
+    return spec.scalar[::1], matrix, cube, states
 
 
 def _ints(names: Any) -> types.Type:
@@ -80,7 +80,7 @@ def forward_kernel(spec: Spec) -> Kernel:
     captured = types.Tuple(
         (spec, cube, cube, _ints(Packed), rows, INT, _ints(memory.Layout), INT, INT, FLAG, INT, INT)
     )
-    return _kernel(
+    return compile_kernel(
         forward, forward_work, captured, spec, cube, cube, states, FLAG, states, types.UniTuple(INT, 5),
         *SEQUENCES, MEMORY, INT, INT, FLAG,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def backward_kernel(spec: Spec) -> Kernel:
          INT),
         Given,
     )  # fmt: skip
-    return _kernel(
+    return compile_kernel(
         backward, backward_work, captured, spec, cube, cube, cube, cube, FLAG, FLAG, states, FLAG, states,
         types.UniTuple(INT, 4), orders, types.Tuple(grads), matrix, *SEQUENCES, MEMORY, MEMORY, INT, INT,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
     """The compiled `pack_panels` and `pack_planes`."""
     captured = (Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT)
     panels, planes = (
-        _kernel(entry, work, types.Tuple(captured), *captured)
+        compile_kernel(entry, work, types.Tuple(captured), *captured)
         for entry, work in ((pack.pack_panels, pack.panels_work), (pack.pack_planes, pack.planes_work))
     )
     return panels, planes
@@ -121,7 +121,7 @@ def transposer(scalar: types.Float) -> Kernel:
     """The compiled :func:`pack.write_transposed`."""
     matrix = types.Array(scalar, 2, "A")
     captured = (Registers(scalar), matrix, matrix)
-    return _kernel(pack.write_transposed, pack.transposed_work, types.Tuple(captured), *captured)
+    return compile_kernel(pack.write_transposed, pack.transposed_work, types.Tuple(captured), *captured)
 
 
 def write_transposed(source: np.ndarray, target: np.ndarray) -> None:
@@ -280,12 +280,12 @@ class CPUDirection:
         parts = layout(spec, layer.hidden, layer.outputs, batch, rows, rows)
         room = workspace(spec, 0, parts, batch, chunk * batch)
         scratch = empty_bytes(room.threads + threads * space(spec, 0, chunk * batch, batch).end)
-        sizes = [layer.outputs] + [layer.hidden] * spec.states
+        sizes = [layer.outputs] + [layer.hidden] * spec.further
         dinitial = tuple(np.empty((batch, size), dtype) for size in sizes)
         ih, hh = np.empty(weights.ih.shape, dtype), np.empty(weights.hh.shape, dtype)
         bias_ih, bias_hh = np.empty(len(ih), dtype), np.empty(len(ih), dtype)
         hr = np.empty(NOTHING.shape if weights.hr is None else weights.hr.shape, dtype)
-        dvectors = np.empty((spec.vectors, layer.hidden), dtype)
+        dvectors = np.empty((spec.learned, layer.hidden), dtype)
         kernel = backward_kernel(spec)
         kernel.entry(
             team.current().address if threads > 1 else 0, threads, patience, kernel.address, layer.tiles,

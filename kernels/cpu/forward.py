@@ -14,7 +14,6 @@ import numpy as np
 
 from .cell import update
 from .memory import (
-    LINE,
     Sequences,
     aligned,
     fill_zero,
@@ -34,7 +33,7 @@ from .memory import (
 )
 from .shares import Shares, close_queues, each, share
 from .simd import inlined, load, part, read, read_int, store, write_int
-from .team import barrier
+from .team import LINE, barrier
 from .tile import panel_product, panel_rows, rows_times_planes
 from .work import captured, run_with
 
@@ -174,7 +173,7 @@ def set_initial(spec, initial, given, sequences, memory, parts):
     fill_zero(spec, memory + parts.initial, memory + parts.states)
     if given:
         set_rows(spec, initial[0], sequences, memory + parts.initial, parts.output_width)
-        for n in range(spec.states):
+        for n in range(spec.further):
             start = memory + parts.initial_states + n * sequences.order.size * parts.width
             set_rows(spec, initial[n + 1], sequences, start, parts.width)
 
@@ -188,7 +187,7 @@ def get_final(spec, y, final, sequences, memory, parts, taped):
         for k in range(y.shape[2]):
             final[0][sequence, k] = y[time, sequence, k]
         place = first_row(spec, last, taped, sequences) + row
-        for n in range(spec.states):
+        for n in range(spec.further):
             start = memory + parts.states + (n * parts.rows + place) * parts.width
             for k in range(final[n + 1].shape[1]):
                 final[n + 1][sequence, k] = read(spec, start + k * spec.size)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .simd import address, inlined, part, read, splat, store, write, write_int
+from .team import LINE
 from .tile import PLANES, plane_rows
-
-LINE = 64  # bytes of a cache line
 
 
 @inlined
@@ -132,8 +131,8 @@ def layout(spec, hidden, outputs, batch, rows, gate_rows):
     width = round_up(hidden, spec.panel) * spec.size
     output_width = round_up(outputs, spec.panel) * spec.size
     initial_states = batch * output_width
-    states = initial_states + spec.states * batch * width
-    raw = states + spec.states * rows * width
+    states = initial_states + spec.further * batch * width
+    raw = states + spec.further * rows * width
     gates = raw + (rows * width if spec.projected else 0)
     end = gates + gate_rows * width * spec.inputs
     return Layout(0, initial_states, states, raw, gates, end, width, output_width, rows, gate_rows)

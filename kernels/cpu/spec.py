@@ -55,7 +55,7 @@ def machine() -> Machine:
 
 
 @cache
-def fingerprint() -> str:
+def source_digest() -> str:
     """Changes with the source of the kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -70,7 +70,7 @@ def stamped(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     And were there one index for all signatures, processes that add to it at the same time could leave
     each other's code under their names.
     """
-    stamp = hashlib.sha256(f"{fingerprint()} {signature}".encode()).hexdigest()[:16]
+    stamp = hashlib.sha256(f"{source_digest()} {signature}".encode()).hexdigest()[:16]
     copy = FunctionType(function.__code__, function.__globals__, function.__name__)
     copy.__qualname__ = f"{function.__name__}_{stamp}"
     return copy
@@ -160,21 +160,21 @@ class Spec(Registers):
             several, so that a tile is wide enough to hide the latency of its sums.
         width: vectors of a panel, gates times units.
         panel: hidden units of a panel.
-        states: number of states beside the output.
+        further: number of states beside the output.
         operand: the place among all states of that which the recurrent weights multiply; 0 is the output.
-        vectors: number of learned vectors.
+        learned: number of learned vectors.
         reads_operand: whether the cell takes the previous value of that state itself.
     """
 
     constants = (
-        *("size", "lanes", "gates", "inputs", "splits", "units", "width", "panel", "states", "vectors"),
+        *("size", "lanes", "gates", "inputs", "splits", "units", "width", "panel", "further", "learned"),
         *("operand", "projected", "reads_operand"),
     )
 
     def __init__(self, cell: Cell, scalar: types.Float, projected: bool) -> None:
         self.cell, self.projected = cell, projected
         self.gates, self.inputs = len(cell.gates), len(cell.preactivations)
-        self.splits, self.states, self.vectors = len(cell.split), len(cell.states) - 1, len(cell.weights)
+        self.splits, self.further, self.learned = len(cell.split), len(cell.states) - 1, len(cell.weights)
         self.units = max(1, 4 // self.gates)
         self.width = self.gates * self.units
         self.operand, self.reads_operand = cell.operand, cell.reads_operand

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,12 @@ import numpy as np
 
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_projection
+from fusedlstm.kernels import POISON
 from fusedlstm.weights import Weights
 
 from .gemm import matmul
 from .launch import array_module, current_device, kernel
 from .plan import PRECISIONS, Device, Form, Plan, Precision, choose
-
-# Buffers that nothing initialises are filled with NaN, to find out who reads them.
-POISON = bool(os.environ.get("FUSEDLSTM_POISON"))
 
 
 class Tape(NamedTuple):

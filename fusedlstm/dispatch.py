@@ -185,11 +185,15 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
     options: dict[str, Any] = {}
     if name == "cuda":
         options = {"precision": precision, "form": None if form == "auto" else form}
-    elif (precision, form) != ("float32", "auto"):
-        raise ValueError(
-            f"precision {precision!r} and form {form!r} are for CUDA kernels, but backend {name!r} would "
-            "run: give CuPy arrays, or leave both at their defaults"
+    else:
+        asked = [f"precision {precision!r}"] * (precision != "float32") + [f"form {form!r}"] * (
+            form != "auto"
         )
+        if asked:
+            raise ValueError(
+                f"only CUDA kernels have {' and '.join(asked)}, but backend {name!r} would run: give CuPy "
+                "arrays, or leave this out"
+            )
     module, engine_class = _ENGINES[name]
     try:
         made = cast(Engine, getattr(importlib.import_module(module), engine_class)(**options))

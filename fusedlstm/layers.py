@@ -299,9 +299,7 @@ class Recurrent:
             # a cell of this package is known by its name, another by its mathematics
             "key": None if _BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
         }
-        settings = self._settings()
-        for name in ("backend", "form"):  # a matter of the machine
-            del settings[name]
+        settings = {name: value for name, value in self._settings().items() if name not in _OF_THE_MACHINE}
         storage.write(path, self.state_dict(), identity | settings)
 
     def _settings(self) -> dict[str, Any]:
@@ -749,12 +747,16 @@ _DEFAULTS: dict[str, Any] = {
     "form": "auto",
 }
 
+_OF_THE_MACHINE = ("backend", "precision", "form")  # settings that a file does not hold
+
 
 def load(
     path: str | os.PathLike[str],
     *,
     cell: Cell | None = None,
     backend: str = "auto",
+    precision: str = "float32",
+    form: str = "auto",
     seed: int | None = None,
 ) -> Recurrent:
     """The layer that :meth:`Recurrent.save` wrote.
@@ -762,7 +764,7 @@ def load(
     Args:
         path: of the safetensors file.
         cell: the cell, if it is none of :mod:`fusedlstm.cells`.
-        backend: as for :class:`Recurrent`.
+        backend, precision, form: as for :class:`Recurrent`; they are a matter of the machine, and not saved.
         seed: of dropout, as for :class:`Recurrent`.
 
     Raises:
@@ -776,8 +778,11 @@ def load(
         raise ValueError(f"{path} is damaged: its settings lack {error}") from error
     chosen = _saved_cell(path, name, key, cell)
     layer_class = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent)
+    settings.update(
+        backend=backend, precision=precision, form=form, seed=seed
+    )  # older files hold a precision
     try:
-        return _rebuilt(layer_class, chosen, settings | {"backend": backend, "seed": seed}, arrays)
+        return _rebuilt(layer_class, chosen, settings, arrays)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
 

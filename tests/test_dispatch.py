@@ -59,10 +59,12 @@ def test_an_engine_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_options_of_cuda_kernels_are_refused_elsewhere(backend: str) -> None:
-    with pytest.raises(ValueError, match=r"precision 'tf32'.*CUDA kernels"):
+    with pytest.raises(ValueError, match=f"CUDA kernels have precision 'tf32', but backend '{backend}'"):
         dispatch.engine(backend, HOST, "tf32")
-    with pytest.raises(ValueError, match=r"form 'stepwise'.*CUDA kernels"):
+    with pytest.raises(ValueError, match=f"CUDA kernels have form 'stepwise', but backend '{backend}'"):
         dispatch.engine(backend, HOST, form="stepwise")
+    with pytest.raises(ValueError, match="have precision 'tf32' and form 'stepwise', but"):
+        dispatch.engine(backend, HOST, "tf32", "stepwise")
 
 
 def test_a_projection_of_a_cell_that_reads_its_output_is_refused() -> None:

@@ -156,6 +156,24 @@ def test_a_saved_layer_comes_back(layer: Recurrent, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]  # no temporary file
 
 
+def test_settings_of_the_machine_are_given_when_a_layer_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(3, 5, backend="cuda", precision="tf32", form="stepwise").save(path)
+    _, settings = weights.read(path)
+    assert not {"backend", "precision", "form"} & settings.keys()
+    assert repr(fusedlstm.load(path)) == "LSTM(3, 5)"
+    options = {"backend": "cuda", "precision": "bfloat16", "form": "persistent"}
+    assert repr(fusedlstm.load(path, **options)) == repr(LSTM(3, 5, **options))
+
+
+def test_a_file_that_holds_a_precision_can_be_used_on_a_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(3, 5).save(path)
+    _rewrite(path, precision="tf32")  # as older files do
+    y, _ = fusedlstm.load(path, backend="reference")(np.ones((2, 1, 3), np.float32))
+    assert y.shape == (2, 1, 5)
+
+
 @pytest.mark.parametrize("own", OWN, ids=name)
 def test_a_layer_with_a_cell_of_ones_own_comes_back(own: Cell, tmp_path: Path) -> None:
     layer, path = Recurrent(own, 2, 3, bidirectional=True), str(tmp_path / "m.safetensors")

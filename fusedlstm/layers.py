@@ -772,10 +772,14 @@ def load(
         ValueError: the file is damaged, is not one of ours, or was saved with another cell.
     """
     arrays, settings = storage.read(path)
-    try:
-        kind, name, key = (settings.pop(entry) for entry in ("layer", "cell", "key"))
-    except KeyError as error:
-        raise ValueError(f"{path} is damaged: its settings lack {error}") from error
+    if "demo" in settings:
+        raise ValueError(f"{path} holds a model of the demo; read it with: fusedlstm demo --load {path}")
+    identity = ("layer", "cell", "key")
+    if missing := [entry for entry in identity if entry not in settings]:
+        if len(missing) == len(identity):
+            raise ValueError(f"{path} holds no layer")
+        raise ValueError(f"{path} is damaged: its settings lack {', '.join(map(repr, missing))}")
+    kind, name, key = map(settings.pop, identity)
     chosen = _saved_cell(path, name, key, cell)
     layer_class = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent)
     settings.update(

@@ -18,6 +18,7 @@ from checks import BUILT_IN, OWN, name, three_states
 import fusedlstm
 from fusedlstm import GRU, LSTM, RNN, Recurrent, cells, weights
 from fusedlstm.cells import Cell, cell
+from fusedlstm.demo import CharacterModel, Record
 from fusedlstm.math import tanh
 from fusedlstm.weights import Weights
 
@@ -290,8 +291,18 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"a": np.zeros(3)}, path)
     with pytest.raises(ValueError, match="holds no fusedlstm settings; build a layer and call load_state"):
         fusedlstm.load(path)
+    weights.write(path, {"a": np.zeros(3)}, {"note": 1})
+    with pytest.raises(ValueError, match="holds no layer"):
+        fusedlstm.load(path)
     safetensors.numpy.save_file({"a": np.zeros(3)}, path, {"fusedlstm": "{"})
     with pytest.raises(ValueError, match="is damaged: its settings are no JSON"):
+        fusedlstm.load(path)
+
+
+def test_a_model_of_the_demo_is_no_layer(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    CharacterModel(hidden=2).save(str(path), Record(1.0, 1.0, 1, ""))
+    with pytest.raises(ValueError, match=f"holds a model of the demo; .* fusedlstm demo --load {path}"):
         fusedlstm.load(path)
 
 
@@ -299,6 +310,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"cell": ...}, "is damaged: its settings lack 'cell'"),
+        ({"layer": ..., "key": ...}, "is damaged: its settings lack 'layer', 'key'"),
         ({"cell": "no_such_cell"}, "saved with the cell 'no_such_cell', which this version does not have"),
         ({"hidden_size": 4}, "weight_ih_l0 must have the shape"),
         ({"hidden_size": ...}, "cannot be loaded: .*hidden_size"),

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,9 +197,7 @@ class Recurrent:
                 f"{self.proj_size}"
             )
         if self.dropout and self.num_layers == 1:
-            warnings.warn(
-                "dropout is applied after every layer but the last, and there is one layer", stacklevel=3
-            )
+            _warn("dropout is applied after every layer but the last, and there is one layer")
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -889,6 +888,15 @@ def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
 
 
 # Checks of arguments
+
+
+def _warn(message: str) -> None:
+    """Warn, in the name of the first caller outside this package."""
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _size(name: str, value: Any, minimum: int = 1) -> int:

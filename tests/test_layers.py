@@ -6,6 +6,7 @@ import itertools
 import pickle
 import sys
 import types
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusedlstm
+import fusedlstm.torch as fused
 from fusedlstm import GRU, LSTM, RNN, Recurrent, cells, dispatch
 from fusedlstm.cells import Cell
 from fusedlstm.kernels.random import dropout_mask
@@ -471,9 +473,13 @@ def test_recurrent_dropout_of_everything(backend: str) -> None:
     assert np.allclose(y, layer(x)[0], rtol=1e-14)
 
 
-def test_dropout_after_a_single_layer_is_pointed_out() -> None:
-    with pytest.warns(UserWarning, match="dropout is applied after every layer but the last"):
-        LSTM(3, 4, dropout=0.5)
+@pytest.mark.parametrize(
+    "layer_class", [LSTM, GRU, RNN, partial(Recurrent, cells.lstm), partial(fused.Recurrent, cells.lstm)]
+)
+def test_dropout_after_a_single_layer_is_pointed_out(layer_class: Any) -> None:
+    with pytest.warns(UserWarning, match="dropout is applied after every layer but the last") as caught:
+        layer_class(3, 4, dropout=0.5)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 # --- Values that are not numbers --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.command(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"fusedlstm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,8 +65,9 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _check(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from . import check
+    from . import check, dispatch
 
+    dispatch.engine(arguments.backend)  # says what is missing before anything needs it
     start = time.perf_counter()
     outcomes = [check.run(case, arguments.backend) for case in tqdm(list(check.cases()), leave=False)]
     failed = [outcome for outcome in outcomes if not outcome.passed]

@@ -150,7 +150,7 @@ def _cupy() -> Any:
 
 
 def backend_for(backend: str, x: Any) -> str:
-    """The backend that takes the array x: "cpu", "cuda" or "reference".
+    """The backend that takes the array x, or any that it can if x is None: "cpu", "cuda" or "reference".
 
     Raises:
         TypeError: if x does not lie where the backend's kernels run.
@@ -158,7 +158,7 @@ def backend_for(backend: str, x: Any) -> str:
     on_gpu = lies_on_gpu(x)
     if backend == "auto":
         return "cuda" if on_gpu else "cpu"
-    if backend == "cuda" and not on_gpu and not simulated():
+    if backend == "cuda" and x is not None and not on_gpu and not simulated():
         raise TypeError("backend 'cuda' takes CuPy arrays, got a NumPy array; use cupy.asarray")
     if backend != "cuda" and on_gpu:
         raise TypeError(f"backend {backend!r} takes NumPy arrays, got a CuPy array; use cupy.asnumpy")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fusedlstm
-from fusedlstm import check, cli, info
+from fusedlstm import check, cli, dispatch, info
 from fusedlstm.kernels.cpu import engine
 
 
@@ -147,6 +147,23 @@ def test_check_finds_a_wrong_gradient(
     assert cli.main(["check"]) == 1
     shown = capsys.readouterr().out
     assert "FAILED lstm, plain, float32, T=7, B=13, I=1, H=33: gradient of weight_hh_l0" in shown
+
+
+@pytest.mark.parametrize("reason", [ImportError("no package"), RuntimeError("no driver")])
+def test_check_without_a_gpu_is_an_error_without_a_traceback(
+    reason: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: Any) -> None:
+        raise reason
+
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setitem(dispatch._ENGINES, "cuda", (__name__, "CUDA"))
+    monkeypatch.setattr(sys.modules[__name__], "CUDA", fail, raising=False)
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    assert cli.main(["check", "--backend", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fusedlstm: error: ")
+    assert str(reason) in said
 
 
 def test_check_covers_every_cell_option_and_precision() -> None:

@@ -57,6 +57,14 @@ def test_an_engine_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
         dispatch.engine("cuda", Device())
 
 
+def test_an_engine_can_be_had_before_there_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    monkeypatch.setitem(dispatch._ENGINES, "cuda", ("builtins", "dict"))
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    assert dispatch.engine("cuda") == {"precision": "float32", "form": None}
+    assert dispatch.engine("auto") is dispatch.engine("cpu")
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_options_of_cuda_kernels_are_refused_elsewhere(backend: str) -> None:
     with pytest.raises(ValueError, match=f"CUDA kernels have precision 'tf32', but backend '{backend}'"):

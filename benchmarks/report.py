@@ -209,11 +209,9 @@ def pictures(record: dict[str, Any], folder: Path) -> list[Path]:
     """Write the pictures of the page as PNG files, one for each picture and mode; which were written.
 
     Raises:
-        FileNotFoundError: if there is no Chromium or Chrome to draw them.
+        FileNotFoundError: if there is no browser to draw them.
     """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise FileNotFoundError(f"pictures need a browser, one of {', '.join(BROWSERS)}")
+    browser = find_browser()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -225,6 +223,21 @@ def pictures(record: dict[str, Any], folder: Path) -> list[Path]:
                 if take_picture(browser, f"{source.as_uri()}#{section}/{quote(group)}", path):
                     written.append(path)
     return written
+
+
+def find_browser() -> str:
+    """The program that draws pictures.
+
+    Raises:
+        FileNotFoundError: if there is no Chromium or Chrome.
+    """
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"pictures need a browser, and there is none of {', '.join(BROWSERS)}: install Chromium, or do "
+            "without --png"
+        )
+    return found
 
 
 def page_group(case: dict[str, Any]) -> str:

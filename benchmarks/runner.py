@@ -285,10 +285,18 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the options ask for; 1 if a contender failed, else 0."""
+    """Do what the options ask for; 1 if a contender failed, else 0.
+
+    Raises:
+        FileNotFoundError: if the results could not be written, before anything is measured.
+        ValueError: if there are no cases or contenders, or an option makes no sense.
+    """
+    check_writable(arguments)
     results = read(arguments.source) if arguments.source is not None else _run_with_progress(arguments)
-    write(results, arguments)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(report.text(results))
+    write_pages(results, arguments)
     if arguments.against is not None:
         print("\n" + report.against(results, read(arguments.against)))
     if arguments.source is None and arguments.contenders is None:
@@ -303,10 +311,21 @@ def read(path: Path) -> dict[str, Any]:
     return results
 
 
-def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Write the files that the options ask for."""
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def check_writable(arguments: argparse.Namespace) -> None:
+    """See that there is what the results need.
+
+    Raises:
+        FileNotFoundError: if a folder is missing, or the browser that draws pictures.
+    """
+    for path in (arguments.json, arguments.html, arguments.markdown):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} in")
+    if arguments.png is not None:
+        report.find_browser()
+
+
+def write_pages(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write the results for people to read, in the files that the options ask for."""
     if arguments.html is not None:
         arguments.html.write_text(report.page(results), encoding="utf-8")
     images = report.pictures(results, arguments.png) if arguments.png is not None else []

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jsonschema import ValidationError, validate
 
+from fusedlstm import cli
 from fusedlstm.benchmarks import documents, limits, machine, report, runner, worker
 from fusedlstm.benchmarks.cases import (
     Case,
@@ -535,10 +536,37 @@ def test_pictures_are_written(browser: str, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text() == report.page(sample_record())
 
 
-def test_pictures_without_a_browser_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--png", "pictures"], "no-such-browser: install Chromium, or do without --png"),
+        (["--json", "none/record.json"], "no folder .*none to write record.json in"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(report, "BROWSERS", ("no-such-browser",))
-    with pytest.raises(FileNotFoundError, match="need a browser"):
-        report.pictures(sample_record(), tmp_path)
+    monkeypatch.setattr(runner, "record", lambda *arguments: pytest.fail("it measures"))
+    assert cli.main(["bench", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_pictures_that_fail_lose_nothing_else(
+    record_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(record: Any, folder: Path) -> list[Path]:
+        raise OSError("the browser has crashed")
+
+    monkeypatch.setattr(report, "find_browser", lambda: "browser")
+    monkeypatch.setattr(report, "pictures", fail)
+    path = tmp_path / "record.json"
+    options = ["--from", str(record_file), "--json", str(path), "--png", str(tmp_path / "pictures")]
+    assert cli.main(["bench", *options]) == 2
+    told = capsys.readouterr()
+    assert "geometric mean" in told.out
+    assert "the browser has crashed" in told.err
+    assert path.read_text() == record_file.read_text()
 
 
 # --- the record ------------------------------------------------------------------------------------------

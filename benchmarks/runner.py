@@ -211,7 +211,7 @@ def record(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command, for a parser of its own or a subcommand's."""
+    """The options of the command."""
     what = parser.add_argument_group("what to compare")
     what.add_argument(
         "--set",
@@ -365,14 +365,3 @@ def command(arguments: argparse.Namespace) -> str:
 
 
 BAR = "{percentage:3.0f}% {bar:20} {remaining} left{postfix}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command as a program of its own."""
-    parser = argparse.ArgumentParser(prog="fusedlstm bench", description=__doc__)
-    add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        return run(arguments)
-    except ValueError as error:
-        parser.error(str(error))

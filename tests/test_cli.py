@@ -30,6 +30,13 @@ def test_it_runs_as_a_module() -> None:
     assert done.stdout == f"fusedlstm {fusedlstm.__version__}\n"
 
 
+def test_the_benchmarks_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "fusedlstm.benchmarks", "--from", "no such file"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fusedlstm: error: ")
+
+
 @pytest.mark.parametrize("command", ["demo", "info", "check", "bench"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

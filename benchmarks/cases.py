@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedlstm import Recurrent, cells
 from fusedlstm.cells import Cell
+from fusedlstm.layers import BUILT_IN, Recurrent
 
-CELLS = tuple(name for name in cells.__all__ if isinstance(getattr(cells, name), Cell))
 MODES = ("forward", "train", "step")
 DTYPES = ("float32", "float64")
 
@@ -51,8 +50,7 @@ class Case:
     @property
     def mathematics(self) -> Cell:
         """The definition of the cell."""
-        cell: Cell = getattr(cells, self.cell)
-        return cell
+        return BUILT_IN[self.cell]
 
     @property
     def sizes(self) -> str:

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from fusedlstm.layers import BUILT_IN
+
 from . import machine, report
 from .cases import (
-    CELLS,
     DTYPES,
     MODES,
     Case,
@@ -225,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(MODES)}, or several of them separated by commas (default: %(default)s)",
     )
     what.add_argument(
-        "--cell", choices=CELLS, help="of a set only this cell; with --shapes the cell (default: lstm)"
+        "--cell", choices=BUILT_IN, help="of a set only this cell; with --shapes the cell (default: lstm)"
     )
     what.add_argument("--dtype", choices=DTYPES, default="float32")
     what.add_argument("--contenders", metavar="NAME,...", help="default: all that are installed")

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cells, dispatch
+from . import dispatch
 from .cells import Cell
-from .layers import Recurrent
+from .layers import BUILT_IN, Recurrent
 
 # Relative error of the norm, for one step; rounding errors of T steps add up as their square root.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-13}
-
-CELLS = tuple(value for name in cells.__all__ if isinstance(value := getattr(cells, name), Cell))
 
 SIZES = (  # T, B, I, H
     (1, 1, 1, 1),
@@ -79,7 +77,7 @@ class Outcome(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """All of them, those of one table entry after another."""
-    for cell in CELLS:
+    for cell in BUILT_IN.values():
         for option in OPTIONS:
             if option == "projection" and cell.unprojectable:
                 continue  # the layer refuses it
@@ -189,11 +187,10 @@ def table(outcomes: list[Outcome], dtype: str) -> str:
             # NaN stays: it is not less than anything
             share = outcome.error / outcome.limit
             worst[place] = worst[place] if share <= worst.get(place, -1.0) else share
-    names = [cell.name for cell in CELLS]
     left = max(map(len, OPTIONS))
-    lines = [" ".join([dtype.ljust(left), *(name.rjust(13) for name in names)])]
+    lines = [" ".join([dtype.ljust(left), *(name.rjust(13) for name in BUILT_IN)])]
     for option in OPTIONS:
-        entries = [_entry(worst.get((option, name))) for name in names]
+        entries = [_entry(worst.get((option, name))) for name in BUILT_IN]
         lines.append(" ".join([option.ljust(left), *(entry.rjust(13) for entry in entries)]))
     return "\n".join(lines)
 

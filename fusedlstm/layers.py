@@ -34,7 +34,7 @@ from .weights import Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "Recurrent", "Tape", "explain", "load"]
 
-_BUILT_IN = {name: value for name in cells.__all__ if isinstance(value := getattr(cells, name), Cell)}
+BUILT_IN = {name: value for name in cells.__all__ if isinstance(value := getattr(cells, name), Cell)}
 _replacing = threading.Lock()
 
 
@@ -296,7 +296,7 @@ class Recurrent:
             "layer": type(self).__name__,
             "cell": self.cell.name,
             # a cell of this package is known by its name, another by its mathematics
-            "key": None if _BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
+            "key": None if BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
         }
         settings = {name: value for name, value in self._settings().items() if name not in _OF_THE_MACHINE}
         storage.write(path, self.state_dict(), identity | settings)
@@ -809,11 +809,11 @@ def _rebuilt(
 def _saved_cell(path: Any, name: str, key: str | None, cell: Cell | None) -> Cell:
     """The cell of a file: named `name`, with the mathematics `key` if it is not built in."""
     if key is None:
-        if name not in _BUILT_IN:
+        if name not in BUILT_IN:
             raise ValueError(f"{path} was saved with the cell {name!r}, which this version does not have")
-        if cell not in (None, _BUILT_IN[name]):
+        if cell not in (None, BUILT_IN[name]):
             raise ValueError(f"{path} was saved with fusedlstm.cells.{name}, not with the cell {cell!r}")
-        return _BUILT_IN[name]
+        return BUILT_IN[name]
     if cell is None:
         raise ValueError(
             f"{path} was saved with a cell of your own, {name}: pass it, load(path, cell={name})"

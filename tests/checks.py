@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedlstm import cell, cells
+from fusedlstm import cell, cells, layers
 from fusedlstm.math import (
     absolute,
     erf,
@@ -87,11 +87,7 @@ def other_operand(a: Any, b_x: Any, b_h: Any, h: Any, c: Any, s: Any, w: Any) ->
 
 OWN = (one_gate, three_states, five_gates, unused_state, other_operand)
 # those that engines run as they are
-BUILT_IN = tuple(
-    value
-    for name in cells.__all__
-    if isinstance(value := getattr(cells, name), cells.Cell) and value.half is None
-)
+BUILT_IN = tuple(value for value in layers.BUILT_IN.values() if value.half is None)
 ALL = (*BUILT_IN, *OWN)
 PROJECTED = (cells.lstm, three_states)  # the cells that are tried with a projection
 

@@ -125,7 +125,7 @@ def test_info_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """The LSTM in float32, at two sizes."""
-    monkeypatch.setattr(check, "CELLS", (fusedlstm.cells.lstm,))
+    monkeypatch.setattr(check, "BUILT_IN", {"lstm": fusedlstm.cells.lstm})
     monkeypatch.setattr(check, "TOLERANCE", {"float32": check.TOLERANCE["float32"]})
     monkeypatch.setattr(check, "SIZES", ((1, 1, 1, 1), (7, 13, 1, 33)))
 
@@ -175,7 +175,7 @@ def test_check_without_a_gpu_is_an_error_without_a_traceback(
 
 def test_check_covers_every_cell_option_and_precision() -> None:
     covered = {(case.cell.name, case.option, case.dtype) for case in check.cases()}
-    for cell in check.CELLS:
+    for cell in check.BUILT_IN.values():
         for option in check.OPTIONS:
             refused = option == "projection" and bool(cell.unprojectable)
             for dtype in ("float32", "float64"):

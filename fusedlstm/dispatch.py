@@ -18,9 +18,12 @@ from .weights import Weights
 
 States = tuple[Any, ...]
 
-BACKENDS = ("auto", "cpu", "cuda", "reference")
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of the products of a float32 layer
-FORMS = ("auto", "persistent", "stepwise")  # of CUDA kernels
+# What a layer can be told of the machine that it runs on, the default first.
+OPTIONS = {
+    "backend": ("auto", "cpu", "cuda", "reference"),
+    "precision": ("float32", "tf32", "bfloat16", "float16"),  # of the products of a float32 layer on a GPU
+    "form": ("auto", "persistent", "stepwise"),  # of CUDA kernels
+}
 
 _ENGINES = {
     "cpu": ("fusedlstm.kernels.cpu.engine", "CPU"),
@@ -75,6 +78,17 @@ class Engine(Protocol):
 
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
         """Lay out weights for the kernels; they are not modified afterwards."""
+
+
+def check_options(**options: Any) -> None:
+    """Refuse a value that is none of :data:`OPTIONS`.
+
+    Raises:
+        ValueError: for the first such value.
+    """
+    for name, value in options.items():
+        if value not in OPTIONS[name]:
+            raise ValueError(f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}")
 
 
 def check_projection(cell: Cell, weights: Weights) -> None:
@@ -182,18 +196,15 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
     key = (name, precision, form)
     if key in _loaded:
         return _loaded[key]
+    asked = {"precision": precision, "form": form}
     options: dict[str, Any] = {}
     if name == "cuda":
-        options = {"precision": precision, "form": None if form == "auto" else form}
-    else:
-        asked = [f"precision {precision!r}"] * (precision != "float32") + [f"form {form!r}"] * (
-            form != "auto"
+        options = asked | {"form": None if form == "auto" else form}
+    elif other := [f"{what} {value!r}" for what, value in asked.items() if value != OPTIONS[what][0]]:
+        raise ValueError(
+            f"only CUDA kernels have {' and '.join(other)}, but backend {name!r} would run: give CuPy "
+            "arrays, or leave this out"
         )
-        if asked:
-            raise ValueError(
-                f"only CUDA kernels have {' and '.join(asked)}, but backend {name!r} would run: give CuPy "
-                "arrays, or leave this out"
-            )
     module, engine_class = _ENGINES[name]
     try:
         made = cast(Engine, getattr(importlib.import_module(module), engine_class)(**options))

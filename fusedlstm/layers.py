@@ -10,6 +10,7 @@ arguments of PyTorch's layers of the same names.  Sizes in the comments and docs
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import sys
@@ -175,14 +176,7 @@ class Recurrent:
         self._initialise(np.random.default_rng(for_weights))
 
     def _check_settings(self) -> None:
-        if self.backend not in dispatch.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {self.backend!r}")
-        if self.precision not in dispatch.PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(dispatch.PRECISIONS)}, got {self.precision!r}"
-            )
-        if self.form not in dispatch.FORMS:
-            raise ValueError(f"form must be one of {', '.join(dispatch.FORMS)}, got {self.form!r}")
+        dispatch.check_options(backend=self.backend, precision=self.precision, form=self.form)
         if self.precision != "float32" and self.dtype != np.float32:
             raise ValueError(f"precision {self.precision!r} needs dtype 'float32', got {self.dtype.name!r}")
         if self.proj_size >= self.hidden_size:
@@ -298,7 +292,8 @@ class Recurrent:
             # a cell of this package is known by its name, another by its mathematics
             "key": None if BUILT_IN.get(self.cell.name) is self.cell else self.cell.key,
         }
-        settings = {name: value for name, value in self._settings().items() if name not in _OF_THE_MACHINE}
+        # what is a matter of the machine is said when the file is read
+        settings = {name: value for name, value in self._settings().items() if name not in dispatch.OPTIONS}
         storage.write(path, self.state_dict(), identity | settings)
 
     def _settings(self) -> dict[str, Any]:
@@ -731,22 +726,12 @@ class RNN(Recurrent):
         return self.cell.name.removeprefix("rnn_")
 
 
-# The settings of a layer that have a default, and it.
-_DEFAULTS: dict[str, Any] = {
-    "num_layers": 1,
-    "bias": True,
-    "batch_first": False,
-    "dropout": 0.0,
-    "bidirectional": False,
-    "proj_size": 0,
-    "recurrent_dropout": 0.0,
-    "dtype": "float32",
-    "backend": "auto",
-    "precision": "float32",
-    "form": "auto",
+# The settings of a layer that have a default, and it; the seed is not kept.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Recurrent).parameters.items()
+    if parameter.default is not parameter.empty and name != "seed"
 }
-
-_OF_THE_MACHINE = ("backend", "precision", "form")  # settings that a file does not hold
 
 
 def load(

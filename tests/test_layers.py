@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import pickle
 import sys
@@ -857,6 +858,16 @@ def test_bad_dy(backend: str, dy: Any, error: type[Exception], message: str) -> 
 def test_bad_settings(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LSTM(**{"input_size": 3, "hidden_size": 5, **options})
+
+
+@pytest.mark.parametrize("make", [LSTM, GRU, RNN, fusedlstm.load])
+def test_defaults_are_the_same_everywhere(make: Any) -> None:
+    expected, found = inspect.signature(Recurrent).parameters, inspect.signature(make).parameters
+    assert dispatch.OPTIONS.keys() <= found.keys()
+    for option, choices in dispatch.OPTIONS.items():
+        assert expected[option].default == choices[0]
+    for shared in expected.keys() & found.keys() - {"cell"}:
+        assert found[shared].default == expected[shared].default
 
 
 def test_bad_cells() -> None:

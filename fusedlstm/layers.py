@@ -496,11 +496,11 @@ class Tape:
         draw: number of the dropout masks of this pass, None if there was no dropout.
     """
 
-    __slots__ = ("batched", "device", "draw", "kind", "layer", "runs", "sizes")
+    __slots__ = ("batched", "device", "draw", "layer", "runs", "sizes")
 
     def __init__(self, layer: Recurrent, x: Any, sizes: tuple[int, int], batched: bool) -> None:
         self.layer, self.sizes, self.batched = layer, sizes, batched
-        self.kind, self.device = type(x), dispatch.device_of(x)
+        self.device = dispatch.device_of(x)
         self.runs: list[tuple[Direction, Any]] = []  # what ran for each place, and the engine's tape
         self.draw: int | None = None
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .files import write_whole
+
 if TYPE_CHECKING:
     from .cells import Cell
 
@@ -108,19 +110,10 @@ def fill(names: Weights, entry: Callable[[str], Any]) -> Weights:
 
 
 def write(path: str | os.PathLike[str], arrays: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write a safetensors file: the arrays, and the settings as JSON in its metadata.
-
-    A reader, or a crash, never meets half of a file.
-    """
+    """Write a safetensors file: the arrays, and the settings as JSON in its metadata."""
     from safetensors.numpy import save
 
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(save(arrays, {"format": "np", "fusedlstm": json.dumps(settings)}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(Path(path), save(arrays, {"format": "np", "fusedlstm": json.dumps(settings)}))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,21 @@ def test_a_layer_does_not_outlive_its_file(tmp_path: Path) -> None:
     before = {key: array.copy() for key, array in layer.state_dict().items()}
     LSTM(2, 3, seed=2).save(path)
     assert all(np.array_equal(array, before[key]) for key, array in layer.state_dict().items())
+
+
+def test_threads_may_save_to_one_path_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, both, replace = tmp_path / "m.safetensors", threading.Barrier(2), Path.replace
+
+    def replace_together(self: Path, target: Path) -> Path:
+        both.wait(timeout=60)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_together)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: LSTM(2, 3, seed=seed).save(path), range(2)))
+    saved = fusedlstm.load(path).weight_ih_l0
+    assert any(np.array_equal(saved, LSTM(2, 3, seed=seed).weight_ih_l0) for seed in range(2))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def _header(path: Path) -> Any:

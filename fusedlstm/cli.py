@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "Show processor, registers, threads, GPU, versions and the folder of compiled kernels."
+    text = "Show processor, registers, threads, GPU, versions and the folders of compiled kernels."
     parser = commands.add_parser("info", help="what this machine has", description=text)
     parser.set_defaults(command=_info)
 
@@ -47,7 +47,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from .info import facts
 
     for subject, text in facts().items():
-        print(f"{subject + ':':14}{text}")
+        print(f"{subject + ':':14}" + text.replace("\n", "\n" + " " * 14))
     return 0
 
 

@@ -21,3 +21,8 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cuda_kernels() -> Path:
+    """The folder of compiled CUDA kernels."""
+    return Path(os.environ.get("FUSEDLSTM_CACHE", Path.home() / ".cache" / "fusedlstm"))

@@ -6,6 +6,8 @@ import os
 from importlib import metadata, util
 from pathlib import Path
 
+from .files import cuda_kernels
+
 PACKAGES = (
     "numpy", "numba", "llvmlite", "safetensors", "numba-cuda", "cupy", "cupy-cuda12x", "cupy-cuda13x",
     "torch", "keras", "onnx",
@@ -29,7 +31,7 @@ def facts() -> dict[str, str]:
         "registers": f"{registers.name}: {registers.registers} of {registers.bits} bits",
         "threads": team.describe(),
         "GPU": gpu(),
-        "kernel cache": cache(),
+        "kernel cache": "\n".join(caches_on_disk()),
     }
 
 
@@ -64,14 +66,25 @@ def gpu() -> str:
     )
 
 
-def cache() -> str:
-    """Where Numba keeps compiled kernels, and how many files they are."""
+def caches_on_disk() -> list[str]:
+    """The folders of compiled kernels, and how many files are there."""
     from numba import njit
 
+    from .benchmarks import machine
     from .kernels.cpu.forward import forward
 
-    folder = Path(njit(cache=True)(forward).stats.cache_path)  # as for all functions of its file's folder
-    files = list(folder.glob("*.nb[ci]")) if folder.is_dir() else []
+    # Numba has a folder for each folder of sources that it compiles from; any function says which
+    sources = (forward, caches_on_disk, machine.describe)
+    folders = [Path(njit(cache=True)(function).stats.cache_path) for function in sources]
+    return [
+        *(_contents(folder, (".nbi", ".nbc"), "NUMBA_CACHE_DIR") for folder in folders),
+        _contents(cuda_kernels(), (".ptx", ".cubin"), "FUSEDLSTM_CACHE"),
+    ]
+
+
+def _contents(folder: Path, endings: tuple[str, ...], variable: str) -> str:
+    """How much lies in a folder that an environment variable can choose."""
+    files = [file for file in folder.glob("*") if file.suffix in endings]
     size = sum(file.stat().st_size for file in files) / 2**20
-    chosen = " (set by NUMBA_CACHE_DIR)" if os.environ.get("NUMBA_CACHE_DIR") else ""
+    chosen = f" (set by {variable})" if os.environ.get(variable) else ""
     return f"{folder}{chosen}, {len(files)} files, {size:.1f} MiB"

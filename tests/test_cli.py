@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from numba import config, njit
 
 import fusedlstm
-from fusedlstm import check, cli, dispatch, info
+from fusedlstm import check, cli, dispatch, info, second_order
+from fusedlstm.benchmarks import limits
 from fusedlstm.kernels.cpu import engine
 
 
@@ -87,7 +90,8 @@ def test_info_tells_of_machine_versions_and_cache(
 ) -> None:
     monkeypatch.setattr(fusedlstm.kernels.cpu.team, "_requested", 1)
     assert cli.main(["info"]) == 0
-    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    shown = capsys.readouterr().out.replace("\n ", " ").splitlines()
+    lines = dict(line.split(":", 1) for line in shown)
     assert fusedlstm.__version__ in lines["fusedlstm"]
     assert f"numpy {np.__version__}" in lines["packages"]
     assert lines["threads"].strip() == "1 thread"
@@ -117,6 +121,21 @@ def test_info_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     runtime.getDeviceCount = fail
     assert info.gpu() == "not used: CuPy finds none: no driver"
+
+
+def test_info_counts_the_kernels_of_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "numba"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", config.CACHE_DIR)
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path / "cuda"))
+    compiled = (engine.CPUDirection.forward, second_order.derived, limits.bound)
+    folders = [Path(njit(cache=True)(function).stats.cache_path) for function in compiled]
+    kernels = [*(folder / "kernel.nbi" for folder in folders), tmp_path / "cuda" / "kernel.ptx"]
+    for kernel in kernels:
+        kernel.parent.mkdir(parents=True, exist_ok=True)
+        kernel.touch()
+    for kernel, said in zip(kernels, info.caches_on_disk(), strict=True):
+        assert said.startswith(f"{kernel.parent} (set by ")
+        assert said.endswith("), 1 files, 0.0 MiB")
 
 
 # --- check ----------------------------------------------------------------------------------------------

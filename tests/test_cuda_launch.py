@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from fusedlstm import cells
+from fusedlstm.files import cuda_kernels
 from fusedlstm.kernels.cuda import backward, forward, launch
 from fusedlstm.kernels.cuda.plan import Plan, choose
 from fusedlstm.kernels.cuda.resources import DEVICES, without_gpu
@@ -79,6 +80,17 @@ def compiled(plan: Plan) -> launch._Compiled:
         kernel = launch._Compiled(launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)), plan, (7, 5))
     launch.array_module().cuda.driver.parameters = kernel._loaded._parameters
     return kernel
+
+
+def test_kernels_are_kept_where_the_package_says(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "compile_ptx", lambda *arguments: "")
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path))
+    assert launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)).parent == cuda_kernels() == tmp_path
+    monkeypatch.delenv("FUSEDLSTM_CACHE")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)).parent == cuda_kernels()
 
 
 RUNS = [(0, 1, 0, 0), (1, 2, 0, 0)]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from fusedlstm.benchmarks.cases import Case
-from fusedlstm.benchmarks.conftest import CELLS
+
+from .conftest import CELLS
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -39,6 +41,11 @@ def python(code: str, folder: Path) -> str:
     return done.stdout
 
 
+def is_suite(name: str) -> bool:
+    """Whether a file is run by pytest, and not installed."""
+    return name.startswith(("test_", "conftest"))
+
+
 def test_the_import_brings_numpy_only(tmp_path: Path) -> None:
     code = f"import fusedlstm, sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert python(code, tmp_path).strip() == "[]"
@@ -52,6 +59,8 @@ def test_every_module_is_installed_under_its_package(tmp_path: Path) -> None:
         ("benchmarks", "fusedlstm.benchmarks"),
     ):
         for path in (ROOT / folder).rglob("*.py"):
+            if is_suite(path.name):
+                continue
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             modules.append(".".join((package, *parts)).removesuffix(".__init__"))
     assert {"fusedlstm.layers", "fusedlstm.kernels.cpu.engine", "fusedlstm.kernels.cuda"} <= set(modules)
@@ -73,6 +82,25 @@ def test_the_public_names_are_there() -> None:
 
 def test_the_version_is_that_of_the_distribution() -> None:
     assert fusedlstm.__version__ == metadata.version("fusedlstm")
+
+
+def test_a_wheel_has_the_version_and_the_modules_of_the_package(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    tree = tmp_path / "tree"
+    for folder in ("fusedlstm", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    module = tree / "fusedlstm" / "__init__.py"
+    module.write_text(module.read_text().replace(fusedlstm.__version__, "9.8.7"))
+    python(f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})", tree)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("fusedlstm-9.8.7-")
+    names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fusedlstm/")}
+    installed = {Path("fusedlstm", path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
+    assert installed <= names
+    assert {"__init__.py", "shapes.json", "page.html"} <= {n.name for n in names if "benchmarks" in n.parts}
+    assert [name for name in names if is_suite(name.name) or "results" in name.parts] == []
 
 
 def test_the_package_says_that_it_has_types() -> None:

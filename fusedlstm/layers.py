@@ -766,9 +766,8 @@ def load(
     kind, name, key = map(settings.pop, identity)
     chosen = _saved_cell(path, name, key, cell)
     layer_class = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent)
-    settings.update(
-        backend=backend, precision=precision, form=form, seed=seed
-    )  # older files hold a precision
+    # in place of what older files hold
+    settings |= {"backend": backend, "precision": precision, "form": form, "seed": seed}
     try:
         return _rebuilt(layer_class, chosen, settings, arrays)
     except (TypeError, ValueError) as error:

@@ -139,11 +139,11 @@ def test_constants_of_a_cell() -> None:
     lanes = machine().bits // 32
     found = Spec(cells.lstm, types.float32, False)
     assert (found.gates, found.inputs, found.splits, found.units, found.width) == (4, 4, 0, 1, 4)
-    assert (found.lanes, found.size, found.panel, found.states, found.vectors) == (lanes, 4, lanes, 1, 0)
+    assert (found.lanes, found.size, found.panel, found.further, found.learned) == (lanes, 4, lanes, 1, 0)
     found = Spec(three_states, types.float64, True)
     assert (found.gates, found.inputs, found.splits, found.units, found.width) == (2, 3, 1, 2, 4)
     assert (found.lanes, found.size, found.panel) == (lanes // 2, 8, lanes)
-    assert (found.states, found.vectors, found.reads_operand, found.projected) == (2, 1, False, True)
+    assert (found.further, found.learned, found.reads_operand, found.projected) == (2, 1, False, True)
     assert Spec(five_gates, types.float32, False).reads_operand
     assert (found.operand, Spec(other_operand, types.float32, False).operand) == (0, 2)
     assert Spec(unused_state, types.float32, False).units == 4

@@ -120,5 +120,8 @@ def test_another_number_of_pieces_each_time() -> None:
 
 def test_a_slow_thread_is_helped() -> None:
     """It would do 32 of 64 pieces; each takes it far longer than the other."""
-    _, _, taken = done_by_two(64, True, delay=20_000)
-    assert taken[:, 0].sum() < taken[:, 1].sum()
+    for _ in range(100):  # on a busy machine both may run in turn, and never together
+        _, _, taken = done_by_two(64, True, delay=20_000)
+        if taken[:, 0].sum() < taken[:, 1].sum():
+            return
+    pytest.fail("each thread always did its own share alone")

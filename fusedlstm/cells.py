@@ -51,6 +51,10 @@ class Cell:
         recurrent: the state that the recurrent weights multiply at the next step.
         arguments: pre-activations, then states and learned vectors in use, as the generated code
             takes them.
+        function: the mathematics.
+        constants: the keyword-only arguments, and their values.
+        seeds: names of the gradients of the new states, which the derived adjoint takes.
+        source: the generated code of the step and of its adjoint.
         key: a text that is equal for equal mathematics; names files in the cache.
         half: the cell that is run twice for one step, if a step takes two recurrent products.
     """
@@ -67,7 +71,9 @@ class Cell:
         weights: Sequence[str],
         recurrent: str | None,
     ) -> None:
-        self.function = function
+        if not isinstance(function, FunctionType):
+            raise CellError(f"a cell is made of a function, got {function!r}")
+        self.function: Callable[..., Any] = function
         self.name = function.__name__
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         self.gates, self.states = _names("gates", gates), _names("states", states)
@@ -219,6 +225,8 @@ class Cell:
 def _names(what: str, names: Sequence[str], empty: bool = False) -> tuple[str, ...]:
     if isinstance(names, str):
         raise CellError(f"{what} must be a tuple of names, got the text {names!r}; write ({names!r},)")
+    if not isinstance(names, (tuple, list)):
+        raise CellError(f"{what} must be a tuple of names, in which they have an order, got {names!r}")
     names = tuple(names)
     if not names and not empty:
         raise CellError(f"{what} must name at least one")
@@ -260,6 +268,8 @@ def cell(
         ...     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
         ...     return sigmoid(o) * tanh(c), c
     """
+    if callable(gates):
+        raise CellError("write @cell(gates=(...), states=(...)): a cell needs the names of its gates")
     return lambda function: Cell(function, gates, states, split, weights, recurrent)
 
 

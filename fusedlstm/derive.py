@@ -193,13 +193,14 @@ class Expression:
         return self.record("absolute", (self,))
 
     def __pow__(self, exponent: Any) -> Expression:
-        if isinstance(exponent, float) and exponent == 0.5:
-            return self.record("sqrt", (self,))
-        if isinstance(exponent, int) and 1 <= exponent <= 16:
-            half = self if exponent < 2 else self ** (exponent // 2)
-            return half if exponent < 2 else half * half * (self if exponent % 2 else 1)
+        if isinstance(exponent, (int, float)) and exponent in (0.5, *range(1, 17)):
+            if exponent == 0.5:
+                return self.record("sqrt", (self,))
+            half = self if exponent == 1 else self ** (exponent // 2)
+            return half if exponent == 1 else half * half * (self if exponent % 2 else 1)
         raise CellError(
-            f"** takes the constants 1 to 16 and 0.5 here, got {exponent!r}; write exp(y * log(x)) instead"
+            f"** takes the constants 1 to 16 and 0.5 here, got {exponent!r}; write 1 / x**n for x**-n, and "
+            "for other exponents, where x > 0, exp(y * log(x))"
         )
 
     def __lt__(self, y: Any) -> Expression:
@@ -269,6 +270,8 @@ def trace(
             f"cell {function.__name__}: {error}. A cell may use arithmetic, comparisons and the "
             "functions of fusedlstm.math: " + ", ".join(sorted(DERIVATIVES))
         ) from error
+    if results is None:
+        raise CellError(f"cell {function.__name__} returns nothing; it must return the new states")
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     for n, result in enumerate(results):
         _refuse_condition(result, f"result {n + 1} of cell {function.__name__}")

@@ -251,7 +251,8 @@ def test_arithmetic_that_is_accepted() -> None:
         (lambda a: where(~a, a, 1), "combine comparisons only"),
         (lambda a: where((a > 0) & a, a, 1), "combine comparisons only"),
         (lambda a: tanh(a, a), r"tanh\(\) takes 1 argument\(s\), got 2"),
-        (lambda a: None, "result of <lambda> is applied to None"),
+        (lambda a: a**2.5, r"got 2.5; write 1 / x\*\*n for x\*\*-n"),
+        (lambda a: None, "cell <lambda> returns nothing; it must return the new states"),
         (lambda a: {"a": a}, "result of <lambda>"),
     ],
 )
@@ -314,6 +315,24 @@ def stars(*a: Any) -> Any:
 def test_declarations_that_do_not_fit(function: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CellError, match=message):
         define(function, **options)
+
+
+@pytest.mark.parametrize("function", [5, "a", print, Cell], ids=str)
+def test_what_is_no_function(function: Any) -> None:
+    with pytest.raises(CellError, match="a cell is made of a function, got"):
+        define(function)
+
+
+def test_the_decorator_needs_its_parentheses() -> None:
+    with pytest.raises(CellError, match=r"write @cell\(gates="):
+        cell(two_results)  # type: ignore[arg-type]
+
+
+def test_names_have_an_order() -> None:
+    with pytest.raises(
+        CellError, match=r"gates must be a tuple of names, in which they have an order, got \{"
+    ):
+        define(lambda a, b: a + b, gates={"a", "b"})
 
 
 def test_a_cell_error_is_a_type_error() -> None:

@@ -77,11 +77,20 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.as_tensor(array, device="cuda")
 
 
+class _Sizes(NamedTuple):
+    """Of the input, the hidden units and the output of a layer: I, H and P."""
+
+    inputs: int
+    hidden: int
+    outputs: int
+
+
 class _Packed(NamedTuple):
     """Weights laid out for the kernels, and what tells whether they still are the weights."""
 
     cell: Cell
     owners: list[weakref.ref[Tensor]]  # the weights
+    sizes: _Sizes
     places: list[Any]  # where and how they lie
     arrays: list[Any]  # their memory, so that nothing else can lie there
     table: np.ndarray | None  # where to look at it, (n, 2); none on a GPU
@@ -95,7 +104,7 @@ _LOOKED_AT = 1 << 16  # numbers of large weights that are looked at: more would 
 _MANY_ROWS = 1024  # for so many rows all numbers are: that takes a few per cent of what the products take
 
 
-def _direction(cell: Cell, weights: Sequence[Tensor], rows: int) -> Direction:
+def _direction(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes, rows: int) -> Direction:
     """One direction with these weights, as they are now, to be run on so many rows, T times B.
 
     What was laid out is used again if the tensors are the same, or views of the same, contiguous in one of
@@ -107,12 +116,13 @@ def _direction(cell: Cell, weights: Sequence[Tensor], rows: int) -> Direction:
     if (
         known is not None
         and known.cell is cell
+        and known.sizes == sizes
         and known.places == _places(weights)
         and known.stamps.get(every := 1 if rows >= _MANY_ROWS else known.sparse)
         == _stamp(known.table, weights, every)
     ):
         return known.direction
-    return _pack(cell, weights)
+    return _pack(cell, weights, sizes)
 
 
 def _owner(weight: Tensor) -> Tensor:
@@ -132,7 +142,8 @@ def _places(weights: Sequence[Tensor]) -> list[Any]:
     return [weight.data_ptr() for weight in weights] + shapes
 
 
-def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
+def _pack(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes) -> Direction:
+    _check_weights(cell, weights, sizes)
     engine = dispatch.engine(weights[1].device.type)
     own = storage.unflatten(cell, [_array(weight.contiguous()) for weight in weights])
     dense = [weight if weight.is_contiguous() else weight.t() for weight in weights]
@@ -149,8 +160,24 @@ def _pack(cell: Cell, weights: Sequence[Tensor]) -> Direction:
             del _packed[key]
 
     owners = [weakref.ref(_owner(weight), drop) for weight in weights]
-    _packed[key] = _Packed(cell, owners, _places(weights), arrays, table, sparse, stamps, direction)
+    _packed[key] = _Packed(cell, owners, sizes, _places(weights), arrays, table, sparse, stamps, direction)
     return direction
+
+
+def _check_weights(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes) -> None:
+    """Refuse weights that a parametrization or ``functional_call`` has put in the place of those that fit.
+
+    Raises:
+        RuntimeError: for the first that does not fit; the kernels would read beyond what there is.
+    """
+    own, (inputs, hidden, outputs) = storage.unflatten(cell, weights), sizes
+    bias, proj = own.bias_ih is not None, 0 if own.hr is None else outputs
+    names = storage.names(cell, 0, False, bias, proj > 0)
+    shapes = storage.shapes(cell, inputs, hidden, bias, proj)
+    for name, shape, weight in zip(storage.flatten(names), storage.flatten(shapes), weights):
+        if weight.shape != shape:
+            what = name.removesuffix("_l0")
+            raise RuntimeError(f"{what} must have the shape {shape}, got {tuple(weight.shape)}")
 
 
 def _stamp(table: np.ndarray | None, weights: Sequence[Tensor], every: int) -> list[Any]:
@@ -226,8 +253,15 @@ class _Shape:
     directions: int
     steps: int
     batch: int
-    outputs: int
-    hidden: int
+    layer: _Sizes
+
+    @property
+    def hidden(self) -> int:
+        return self.layer.hidden
+
+    @property
+    def outputs(self) -> int:
+        return self.layer.outputs
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -252,7 +286,7 @@ def _shape(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> _
 @lru_cache(1024)
 def _shape_of(x: torch.Size, ih: torch.Size, hh: torch.Size, key: str, directions: int) -> _Shape:
     cell = _cells[key]
-    return _Shape(cell, directions, x[0], x[1], hh[1], ih[0] // len(cell.gates))
+    return _Shape(cell, directions, x[0], x[1], _Sizes(x[2], ih[0] // len(cell.gates), hh[1]))
 
 
 def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
@@ -334,7 +368,8 @@ def _fill(
     used, tapes = [], []
     each = len(weights) // shape.directions
     for d in range(shape.directions):
-        direction = _direction(shape.cell, weights[d * each : (d + 1) * each], shape.steps * shape.batch)
+        own = weights[d * each : (d + 1) * each]
+        direction = _direction(shape.cell, own, shape.layer, shape.steps * shape.batch)
         tape = direction.forward(
             source,
             tuple([part[d] for part in given]) if given else None,

@@ -524,6 +524,28 @@ def test_views_of_the_same_memory_of_other_shapes_are_told_apart() -> None:
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("weight_ih_l0", (4 * HIDDEN, INPUTS + 1)),
+        ("weight_hh_l0", (4, 1)),
+        ("weight_hh_l0_reverse", (4 * HIDDEN, HIDDEN + 1)),
+        ("weight_ih_l0_reverse", (4 * HIDDEN + 4, INPUTS)),
+        ("bias_hh_l0", (3,)),
+    ],
+)
+def test_weights_of_a_wrong_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    """Kernels would read beyond them."""
+    ours, x = fused.LSTM(INPUTS, HIDDEN, bidirectional=True), torch.randn(STEPS, BATCH, INPUTS)
+    ours(x)
+    with pytest.raises(RuntimeError, match=r"must have the shape \("):
+        torch.func.functional_call(ours, {name: torch.randn(shape)}, x)
+    cell = fused.LSTMCell(INPUTS, HIDDEN)
+    own = name.partition("_l0")[0]
+    with pytest.raises(RuntimeError, match=r"must have the shape \("):
+        torch.func.functional_call(cell, {own: torch.randn(shape)}, x[0])
+
+
 def test_large_weights_written_unseen_by_counters() -> None:
     theirs, ours = pair("LSTM", 300, 300)
     x = torch.randn(2, 1, 300)

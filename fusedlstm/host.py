@@ -190,18 +190,28 @@ def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> CPU
 
 
 class _Arguments:
-    """The arguments of both functions, in the order of the run."""
+    """The arguments of both functions, in the order of the run.
+
+    Raises:
+        ValueError: if sizes do not fit, which a graph may know only when it is run.
+    """
 
     def __init__(self, run: Run, flat: Sequence[Any]) -> None:
         x, *rest = [np.asarray(array) for array in flat]
         mask = rest.pop(0) if run.masked else None
+        states = len(run.cell.states)
+        self.initial = tuple(rest[:states])  # (B, H) each
+        self.weights = rest[states:]
+        (batch, steps, _), (inputs, _), (units, _) = x.shape, self.weights[0].shape, self.weights[1].shape
+        _check_shape("the input", x, (batch, steps, inputs))
+        for state in self.initial:
+            _check_shape("initial_state", state, (batch, units))
+        if mask is not None:
+            _check_shape("mask", mask, (batch, steps))
         if run.backwards:
             x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
         self.x = x  # (B, T, I)
         self.steps = None if mask is None else Steps(mask)
-        states = len(run.cell.states)
-        self.initial = tuple(rest[:states])  # (B, H) each
-        self.weights = rest[states:]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -213,6 +223,11 @@ class _Arguments:
         """(T, B, I): the input as kernels take it."""
         x: np.ndarray = self.x if self.steps is None else self.steps.front(self.x)
         return np.swapaxes(x, 0, 1)
+
+
+def _check_shape(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise ValueError(f"{name} must have the shape {expected}, got {array.shape}")
 
 
 def forward(

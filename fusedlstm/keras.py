@@ -139,15 +139,14 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         Where only the last output is asked for, the outputs are that one; where all of them are, Keras has no
         use for the last one, and it is the final state, which a mask may set apart from it.
         """
-        mask = mask[0] if keras.tree.is_nested(mask) else mask
-        mask = None if mask is None else ops.cast(mask, "bool")
+        given = self._given_states(initial_state, sequences)
+        mask = _given_mask(mask, sequences)
         cell, dtype = self._fused_cell, self._computes
         drops_state = training and self.cell.recurrent_dropout
         if sequences.shape[1] == 1 and not drops_state and _traced(sequences):
             # a single step has no loop to be fused, and compiled code is quicker than a call of the host
-            return layers.RNN.inner_loop(self, sequences, initial_state, mask, training)
-        x = ops.cast(sequences, dtype)
-        states = [ops.cast(state, dtype) for state in keras.tree.flatten(initial_state)]
+            return layers.RNN.inner_loop(self, sequences, given, mask, training)
+        x, states = ops.cast(sequences, dtype), [ops.cast(state, dtype) for state in given]
         if self.stateful and _BACKEND == "torch":  # the layer writes to them before backward reads them
             states = [ops.copy(state) for state in states]
         if training and self.cell.dropout:
@@ -159,6 +158,32 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         shown, finals = self._run(cell, bool(training), x, mask, states)
         last = finals[0] if self.return_sequences else shown
         return last, shown, finals[: len(self._fused_cell.states)]
+
+    def _given_states(self, given: Any, sequences: Any) -> list[Any]:
+        """The initial states as (B, H) each; what may be broadcast is.
+
+        Raises:
+            ValueError: if there are more or fewer, or of another shape.
+        """
+        names, batch, units = self._fused_cell.states, sequences.shape[0], self.cell.units
+        states = keras.tree.flatten(given)
+        shapes = [tuple(state.shape) for state in states]
+        rows = {1, None, batch} if batch is not None else None  # in a graph it may be known at the run only
+        if len(states) != len(names) or any(
+            len(shape) not in (1, 2)
+            or shape[-1] != units
+            or (len(shape) == 2 and rows is not None and shape[0] not in rows)
+            for shape in shapes
+        ):
+            raise ValueError(
+                f"initial_state must be {len(names)} state(s), {', '.join(names)}, of the shape "
+                f"{(batch, units)}, got {', '.join(map(str, shapes))}"
+            )
+        whole = (ops.shape(sequences)[0], units)
+        return [
+            ops.broadcast_to(state, whole) if len(shape) == 1 or (shape[0] == 1 and batch != 1) else state
+            for state, shape in zip(states, shapes)
+        ]
 
     def _run(self, cell: Cell, training: bool, x: Any, mask: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         """What is shown of the outputs, and the final states."""
@@ -192,6 +217,24 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         bias = () if cell.bias is None else (cell.bias,)
         every = (cell.kernel, cell.recurrent_kernel, *bias, *getattr(cell, "vectors", ()))
         return [ops.cast(weight, self._computes) for weight in every]
+
+
+def _given_mask(mask: Any, sequences: Any) -> Any:
+    """The mask as booleans (B, T), or None.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    mask = mask[0] if keras.tree.is_nested(mask) else mask
+    if mask is None:
+        return None
+    if len(mask.shape) == 3 and mask.shape[-1] == 1:
+        mask = ops.squeeze(mask, -1)
+    expected = tuple(sequences.shape[:2])
+    known = zip(tuple(mask.shape), expected)
+    if len(mask.shape) != 2 or any(came != size for came, size in known if None not in (came, size)):
+        raise ValueError(f"mask must have the shape {expected}, as the input has, got {tuple(mask.shape)}")
+    return ops.cast(mask, "bool")
 
 
 def _one_mask(masks: Any, dtype: str) -> Any:
@@ -270,6 +313,11 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
         super().__init__(**kwargs)
         if not isinstance(cell, Cell):
             raise TypeError(f"cell must be what fusedlstm.cell made of a function, got {cell!r}")
+        if not isinstance(units, int) or units < 1:
+            raise ValueError(f"units must be a positive integer, got {units!r}")
+        for name, rate in (("dropout", dropout), ("recurrent_dropout", recurrent_dropout)):
+            if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {rate!r}")
         self.mathematics, self.units, self.use_bias = cell, units, use_bias
         self.dropout, self.recurrent_dropout, self.seed = dropout, recurrent_dropout, seed
         self.seed_generator = keras.random.SeedGenerator(seed)

@@ -227,6 +227,61 @@ def test_other_activations() -> None:
     alike(ours, theirs, mask=None, states=0)
 
 
+# --- States and masks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", [[(1, H), (B, H)], [(H,), (H,)], [(1, H), (1, H)]], ids=str)
+def test_states_are_broadcast(shapes: list[tuple[int, ...]]) -> None:
+    ours, theirs = (built(make, H, return_state=True) for make in PAIRS["LSTM"])
+    theirs.set_weights(ours.get_weights())
+    x, states = normal(B, T, D), [normal(*shape, seed=n) for n, shape in enumerate(shapes)]
+    whole = [np.broadcast_to(state, (B, H)) for state in states]  # on JAX, Keras takes no others
+    for found, expected in zip(ours(x, initial_state=states), theirs(x, initial_state=whole)):
+        np.testing.assert_allclose(numpy(found), numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(B, H)], [(B, H)] * 3, [(B, H - 1)] * 2, [(B, H), (B + 1, H)], [(B, H), (1, B, H)]],
+    ids=str,
+)
+def test_other_states_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    states = [ops.ones(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=r"initial_state must be 2 state\(s\), h, c, of the shape"):
+        built(LSTM, H)(normal(B, T, D), initial_state=states)
+
+
+def test_a_mask_may_have_a_last_axis_of_one() -> None:
+    mask = np.arange(T) < np.arange(1, B + 1)[:, None]
+    layer = built(LSTM, H, return_sequences=True)
+    flat, deep = (
+        numpy(layer(normal(B, T, D), mask=ops.convert_to_tensor(m))) for m in (mask, mask[..., None])
+    )
+    np.testing.assert_array_equal(flat, deep)
+
+
+@pytest.mark.parametrize("shape", [(B + 1, T), (B, T - 1), (B, T + 1), (T,), (B, T, 2)], ids=str)
+def test_other_masks_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"mask must have the shape \("):
+        built(LSTM, H)(normal(B, T, D), mask=ops.ones(shape, "bool"))
+
+
+def test_another_number_of_features_is_refused() -> None:
+    with pytest.raises(Exception, match=r"shape|size|dimension"):
+        built(LSTM, H)(normal(B, T, D + 1))
+
+
+@pytest.mark.skipif(BACKEND not in ("jax", "tensorflow", "numpy"), reason="is about calls of the host")
+@pytest.mark.parametrize("wrong", ["the input", "initial_state", "mask"])
+def test_sizes_that_are_known_at_the_run_only_are_checked(wrong: str) -> None:
+    run = host.Run(cells.lstm, False, False, False, False, masked=True)
+    shapes = {"the input": (B, T, D), "mask": (B, T), "initial_state": (B, H), "c": (B, H)}
+    shapes |= {"kernel": (D, 4 * H), "recurrent": (H, 4 * H), wrong: (*shapes[wrong][:-1], 9)}
+    given = [np.ones(shape, bool if name == "mask" else "float32") for name, shape in shapes.items()]
+    with pytest.raises(ValueError, match=f"^{wrong} must have the shape"):
+        host.forward(run, False, *given)
+
+
 # --- Weights that change ---------------------------------------------------------------------------------
 
 
@@ -398,6 +453,20 @@ def test_recurrent_is_the_loop_over_its_cell(mask: str) -> None:
     theirs = built(layers.RNN, ours.cell, return_sequences=True, return_state=True)
     assert [w.name for w in ours.weights] == ["kernel", "recurrent_kernel", "bias", "p_i", "p_f", "p_o"]
     alike(ours, theirs, mask=MASKS[mask], states=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"units": 0}, "units must be a positive integer, got 0"),
+        ({"units": "5"}, "units must be a positive integer, got '5'"),
+        ({"dropout": 2}, "dropout must be from 0 to 1, got 2"),
+        ({"recurrent_dropout": "a"}, "recurrent_dropout must be from 0 to 1, got 'a'"),
+    ],
+)
+def test_settings_of_recurrent_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recurrent(cells.lstm, **{"units": H, **settings})
 
 
 def test_recurrent_with_the_cell_of_keras() -> None:

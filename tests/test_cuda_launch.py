@@ -152,6 +152,22 @@ def test_a_persistent_kernel_is_launched_cooperatively(cupy: mock.MagicMock) -> 
         assert cupy.cuda.driver.cooperative == (form == "persistent")
 
 
+@pytest.mark.parametrize("compiler", ["numba", "numba_cuda"])
+def test_kernels_are_compiled_once_by_a_version_of_the_compiler(
+    compiler: str, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ptx = mock.Mock(return_value="")
+    monkeypatch.setattr(launch, "compile_ptx", compile_ptx)
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path))
+    options = (cells.lstm, plan, True, True, (7, 5))
+    before = launch.cached_ptx(*options)
+    assert launch.cached_ptx(*options) == before
+    assert compile_ptx.call_count == 1
+    monkeypatch.setattr(f"{compiler}.__version__", "another")
+    assert launch.cached_ptx(*options) != before
+    assert compile_ptx.call_count == 2
+
+
 def test_kernels_are_assembled_once_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(".version 7.0\n.target sm_75\n.address_size 64\n.visible .entry nothing() { ret; }\n")

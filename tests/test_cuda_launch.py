@@ -100,21 +100,21 @@ def test_a_kernel_gets_as_many_numbers_as_it_takes(plan: Plan, cupy: mock.MagicM
     """Numba's way to pass arrays, which launch.py follows, is that of the compiled kernel."""
     kernel, grid = compiled(plan), plan.grid(16)
     arrays = arguments(plan)
-    kernel(plan, grid, arrays, RUNS[:1])
+    kernel(grid, arrays, RUNS[:1])
     ((how, numbers),) = cupy.cuda.driver.launches
     assert how == (FUNCTION, *grid, 1, plan.threads, 1, 1, plan.shared, STREAM)
     flat = [number for array in arrays for number in launch._flattened(array)]
     assert numbers == [*flat, *RUNS[0]]
     assert cupy.RawModule.return_value.get_function.return_value.max_dynamic_shared_size_bytes == plan.shared
     with pytest.raises(RuntimeError, match="passes arrays to kernels in another way"):
-        kernel(plan, grid, arguments(plan)[1:], RUNS[:1])
+        kernel(grid, arguments(plan)[1:], RUNS[:1])
 
 
 def test_many_runs_are_one_graph_as_long_as_the_arrays_stay(plan: Plan, cupy: mock.MagicMock) -> None:
     kernel, grid = compiled(plan), plan.grid(16)
     stream = cupy.cuda.Stream.return_value
     for address, captured in ((4096, 1), (4096, 1), (8192, 2), (4096, 2)):
-        kernel(plan, grid, arguments(plan, address), RUNS)
+        kernel(grid, arguments(plan, address), RUNS)
         assert stream.end_capture.call_count == captured
         assert len(cupy.cuda.driver.launches) == captured * len(RUNS)
     assert stream.end_capture.return_value.launch.call_count == 4
@@ -123,7 +123,7 @@ def test_many_runs_are_one_graph_as_long_as_the_arrays_stay(plan: Plan, cupy: mo
 def test_graphs_are_not_kept_for_ever(plan: Plan, cupy: mock.MagicMock) -> None:
     kernel = compiled(plan)
     for address in range(2 * launch._GRAPHS):
-        kernel(plan, plan.grid(16), arguments(plan, address), RUNS)
+        kernel(plan.grid(16), arguments(plan, address), RUNS)
     assert len(kernel._graphs) == launch._GRAPHS
 
 
@@ -132,7 +132,7 @@ def test_very_many_runs_are_launched_one_by_one(
 ) -> None:
     monkeypatch.setattr(launch, "_NODES", 3)
     runs = [(n, n + 1, 0, 0) for n in range(4)]
-    compiled(plan)(plan, plan.grid(16), arguments(plan), runs)
+    compiled(plan)(plan.grid(16), arguments(plan), runs)
     assert [tuple(numbers[-4:]) for _, numbers in cupy.cuda.driver.launches] == runs
     assert not cupy.cuda.Stream.called
 
@@ -141,14 +141,14 @@ def test_a_capture_by_the_caller_is_refused(plan: Plan, cupy: mock.MagicMock) ->
     kernel = compiled(plan)
     cupy.cuda.get_current_stream.return_value.is_capturing.return_value = True
     with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
-        kernel(plan, plan.grid(16), arguments(plan), RUNS)
+        kernel(plan.grid(16), arguments(plan), RUNS)
     assert not cupy.cuda.driver.launches
 
 
 def test_a_persistent_kernel_is_launched_cooperatively(cupy: mock.MagicMock) -> None:
     for form in ("persistent", "stepwise"):
         plan = choose(DEVICES["sm_90"], cells.lstm, "float32", 512, 0, 16, False, form)  # type: ignore[arg-type]
-        compiled(plan)(plan, plan.grid(16), arguments(plan), RUNS[:1])
+        compiled(plan)(plan.grid(16), arguments(plan), RUNS[:1])
         assert cupy.cuda.driver.cooperative == (form == "persistent")
 
 

@@ -214,7 +214,7 @@ class Resident:
         arrivals = xp.zeros(columns, np.uint64)
         launch = kernel(self.cell, plan, *options, self.device.capability)
         arrays = (*arrays, exchange, second, *self._packed(plan), arrivals)
-        launch(plan, plan.grid(batch), arrays, list(_runs(plan, steps, reverse)))
+        launch(plan.grid(batch), arrays, list(_runs(plan, steps, reverse)))
 
     def forward(
         self,

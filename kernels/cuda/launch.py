@@ -39,9 +39,9 @@ _NODES = 4096  # launches in one of them, at most; more are launched one by one
 
 
 class Kernel(Protocol):
-    """A compiled kernel."""
+    """The kernel of a plan, ready to be launched."""
 
-    def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
+    def __call__(self, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
         """Launch once for each of `runs`, the last four arguments of the kernel."""
 
 
@@ -115,11 +115,11 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
 
 class _Simulated:
     def __init__(self, function: Callable[..., None], plan: Plan) -> None:
-        self._function, self._threads = cuda.jit(function), plan.threads
+        self._function, self._threads, self._shared = cuda.jit(function), plan.threads, plan.shared
 
-    def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
+    def __call__(self, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
         for run in runs:
-            self._function[grid, plan.threads, 0, plan.shared](*arrays, *run)
+            self._function[grid, self._threads, 0, self._shared](*arrays, *run)
 
 
 def signature(plan: Plan) -> tuple[Any, ...]:
@@ -280,7 +280,7 @@ class _Compiled:
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, plan: Plan, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
+    def __call__(self, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
         if self._cupy.cuda.get_current_stream().is_capturing():
             raise RuntimeError(
                 "the layers cannot be captured into a CUDA graph: memory that they use would be given to "

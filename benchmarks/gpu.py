@@ -172,7 +172,7 @@ def check(
     """
     scale = np.sqrt(len(wanted["y"])) if precision == "float32" else 1
     errors = {}
-    if "inference" in found:  # where it is another kernel
+    if "inference" in found:  # which is another kernel
         wanted = wanted | {"inference": wanted["y"]}
     for name, right in wanted.items():
         off = np.asarray(found[name], np.float64) - right
@@ -249,13 +249,14 @@ def cudnn(problem: Problem, given: Data, precision: Precision) -> Prepared:
                 parameter.copy_(torch.from_numpy(entry[:, :inputs] if narrow else entry))
         return layer.to(device, dtype)
 
-    layer, narrow = layer_of(problem.inputs), layer_of(1)
+    # in training mode cuDNN keeps what gradients need, even if none are wanted
+    layer, inferring, narrow = layer_of(problem.inputs), layer_of(problem.inputs).eval(), layer_of(1).eval()
     x, dy = (torch.from_numpy(array).to(device, dtype) for array in (given.x, given.dy))
     thin = torch.zeros((problem.steps, problem.batch, 1), dtype=dtype, device=device)
 
     def forward() -> Any:
         with torch.no_grad():
-            return layer(x)[0]
+            return inferring(x)[0]
 
     def without_input() -> Any:
         with torch.no_grad():
@@ -273,6 +274,7 @@ def cudnn(problem: Problem, given: Data, precision: Precision) -> Prepared:
         gradients = [parameter.grad.double() for parameter in layer.parameters()]
         vector = lambda values: torch.from_numpy(values).to(device).double()  # noqa: E731
         found = results(problem.rows, y, dx, gradients, vector)
+        found["inference"] = forward()[:, problem.rows]
         return {name: part.double().cpu().numpy() for name, part in found.items()}
 
     return Prepared(checked, {"forward": forward, "train": train, "recurrent": without_input}, {})

@@ -50,7 +50,7 @@ class Torch(Contender):
         return {"lstm": nn.LSTM, "gru": nn.GRU}[case.cell](case.inputs, case.hidden, case.layers, dtype=dtype)
 
     def prepare(self, case: Case, data: Data) -> Prepared:
-        layer = self.module(case)
+        layer = self.module(case).train(case.mode == "train")  # else cuDNN keeps what gradients need
         layer.load_state_dict({name: self.tensor(array) for name, array in data.weights.items()})
         return self.prepare_module(case, data, layer, dict(layer.named_parameters()))
 

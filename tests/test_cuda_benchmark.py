@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fusedlstm.benchmarks import gpu
 from fusedlstm.benchmarks.worker import Failed
@@ -49,6 +50,26 @@ def test_one_wrong_result_is_enough(spoilt: str, by: float) -> None:
     wanted = gpu.expected(*PROBLEM.checked)
     with pytest.raises(RuntimeError, match=f"relative error of {spoilt}"):
         gpu.check(wanted | {spoilt: by * wanted[spoilt]}, wanted, "bfloat16")
+
+
+def test_cudnn_is_in_training_mode_if_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    class GRU(torch.nn.GRU):
+        def forward(self, *arguments: Any) -> Any:
+            modes.append(self.training)
+            return super().forward(*arguments)
+
+    monkeypatch.setattr(torch.nn, "GRU", GRU)
+    monkeypatch.setattr(gpu, "SIMULATED", True)  # on the CPU
+    # PyTorch's test utilities, which other tests import, forbid to change its settings
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        prepared = gpu.cudnn(PROBLEM, gpu.data(PROBLEM), "float32")
+    for call in prepared.calls.values():
+        call()
+    assert dict(zip(prepared.calls, modes)) == {"forward": False, "train": True, "recurrent": False}
+    errors = gpu.check(prepared.results(), gpu.expected(*PROBLEM.checked), "float32")
+    assert "inference" in errors
 
 
 # --- The run ----------------------------------------------------------------------------------------------

@@ -51,6 +51,22 @@ def test_cudnn(contender: type[CuDNN], mode: str, on_cpu: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_layer_is_in_training_mode_if_it_trains(
+    mode: str, on_cpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    class LSTM(torch.nn.LSTM):
+        def forward(self, *arguments: Any) -> Any:
+            modes.append(self.training)
+            return super().forward(*arguments)
+
+    monkeypatch.setattr(torch.nn, "LSTM", LSTM)
+    run(CuDNN, Case(1 if mode == "step" else 3, 2, 4, 5, mode=mode))
+    assert modes == [mode == "train"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("contender", in_precisions(FusedCUDA), ids=lambda contender: contender.name)
 def test_ours(contender: type[FusedCUDA], mode: str, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     reference = dispatch.engine("reference", np.zeros(1))

@@ -30,10 +30,7 @@ _ENGINES = {
     "cuda": ("fusedlstm.kernels.cuda.engine", "CUDA"),
     "reference": ("fusedlstm.kernels.reference", "Reference"),
 }
-_HINTS = {
-    "cuda": ". It needs an NVIDIA GPU, numba-cuda and CuPy, for the driver's version of CUDA: "
-    "pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]'"
-}
+INSTALL_CUDA = "pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]', for your driver's version of CUDA"
 _loaded: dict[tuple[str, str, str], Engine] = {}
 
 _ON_GPU = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
@@ -160,7 +157,9 @@ def _cupy() -> Any:
     try:
         return importlib.import_module("cupy")
     except ImportError as error:
-        raise ImportError(f"arrays on a GPU cannot be taken: {error}{_HINTS['cuda']}") from error
+        raise ImportError(
+            f"arrays on a GPU cannot be taken: {error}. They need CuPy: {INSTALL_CUDA}"
+        ) from error
 
 
 def backend_for(backend: str, x: Any) -> str:
@@ -205,9 +204,11 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
             f"only CUDA kernels have {' and '.join(other)}, but backend {name!r} would run: give CuPy "
             "arrays, or leave this out"
         )
-    module, engine_class = _ENGINES[name]
+    path, engine_class = _ENGINES[name]
     try:
-        made = cast(Engine, getattr(importlib.import_module(module), engine_class)(**options))
+        module = importlib.import_module(path)
     except ImportError as error:
-        raise ImportError(f"backend {name!r} cannot be loaded: {error}{_HINTS.get(name, '')}") from error
+        hint = f". It needs an NVIDIA GPU, numba-cuda and CuPy: {INSTALL_CUDA}" if name == "cuda" else ""
+        raise ImportError(f"backend {name!r} cannot be loaded: {error}{hint}") from error
+    made = cast(Engine, getattr(module, engine_class)(**options))
     return _loaded.setdefault(key, made)  # of two threads, the first

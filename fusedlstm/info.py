@@ -6,6 +6,7 @@ import os
 from importlib import metadata, util
 from pathlib import Path
 
+from .dispatch import INSTALL_CUDA
 from .files import cuda_kernels
 
 PACKAGES = (
@@ -51,8 +52,7 @@ def gpu() -> str:
     wanted = {"numba-cuda": "numba_cuda", "CuPy": "cupy"}
     missing = [name for name, module in wanted.items() if util.find_spec(module) is None]
     if missing:
-        what = " and ".join(missing)
-        return f"not used: {what} not installed; pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]'"
+        return f"not used: {' and '.join(missing)} not installed; {INSTALL_CUDA}"
     try:
         import cupy
 

@@ -65,6 +65,14 @@ def test_an_engine_can_be_had_before_there_is_an_array(monkeypatch: pytest.Monke
     assert dispatch.engine("auto") is dispatch.engine("cpu")
 
 
+def test_missing_cupy_is_said_with_one_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    with pytest.raises(ImportError, match=r"^backend 'cuda' needs CuPy: pip install") as caught:
+        dispatch.engine("cuda", Device())
+    assert str(caught.value).count("pip install") == 1
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_options_of_cuda_kernels_are_refused_elsewhere(backend: str) -> None:
     with pytest.raises(ValueError, match=f"CUDA kernels have precision 'tf32', but backend '{backend}'"):

@@ -23,6 +23,7 @@ from numba import cuda
 from numba.cuda import types
 
 from fusedlstm.cells import Cell
+from fusedlstm.dispatch import INSTALL_CUDA
 
 from . import backward, forward
 from .plan import Device, Plan
@@ -57,10 +58,7 @@ def array_module() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError(
-            "backend 'cuda' needs CuPy: pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]', "
-            "whichever is the CUDA version of your driver"
-        ) from error
+        raise ImportError(f"backend 'cuda' needs CuPy: {INSTALL_CUDA}") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

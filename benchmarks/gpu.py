@@ -40,6 +40,7 @@ from threadpoolctl import threadpool_limits
 
 from fusedlstm import cells
 from fusedlstm.cells import Cell
+from fusedlstm.dispatch import PRECISIONS
 from fusedlstm.kernels import reference
 from fusedlstm.kernels.cuda import launch
 from fusedlstm.kernels.cuda.engine import CUDA, Direction
@@ -48,19 +49,16 @@ from fusedlstm.kernels.cuda.product import meet
 from fusedlstm.kernels.cuda.ptx import SIMULATED
 from fusedlstm.weights import Weights
 
+from .cases import TOLERANCES
 from .machine import commit, cores
-from .worker import Failed, Worker
+from .worker import Failed, Worker, serve
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results_gpu.md"
-PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16", "float16")
 GROUPS = ("deepbench_train_lstm", "flashrnn", "gru", "deepbench_inference_lstm")  # the first matter most
 FIRST = ((25, 16, 512), (25, 64, 1024), (25, 16, 2048), (150, 32, 256), (25, 128, 1024))  # T, B, H
 GRU = ((25, 16, 512), (25, 64, 1024), (150, 32, 256), (50, 16, 1536))  # T, B, H = I
-# The relative error up to which a result counts as right, for one step of float32, of T steps sqrt(T) times
-# as much; gradients, which pass more roundings, may be further off.  The errors are in the record.
-LIMITS = {"float32": 4e-6, "tf32": 2e-3, "bfloat16": 2e-2, "float16": 1e-2}
-GRADIENTS = 5  # times as much
+GRADIENTS = 5  # times as far off as outputs they may be, since they pass more roundings
 CHECKED = 8  # rows of the batch whose results are checked
 TOGETHER = 6  # problems whose kernels are compiled at once
 WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 0.3  # calls, and how long they should take together
@@ -170,14 +168,13 @@ def check(
     Raises:
         RuntimeError: if one is so large that a time would mean nothing.
     """
-    scale = np.sqrt(len(wanted["y"])) if precision == "float32" else 1
     errors = {}
     if "inference" in found:  # which is another kernel
         wanted = wanted | {"inference": wanted["y"]}
     for name, right in wanted.items():
         off = np.asarray(found[name], np.float64) - right
         errors[name] = float(np.linalg.norm(off) / np.linalg.norm(right))
-        limit = LIMITS[precision] * scale * (1 if name in ("y", "inference") else GRADIENTS)
+        limit = TOLERANCES[precision] / (GRADIENTS if name in ("y", "inference") else 1)
         if not errors[name] <= limit:
             raise RuntimeError(f"{precision}: relative error of {name} {errors[name]:.1e} > {limit:.0e}")
     return errors
@@ -420,9 +417,8 @@ QUESTIONS: dict[str, Callable[..., Any]] = {"machine": machine, "floors": floors
 class Process(Worker):
     """The process of a contender; questions are the names of functions here."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.timeout = name, TIMEOUT
-        self._process: Any = None
+    def __init__(self) -> None:
+        super().__init__(serve_questions, (), TIMEOUT, {})
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The answer; whatever goes wrong, the next question has a new process, and a GPU that works."""
@@ -432,25 +428,10 @@ class Process(Worker):
             self.close()
             raise
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs,), name=self.name, daemon=True)
-        self._process.start()
-        theirs.close()
 
-
-def serve(connection: Connection) -> None:
+def serve_questions(connection: Connection) -> None:
     """Answer questions until there are no more."""
-    while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(("done", QUESTIONS[method](*arguments)))
-        except Exception as error:  # of a driver, a compiler, a framework
-            connection.send(("failed", f"{type(error).__name__}: {error}"[:1000]))
+    serve(connection, lambda question, *arguments: QUESTIONS[question](*arguments))
 
 
 def compile_kernel(cell: str, plan: Plan, training: bool, capability: tuple[int, int]) -> None:
@@ -492,7 +473,7 @@ def run(
     """Measure for `budget` seconds; the record is written to `path`, or a name of its own, after each row."""
     until = time.monotonic() + budget
     with ExitStack() as stack:
-        contenders = {who: Process(who) for who in CONTENDERS}
+        contenders = {who: Process() for who in CONTENDERS}
         for process in contenders.values():
             stack.callback(process.close)
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")

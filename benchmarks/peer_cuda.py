@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, ClassVar
 
-from fusedlstm.dispatch import on_host
+from fusedlstm.dispatch import PRECISIONS, on_host
 
-from .cases import Case, Data, as_state, name_results, recurrent
+from .cases import TOLERANCES, Case, Data, as_state, name_results, recurrent
 from .contender import Contender, Prepared, Unsupported, layer_call
 from .machine import gpu
 from .peer_torch import Torch
-
-# The relative error up to which a result, gradients among them, counts as right.
-TOLERANCES = {"float32": None, "tf32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
 
 
 class OnGPU(Contender):
@@ -144,9 +141,7 @@ class FlashRNN(CuDNN):
         return layer
 
 
-def in_precisions(
-    contender: type[OnGPU], precisions: Iterable[str] = tuple(TOLERANCES)
-) -> list[type[Contender]]:
+def in_precisions(contender: type[OnGPU], precisions: Iterable[str] = PRECISIONS) -> list[type[Contender]]:
     """A contender in each precision of its products."""
     return [
         contender

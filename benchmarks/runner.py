@@ -40,7 +40,7 @@ from .cases import (
 )
 from .contender import Contender, Unsupported
 from .contenders import OURS, absent, best_peer, choose
-from .worker import Failed, Worker
+from .worker import Failed, Worker, contender_worker
 
 SCHEMA = 1  # version of the record; see schema.json
 FEWEST_ROUNDS = 3  # for those who are far behind
@@ -90,7 +90,7 @@ def compare(
             if case.threads != threads:
                 open_workers.close()
                 threads = case.threads
-                workers = {c.name: Worker(c, threads, settings.timeout) for c in contenders}
+                workers = {c.name: contender_worker(c, threads, settings.timeout) for c in contenders}
                 for worker in workers.values():
                     open_workers.callback(worker.close)
             np.savez(right, **expected(case, make_data(case)))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -114,40 +114,64 @@ def flush_caches(threads: int) -> None:
         list(pool.map(lambda _: np.ones(count).sum(), range(threads)))
 
 
-def serve(connection: Connection, name: str, threads: int) -> None:
-    """Answer requests (method of Bench, arguments) until there are no more."""
+def serve_contender(connection: Connection, name: str, threads: int) -> None:
+    """Call methods of Bench for a contender until no more are asked for."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     bench = None
+
+    def answer(method: str, *arguments: Any) -> Any:
+        nonlocal bench
+        bench = bench or Bench(name, threads)
+        return getattr(bench, method)(*arguments)
+
+    serve(connection, answer)
+
+
+def serve(connection: Connection, answer: Callable[..., Any]) -> None:
+    """Answer requests (method, arguments) by `answer(method, *arguments)` until there are no more."""
     while True:
         try:
             method, arguments = connection.recv()
         except EOFError:
             return
         try:
-            bench = bench or Bench(name, threads)
-            connection.send(("done", getattr(bench, method)(*arguments)))
+            connection.send(("done", answer(method, *arguments)))
         except Unsupported as error:
             connection.send(("unsupported", str(error)))
         except Exception as error:  # whatever a framework raises is a result
-            connection.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]))
+            message = " ".join(f"{type(error).__name__}: {error}".split())  # in one line of a table
+            connection.send(("failed", message[:500]))
 
 
 # --- In the process that compares ------------------------------------------------------------------------
 
 
 class Worker:
-    """The process of a contender, started when it is first asked, and again after it has died."""
+    """A process that answers, started when it is first asked, and again after it has died.
 
-    def __init__(self, contender: type[Contender], threads: int, timeout: float) -> None:
-        self.contender, self.threads, self.timeout = contender, threads, timeout
+    Args:
+        target: what runs in it, with a connection and `arguments`; it ends in :func:`serve`.
+        timeout: seconds after which an answer is not waited for.
+        environment: variables to set before it starts.
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., None],
+        arguments: tuple[Any, ...],
+        timeout: float,
+        environment: Mapping[str, str],
+    ) -> None:
+        self.target, self.arguments = target, arguments
+        self.timeout, self.environment = timeout, environment
         self._process: Any = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What the method of Bench returns.
+        """The answer of the process.
 
         Raises:
-            Unsupported: if the contender has no such thing.
+            Unsupported: if there is no such thing for a contender.
             Failed: if it failed, took longer than the timeout, or died.
         """
         if self._process is None:
@@ -174,10 +198,8 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        with _environment({"OMP_NUM_THREADS": str(self.threads), **self.contender.environment}):
-            self._process = context.Process(
-                target=serve, args=(theirs, self.contender.name, self.threads), daemon=True
-            )
+        with _environment(self.environment):
+            self._process = context.Process(target=self.target, args=(theirs, *self.arguments), daemon=True)
             self._process.start()
         theirs.close()
 
@@ -192,8 +214,14 @@ class Worker:
             self._process = None
 
 
+def contender_worker(contender: type[Contender], threads: int, timeout: float) -> Worker:
+    """The process of a contender; what it is asked for are methods of Bench."""
+    environment = {"OMP_NUM_THREADS": str(threads), **contender.environment}
+    return Worker(serve_contender, (contender.name, threads), timeout, environment)
+
+
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Variables that a process started inside will see."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

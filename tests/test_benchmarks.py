@@ -230,7 +230,7 @@ def test_every_installed_contender_gives_right_results(name: str) -> None:
 
 
 def test_a_process_that_dies_has_failed_and_is_started_again(right: str) -> None:
-    process = worker.Worker(NumPy, 1, 60)
+    process = worker.contender_worker(NumPy, 1, 60)
     try:
         process.ask("prepare", SMALL, right, 1e-4, False)
         process._process.kill()
@@ -242,7 +242,7 @@ def test_a_process_that_dies_has_failed_and_is_started_again(right: str) -> None
 
 
 def test_a_contender_that_hangs_has_failed(right: str) -> None:
-    process = worker.Worker(NumPy, 1, timeout=1e-3)
+    process = worker.contender_worker(NumPy, 1, timeout=1e-3)
     with pytest.raises(worker.Failed, match="no answer within"):
         process.ask("prepare", SMALL, right, 1e-4, False)
     assert process._process is None
@@ -264,7 +264,7 @@ def test_a_failed_contender_is_shown_and_the_others_go_on(monkeypatch: pytest.Mo
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(runner, "Worker", Fake)
+    monkeypatch.setattr(runner, "contender_worker", Fake)
     contenders = [CONTENDERS[name] for name in ("fusedlstm", "torch", "numpy")]
     rows = runner.compare([SMALL], contenders, runner.Settings(rounds=2))
     results = rows[0]["results"]

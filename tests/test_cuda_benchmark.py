@@ -129,7 +129,7 @@ def test_the_most_important_rows_come_first() -> None:
 
 
 def test_a_process_that_dies_is_replaced() -> None:
-    process = gpu.Process("fusedlstm")
+    process = gpu.Process()
     with pytest.raises(Failed, match=r"CuPy|GPU"):  # there is none
         process.ask("machine")
     with pytest.raises(Failed, match="KeyError"):

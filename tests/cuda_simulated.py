@@ -379,7 +379,7 @@ def test_what_a_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_benchmark_for_gpus_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both contenders run and are right; nothing is timed in a simulator."""
-    from fusedlstm.benchmarks import gpu
+    from fusedlstm.benchmarks import gpu, gpu_report
 
     monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
     record = gpu.run(["deepbench_train_lstm"], gpu.PRECISIONS, tmp_path / "record.json")
@@ -389,7 +389,7 @@ def test_the_benchmark_for_gpus_is_ready(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert row["fusedlstm"]["forward"] is None
         assert len(row["fusedlstm"]["errors"]) == 7
         assert max(row["cudnn"]["errors"].values()) < 1e-5
-    assert len(gpu.table(record).splitlines()) == 4 + len(record["rows"])
+    assert len(gpu_report.table(record).splitlines()) == 4 + len(record["rows"])
 
 
 # --- The simulator itself ---------------------------------------------------------------------------------

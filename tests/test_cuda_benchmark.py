@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from fusedlstm.benchmarks import gpu
+from fusedlstm.benchmarks import gpu, gpu_contenders, gpu_problems, gpu_report
 from fusedlstm.benchmarks.worker import Failed
 from fusedlstm.kernels.cuda.plan import PRECISIONS
 from fusedlstm.kernels.cuda.resources import DEVICES
 
-PROBLEM = gpu.Problem("gru", "gru", 3, 11, 4, 5)
+PROBLEM = gpu_problems.Problem("gru", "gru", 3, 11, 4, 5)
 TIME = {"median": 2.0, "low": 1.0, "high": 3.0, "host": 0.02}
 TIMES = {"errors": {"y": 1e-7}, "kernels": {}, "forward": TIME, "train": TIME, "recurrent": TIME}
 MACHINE = {"gpu": "a GPU", "device": vars(DEVICES["sm_90"]), "versions": {"cupy": "14"}, "driver": 1}
@@ -32,14 +32,14 @@ def test_results_are_those_of_the_checked_rows() -> None:
     from fusedlstm import cells
     from fusedlstm.kernels import reference
 
-    given = gpu.data(PROBLEM)
-    assert len(PROBLEM.rows) == gpu.CHECKED
+    given = gpu_problems.data(PROBLEM)
+    assert len(PROBLEM.rows) == gpu_problems.CHECKED
     assert {PROBLEM.rows[0], PROBLEM.rows[-1]} == {0, PROBLEM.batch - 1}
     zero = (np.zeros((PROBLEM.batch, PROBLEM.hidden)),)
     y, _, tape = reference.forward(cells.gru, given.weights, given.x, zero)
     dx, _, grads = reference.backward(tape, given.dy_checked, zero)
-    found = gpu.results(PROBLEM.rows, y, dx, grads[:4], np.asarray)
-    errors = gpu.check(found, gpu.expected(*PROBLEM.checked), "float32")
+    found = gpu_problems.results(PROBLEM.rows, y, dx, grads[:4], np.asarray)
+    errors = gpu_problems.check(found, gpu_problems.expected(*PROBLEM.checked), "float32")
     assert errors.keys() == {"y", "dx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"}
     assert max(errors.values()) < 1e-6
 
@@ -47,9 +47,9 @@ def test_results_are_those_of_the_checked_rows() -> None:
 @pytest.mark.parametrize("spoilt", ["y", "dx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"])
 @pytest.mark.parametrize("by", [1.2, np.nan])
 def test_one_wrong_result_is_enough(spoilt: str, by: float) -> None:
-    wanted = gpu.expected(*PROBLEM.checked)
+    wanted = gpu_problems.expected(*PROBLEM.checked)
     with pytest.raises(RuntimeError, match=f"relative error of {spoilt}"):
-        gpu.check(wanted | {spoilt: by * wanted[spoilt]}, wanted, "bfloat16")
+        gpu_problems.check(wanted | {spoilt: by * wanted[spoilt]}, wanted, "bfloat16")
 
 
 def test_cudnn_is_in_training_mode_if_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,14 +61,14 @@ def test_cudnn_is_in_training_mode_if_it_trains(monkeypatch: pytest.MonkeyPatch)
             return super().forward(*arguments)
 
     monkeypatch.setattr(torch.nn, "GRU", GRU)
-    monkeypatch.setattr(gpu, "SIMULATED", True)  # on the CPU
+    monkeypatch.setattr(gpu_contenders, "SIMULATED", True)  # on the CPU
     # PyTorch's test utilities, which other tests import, forbid to change its settings
     with getattr(torch.backends, "__allow_nonbracketed_mutation")():
-        prepared = gpu.cudnn(PROBLEM, gpu.data(PROBLEM), "float32")
+        prepared = gpu_contenders.cudnn(PROBLEM, gpu_problems.data(PROBLEM), "float32")
     for call in prepared.calls.values():
         call()
     assert dict(zip(prepared.calls, modes)) == {"forward": False, "train": True, "recurrent": False}
-    errors = gpu.check(prepared.results(), gpu.expected(*PROBLEM.checked), "float32")
+    errors = gpu_problems.check(prepared.results(), gpu_problems.expected(*PROBLEM.checked), "float32")
     assert "inference" in errors
 
 
@@ -98,11 +98,11 @@ def test_each_row_is_written_and_failures_are_shown(asked: list[Any], tmp_path: 
     path = tmp_path / "new" / "record.json"
     record = gpu.run(["gru"], ["tf32", "float16"], path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
-    assert len(record["rows"]) == 2 * len(gpu.GRU)
+    assert len(record["rows"]) == 2 * len(gpu_problems.GRU)
     assert record["left out"] == 0
     assert asked[:2] == [("machine",), ("floors",)]
-    text = gpu.document(record)
-    assert text.count("cudnn failed: no answer within 90 s") == len(gpu.GRU)
+    text = gpu_report.document(record)
+    assert text.count("cudnn failed: no answer within 90 s") == len(gpu_problems.GRU)
     assert "| gru | 25 | 16 | 512 | tf32 | 2.000 | 2.000 | 1.00 |" in text
     assert "One barrier of 16 blocks 0.50 us" in text
 
@@ -110,20 +110,22 @@ def test_each_row_is_written_and_failures_are_shown(asked: list[Any], tmp_path: 
 def test_kernels_are_compiled_before_they_are_timed(asked: list[Any], tmp_path: Path) -> None:
     gpu.run(["gru"], ["bfloat16"], tmp_path / "record.json")
     kinds = [question[0] for question in asked[2:]]
-    assert kinds == ["compile"] * 3 * len(gpu.GRU) + ["measure"] * 2 * len(gpu.GRU)
+    assert kinds == ["compile"] * 3 * len(gpu_problems.GRU) + ["measure"] * 2 * len(gpu_problems.GRU)
     plans = [(plan.backward, training) for _, _, plan, training, _ in asked[2:5]]
     assert plans == [(False, False), (False, True), (True, True)]
 
 
 def test_the_budget_ends_the_run(asked: list[Any], tmp_path: Path) -> None:
     record = gpu.run(["gru"], ["tf32"], tmp_path / "record.json", budget=0)
-    assert (record["rows"], record["left out"]) == ([], len(gpu.GRU))
-    assert "4 rows were left out for lack of time" in gpu.table(record)
+    assert (record["rows"], record["left out"]) == ([], len(gpu_problems.GRU))
+    assert "4 rows were left out for lack of time" in gpu_report.table(record)
 
 
 def test_the_most_important_rows_come_first() -> None:
-    rows = list(gpu.problems(gpu.GROUPS))
-    assert {(row.steps, row.batch, row.hidden) for row in rows[: len(gpu.FIRST)]} == set(gpu.FIRST)
+    rows = list(gpu_problems.problems(gpu_problems.GROUPS))
+    assert {(row.steps, row.batch, row.hidden) for row in rows[: len(gpu_problems.FIRST)]} == set(
+        gpu_problems.FIRST
+    )
     assert len(set(rows)) == len(rows)
     assert set(gpu.PRECISIONS) < set(PRECISIONS)
 

@@ -12,7 +12,6 @@ Forms, blocks and exchange buffers are as in forward.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from numba import cuda
 
 from fusedlstm.cells import Cell
 
+from .block import owned_elements, owned_units, transfer
 from .plan import Plan
-from .product import U, copy, functions, meet, starts_anew
-from .scalar import element, update
+from .product import U, meet, products, starts_anew
+from .scalar import device, element, update
 
 # As in forward.py.
 ARGUMENTS = {
@@ -54,35 +54,99 @@ ARGUMENTS = {
 
 def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
     """The kernel as a Python function, for Numba to compile; a backward pass is always training."""
-    hidden, outputs = plan.outputs
-    units, elements = plan.units, plan.elements
-    batch, threads, real = plan.recurrent.batch, plan.threads, plan.recurrent.real
+    hidden, real = plan.outputs[0], plan.recurrent.real
     further, vectors = len(cell.states) - 1, len(cell.weights)
     inputs, split = len(cell.preactivations), len(cell.split)
-    cells, owned = ceil(units * batch / threads), ceil(elements * batch / threads)  # of one thread
     persistent, projected = plan.form == "persistent", plan.projection is not None
     operand = cell.operand
 
-    recurrent = functions(plan.recurrent)
-    hold, multiply, total, publish = recurrent
-    _, multiply_hr, total_hr, publish_hr = functions(plan.projection) if plan.projection else recurrent
-    second = plan.projection or plan.recurrent
+    own = owned_units(plan)
+    cells, unit_of = own
+    owned, element_of = owned_elements(plan)
+    load_states, store_states = transfer(own, further)
+    load_learned, store_learned = transfer(own, vectors)
+    (keep, multiply, total, publish), (keep_hr, multiply_hr, total_hr, publish_hr) = products(plan)
     adjoint = update(cell, real).adjoint
 
     number, exchanged = element(real), element(plan.recurrent.operand)
-    per_block, per_block_hr = plan.recurrent.weights, second.weights
-    kept, kept_hr = plan.recurrent.shared_weights, second.shared_weights
-    shared_base = plan.partial // plan.recurrent.operand.itemsize
-    shared_base_hr = shared_base + kept
-    buffer, buffer_hr = plan.recurrent.depth * batch, second.depth * batch
-    registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
+    registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     all_states, all_vectors = max(1, cells * further), max(1, cells * vectors)
     slots, outcome = inputs + 1 + further + vectors, 1 + further
     taken = inputs + further + 2  # numbers of a cell that are prefetched
     all_taken = cells * taken
     none = real(0)
+
+    @device
+    def fetch(
+        pre: Any, entering: Any, entering_states: Any, dy: Any, t: Any, rows: Any, prefetched: Any
+    ) -> None:
+        """Load what the forward pass has left of a step, and the gradient of its output."""
+        for n in range(cells):
+            mine, _, _, u, b = unit_of(n, rows)
+            if mine:
+                at = n * taken
+                for a in range(inputs):
+                    prefetched[U(at + a)] = pre[t, b, a, u]
+                for i in range(further):
+                    prefetched[U(at + inputs + i)] = entering_states[i, t, b, u]
+                if not projected:
+                    prefetched[U(at + inputs + further)] = entering[t, b, u]
+                    prefetched[U(at + inputs + further + 1)] = dy[t, b, u]
+
+    @device
+    def complete(
+        n: Any, p: Any, b: Any, anew: Any, product: Any,
+        carried: Any, state: Any, total_output: Any, total_states: Any,
+    ) -> None:  # fmt: skip
+        """Add the product to the gradient of what it multiplied; a reset gives all to the initial state."""
+        value = carried[U(n)] if operand > 0 else carried[U(n)] + product
+        if anew:
+            total_output[b, p] += value
+            value = none
+        carried[U(n)] = value
+        if operand > 0:
+            value = state[U(n * further + operand - 1)] + product
+            if anew:
+                total_states[operand - 1, b, p] += value
+                value = none
+            state[U(n * further + operand - 1)] = value
+
+    @device
+    def gather(
+        n: Any, u: Any, learned: Any, prefetched: Any, carried: Any, state: Any, values: Any, seeds: Any
+    ) -> None:
+        """Put together what the adjoint of a unit takes; with a projection, seeds[0] is its gradient."""
+        at = n * taken
+        for a in range(inputs):
+            values[U(a)] = prefetched[U(at + a)]
+        for i in range(further):
+            values[U(inputs + 1 + i)] = prefetched[U(at + inputs + i)]
+            seeds[U(1 + i)] = state[U(n * further + i)]
+        for i in range(vectors):
+            values[U(inputs + 1 + further + i)] = learned[i, u]
+        if not projected:
+            values[U(inputs)] = prefetched[U(at + inputs + further)]
+            seeds[U(0)] = carried[U(n)] + prefetched[U(at + inputs + further + 1)]
+
+    @device
+    def retreat(
+        n: Any, u: Any, b: Any, active: Any, anew: Any, gradients: Any,
+        carried: Any, state: Any, learning: Any, total_states: Any,
+    ) -> None:  # fmt: skip
+        """The gradients of the states of a unit before a step, and of its learned vectors."""
+        if active and not projected:
+            carried[U(n)] = gradients[U(inputs)]
+        for i in range(further):
+            value = gradients[U(inputs + 1 + i)] if active else state[U(n * further + i)]
+            if anew:
+                total_states[i, b, u] += value
+                value = none
+            state[U(n * further + i)] = value
+        for i in range(vectors):
+            if active:
+                learning[U(n * vectors + i)] += gradients[U(inputs + 1 + further + i)]
 
     def kernel(
         pre: Any, entering: Any, entering_states: Any, learned: Any, lengths: Any, reset: Any,
@@ -92,8 +156,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         first: Any, last: Any, reverse: Any, phase: Any,
     ) -> None:  # fmt: skip
         steps, rows = dy.shape[0], dy.shape[1]
-        thread, block, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
-        groups, blocks = cuda.gridDim.y, cuda.gridDim.x
+        group, groups, blocks = cuda.blockIdx.y, cuda.gridDim.y, cuda.gridDim.x
         partial = cuda.shared.array(0, number)
         resident = cuda.shared.array(0, exchanged)
         held = cuda.local.array(registers, held_type)
@@ -106,143 +169,75 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         seeds = cuda.local.array(outcome, number)
 
         for n in range(owned):
-            q = thread + n * threads
-            p, b = block * elements + q % elements, group * batch + q // elements
-            if q < elements * batch and p < outputs and b < rows:
+            mine, _, _, p, b = element_of(n, rows)
+            if mine:
                 carried[U(n)] = doutput[b, p]
-        for n in range(cells):
-            q = thread + n * threads
-            u, b = block * units + q % units, group * batch + q // units
-            if q < units * batch and u < hidden and b < rows:
-                for i in range(further):
-                    state[U(n * further + i)] = dstates[i, b, u]
-                for i in range(vectors):
-                    learning[U(n * vectors + i)] = dlearned[i, b, u]
+        load_states(dstates, rows, state)
+        load_learned(dlearned, rows, learning)
         if persistent:
-            hold(weights, block * per_block, held)
-            copy(weights, block * per_block, resident, shared_base, kept)
+            keep(weights, resident, held)
             if projected:
-                copy(weights_hr, block * per_block_hr, resident, shared_base_hr, kept_hr)
+                keep_hr(weights_hr, resident, held)
 
         arrived = 0
         for step in range(first, last):
             t = step if reverse else steps - 1 - step
-            here = ((step % 2) * groups + group) * buffer
-            there = (((step + 1) % 2) * groups + group) * buffer
-            if step < steps and (not projected or persistent or phase == 1):
-                for n in range(cells):  # in flight while the blocks meet
-                    q = thread + n * threads
-                    u, b = block * units + q % units, group * batch + q // units
-                    if q < units * batch and u < hidden and b < rows:
-                        at = n * taken
-                        for a in range(inputs):
-                            prefetched[U(at + a)] = pre[t, b, a, u]
-                        for i in range(further):
-                            prefetched[U(at + inputs + i)] = entering_states[i, t, b, u]
-                        if not projected:
-                            prefetched[U(at + inputs + further)] = entering[t, b, u]
-                            prefetched[U(at + inputs + further + 1)] = dy[t, b, u]
+            later = t - 1 if reverse else t + 1
+            here, there = (step % 2) * groups + group, ((step + 1) % 2) * groups + group
+            to_cell = step < steps and (not projected or persistent or phase == 1)
+            if to_cell:
+                fetch(pre, entering, entering_states, dy, t, rows, prefetched)  # while the blocks meet
             if not projected or persistent or phase == 0:
                 if step > 0:
-                    later = t - 1 if reverse else t + 1
                     if persistent:
                         arrived += 1
                         meet(arrivals, group, np.uint64(arrived * blocks))
-                        multiply(resident, shared_base, held, exchange, there, partial)
-                    else:
-                        multiply(weights, block * per_block, held, exchange, there, partial)
+                    multiply(weights, resident, held, exchange, there, partial)
                     cuda.syncthreads()
                     for n in range(owned):
-                        q = thread + n * threads
-                        p, b = block * elements + q % elements, group * batch + q // elements
-                        if q < elements * batch and p < outputs and b < rows:
-                            product = total(partial, q % elements, q // elements)
+                        mine, row, column, p, b = element_of(n, rows)
+                        if mine:
+                            product = total(partial, row, column)
                             anew = resets and starts_anew(reset, later, b, lengths[b], reverse)
-                            value = carried[U(n)] if operand > 0 else carried[U(n)] + product
-                            if anew:
-                                total_output[b, p] += value
-                                value = none
-                            carried[U(n)] = value
-                            if operand > 0:
-                                value = state[U(n * further + operand - 1)] + product
-                                if anew:
-                                    total_states[operand - 1, b, p] += value
-                                    value = none
-                                state[U(n * further + operand - 1)] = value
+                            complete(n, p, b, anew, product, carried, state, total_output, total_states)
                 if projected and step < steps:
                     for n in range(owned):
-                        q = thread + n * threads
-                        p, b = block * elements + q % elements, group * batch + q // elements
-                        if q < elements * batch and p < outputs and b < rows:
+                        mine, _, column, p, b = element_of(n, rows)
+                        if mine:
                             value = none
                             if t < lengths[b]:
                                 value = carried[U(n)] + dy[t, b, p]
                                 carried[U(n)] = none
                             dprojected[t, b, p] = value
-                            publish_hr(exchange_projected, group * buffer_hr, p, q // elements, value)
-            if step < steps and (not projected or persistent or phase == 1):
+                            publish_hr(exchange_projected, group, p, column, value)
+            if to_cell:
                 if projected:
                     if persistent:
                         arrived += 1
                         meet(arrivals, group, np.uint64(arrived * blocks))
-                        multiply_hr(
-                            resident, shared_base_hr, held, exchange_projected, group * buffer_hr, partial
-                        )
-                    else:
-                        multiply_hr(
-                            weights_hr, block * per_block_hr, held,
-                            exchange_projected, group * buffer_hr, partial,
-                        )  # fmt: skip
+                    multiply_hr(weights_hr, resident, held, exchange_projected, group, partial)
                     cuda.syncthreads()
                 for n in range(cells):
-                    q = thread + n * threads
-                    unit, column = q % units, q // units
-                    u, b = block * units + unit, group * batch + column
-                    if q < units * batch and u < hidden and b < rows:
+                    mine, unit, column, u, b = unit_of(n, rows)
+                    if mine:
                         active = t < lengths[b]
-                        at = n * taken
-                        for a in range(inputs):
-                            values[U(a)] = prefetched[U(at + a)]
-                        for i in range(further):
-                            values[U(inputs + 1 + i)] = prefetched[U(at + inputs + i)]
-                            seeds[U(1 + i)] = state[U(n * further + i)]
-                        for i in range(vectors):
-                            values[U(inputs + 1 + further + i)] = learned[i, u]
+                        gather(n, u, learned, prefetched, carried, state, values, seeds)
                         if projected:
                             seeds[U(0)] = total_hr(partial, unit, column)
-                        else:
-                            values[U(inputs)] = prefetched[U(at + inputs + further)]
-                            seeds[U(0)] = carried[U(n)] + prefetched[U(at + inputs + further + 1)]
                         adjoint(values, seeds, gradients)
                         for a in range(inputs):
                             value = gradients[U(a)] if active else none
                             d[t, b, a, u] = value
                             if a >= split:
                                 publish(exchange, here, (a - split) * hidden + u, column, value)
-                        if active and not projected:
-                            carried[U(n)] = gradients[U(inputs)]
-                        for i in range(further):
-                            value = gradients[U(inputs + 1 + i)] if active else state[U(n * further + i)]
-                            if resets and starts_anew(reset, t, b, lengths[b], reverse):
-                                total_states[i, b, u] += value
-                                value = none
-                            state[U(n * further + i)] = value
-                        for i in range(vectors):
-                            if active:
-                                learning[U(n * vectors + i)] += gradients[U(inputs + 1 + further + i)]
+                        anew = resets and starts_anew(reset, t, b, lengths[b], reverse)
+                        retreat(n, u, b, active, anew, gradients, carried, state, learning, total_states)
 
         for n in range(owned):
-            q = thread + n * threads
-            p, b = block * elements + q % elements, group * batch + q // elements
-            if q < elements * batch and p < outputs and b < rows:
+            mine, _, _, p, b = element_of(n, rows)
+            if mine:
                 doutput[b, p] = carried[U(n)]
-        for n in range(cells):
-            q = thread + n * threads
-            u, b = block * units + q % units, group * batch + q // units
-            if q < units * batch and u < hidden and b < rows:
-                for i in range(further):
-                    dstates[i, b, u] = state[U(n * further + i)]
-                for i in range(vectors):
-                    dlearned[i, b, u] = learning[U(n * vectors + i)]
+        store_states(state, rows, dstates)
+        store_learned(learning, rows, dlearned)
 
     return kernel

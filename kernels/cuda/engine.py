@@ -206,7 +206,7 @@ class Resident:
     def _run(self, plan: Plan, batch: int, steps: int, reverse: bool, options: Any, arrays: Any) -> None:
         """Launch a plan's kernel; `arrays` are those before the exchange buffers."""
         xp, columns = self.xp, plan.grid(batch)[1]
-        sizes = [plan.recurrent.batch * product.depth * columns for product in plan.products]
+        sizes = [product.buffer * columns for product in plan.products]
         operand = plan.recurrent.operand
         # padding is multiplied by zero, so it must be a number
         exchange = xp.zeros(2 * sizes[0], operand)

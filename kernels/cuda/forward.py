@@ -12,7 +12,6 @@ does not overwrite what a slow one still reads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from numba import cuda
 
 from fusedlstm.cells import Cell
 
+from .block import owned_elements, owned_units, transfer
 from .plan import Plan
-from .product import U, copy, functions, meet, starts_anew
-from .scalar import element, update
+from .product import U, meet, products, starts_anew
+from .scalar import device, element, update
 
 # The arguments of the kernel: name -> what launch.py makes a type of.  T steps, B rows of the batch,
 # G gates, H hidden units, P elements of the output, A pre-activations, S further states, V learned
@@ -56,33 +56,85 @@ ARGUMENTS = {
 
 def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[..., None]:
     """The kernel as a Python function, for Numba to compile."""
-    hidden, outputs = plan.outputs
-    units, elements = plan.units, plan.elements
-    batch, threads, real = plan.recurrent.batch, plan.threads, plan.recurrent.real
+    hidden, units, real = plan.outputs[0], plan.units, plan.recurrent.real
     gates, further, vectors = len(cell.gates), len(cell.states) - 1, len(cell.weights)
     inputs, split = len(cell.preactivations), len(cell.split)
-    cells, owned = ceil(units * batch / threads), ceil(elements * batch / threads)  # of one thread
     persistent, projected = plan.form == "persistent", plan.projection is not None
     reads_output, operand = cell.reads_output, cell.operand
 
-    recurrent = functions(plan.recurrent)
-    hold, multiply, total, publish = recurrent
-    _, multiply_hr, total_hr, publish_raw = functions(plan.projection) if plan.projection else recurrent
-    second = plan.projection or plan.recurrent
+    own = owned_units(plan)
+    cells, unit_of = own
+    owned, element_of = owned_elements(plan)
+    load_states, store_states = transfer(own, further)
+    (keep, multiply, total, publish), (keep_hr, multiply_hr, total_hr, publish_raw) = products(plan)
     step_cell = update(cell, real).step
 
     number, exchanged = element(real), element(plan.recurrent.operand)
-    per_block, per_block_hr = plan.recurrent.weights, second.weights
-    kept, kept_hr = plan.recurrent.shared_weights, second.shared_weights
-    shared_base = plan.partial // plan.recurrent.operand.itemsize
-    shared_base_hr = shared_base + kept
-    buffer, buffer_raw = plan.recurrent.depth * batch, second.depth * batch
-    registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
+    registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     all_states, all_gates = max(1, cells * further), cells * gates
     slots, outcome = inputs + 1 + further + vectors, 1 + further
     none = real(0)
+
+    @device
+    def fetch(fed: Any, t: Any, rows: Any, prefetched: Any) -> None:
+        """Load the input product of a step."""
+        for n in range(cells):
+            mine, _, _, u, b = unit_of(n, rows)
+            if mine:
+                for g in range(gates):
+                    prefetched[U(n * gates + g)] = fed[t, b, g * hidden + u]
+
+    @device
+    def gather(
+        n: Any, unit: Any, column: Any, u: Any,
+        bias: Any, learned: Any, prefetched: Any, partial: Any, carried: Any, state: Any, values: Any,
+    ) -> None:  # fmt: skip
+        """Put together what the cell computes a unit of."""
+        for a in range(inputs):
+            value = bias[a, u]
+            if a < gates:
+                value += prefetched[U(n * gates + a)]
+            if a >= split:
+                value += total(partial, (a - split) * units + unit, column)
+            values[U(a)] = value
+        if reads_output:
+            values[U(inputs)] = carried[U(n)]
+        for i in range(further):
+            values[U(inputs + 1 + i)] = state[U(n * further + i)]
+        for i in range(vectors):
+            values[U(inputs + 1 + further + i)] = learned[i, u]
+
+    @device
+    def advance(
+        n: Any, u: Any, b: Any, active: Any, anew: Any, new: Any, initial_states: Any, state: Any
+    ) -> None:
+        """The further states of a unit, after a step."""
+        for i in range(further):
+            after = new[U(1 + i)] if active else state[U(n * further + i)]
+            if anew:
+                after = initial_states[i, b, u]
+            state[U(n * further + i)] = after
+
+    @device
+    def put_out(
+        n: Any, t: Any, p: Any, b: Any, active: Any, anew: Any,
+        value: Any, initial_output: Any, carried: Any, y: Any, entering: Any,
+    ) -> None:  # fmt: skip
+        """An element of the output of a step, and what the next step reads of it."""
+        if training:
+            entering[t, b, p] = carried[U(n)]
+        y[t, b, p] = value if active else none
+        after = value if active else carried[U(n)]
+        if anew:
+            after = initial_output[b, p]
+        carried[U(n)] = after
+
+    @device
+    def multiplied(n: Any, carried: Any, state: Any) -> Any:
+        """The state that the recurrent weights multiply."""
+        return state[U(n * further + operand - 1)] if operand > 0 else carried[U(n)]
 
     def kernel(
         fed: Any, bias: Any, learned: Any, lengths: Any, reset: Any,
@@ -92,8 +144,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         first: Any, last: Any, reverse: Any, phase: Any,
     ) -> None:  # fmt: skip
         steps, rows = fed.shape[0], fed.shape[1]
-        thread, block, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
-        groups, blocks = cuda.gridDim.y, cuda.gridDim.x
+        group, groups, blocks = cuda.blockIdx.y, cuda.gridDim.y, cuda.gridDim.x
         partial = cuda.shared.array(0, number)
         resident = cuda.shared.array(0, exchanged)
         held = cuda.local.array(registers, held_type)
@@ -104,130 +155,71 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         new = cuda.local.array(outcome, number)
 
         for n in range(owned):
-            q = thread + n * threads
-            p, b = block * elements + q % elements, group * batch + q // elements
-            if q < elements * batch and p < outputs and b < rows:
+            mine, _, _, p, b = element_of(n, rows)
+            if mine:
                 carried[U(n)] = output[b, p]
-        for n in range(cells):
-            q = thread + n * threads
-            u, b = block * units + q % units, group * batch + q // units
-            if q < units * batch and u < hidden and b < rows:
-                for i in range(further):
-                    state[U(n * further + i)] = states[i, b, u]
+        load_states(states, rows, state)
         if persistent:
-            hold(weights, block * per_block, held)
-            copy(weights, block * per_block, resident, shared_base, kept)
+            keep(weights, resident, held)
             if projected:
-                copy(weights_hr, block * per_block_hr, resident, shared_base_hr, kept_hr)
+                keep_hr(weights_hr, resident, held)
         if first == 0 and (persistent or last == 0):
             for n in range(owned):
-                q = thread + n * threads
-                p, b = block * elements + q % elements, group * batch + q // elements
-                if q < elements * batch and p < outputs and b < rows:
-                    value = state[U(n * further + operand - 1)] if operand > 0 else carried[U(n)]
-                    publish(exchange, group * buffer, p, q // elements, value)
+                mine, _, column, p, b = element_of(n, rows)
+                if mine:
+                    publish(exchange, group, p, column, multiplied(n, carried, state))
 
         arrived = 0
         for step in range(first, last):
             t = steps - 1 - step if reverse else step
             following = t - 1 if reverse else t + 1
-            here = ((step % 2) * groups + group) * buffer
-            there = (((step + 1) % 2) * groups + group) * buffer
+            here, there = (step % 2) * groups + group, ((step + 1) % 2) * groups + group
             if not projected or persistent or phase == 0:
-                for n in range(cells):  # in flight while the blocks meet
-                    q = thread + n * threads
-                    u, b = block * units + q % units, group * batch + q // units
-                    if q < units * batch and u < hidden and b < rows:
-                        for g in range(gates):
-                            prefetched[U(n * gates + g)] = fed[t, b, g * hidden + u]
+                fetch(fed, t, rows, prefetched)  # in flight while the blocks meet
                 if persistent:
                     arrived += 1
                     meet(arrivals, group, np.uint64(arrived * blocks))
-                    multiply(resident, shared_base, held, exchange, here, partial)
-                else:
-                    multiply(weights, block * per_block, held, exchange, here, partial)
+                multiply(weights, resident, held, exchange, here, partial)
                 cuda.syncthreads()
                 for n in range(cells):
-                    q = thread + n * threads
-                    unit, column = q % units, q // units
-                    u, b = block * units + unit, group * batch + column
-                    if q < units * batch and u < hidden and b < rows:
-                        for a in range(inputs):
-                            value = bias[a, u]
-                            if a < gates:
-                                value += prefetched[U(n * gates + a)]
-                            if a >= split:
-                                value += total(partial, (a - split) * units + unit, column)
-                            values[U(a)] = value
-                        if reads_output:
-                            values[U(inputs)] = carried[U(n)]
-                        for i in range(further):
-                            values[U(inputs + 1 + i)] = state[U(n * further + i)]
-                        for i in range(vectors):
-                            values[U(inputs + 1 + further + i)] = learned[i, u]
+                    mine, unit, column, u, b = unit_of(n, rows)
+                    if mine:
+                        gather(n, unit, column, u, bias, learned, prefetched, partial, carried, state, values)
                         step_cell(values, new)
                         active = t < lengths[b]
+                        anew = resets and starts_anew(reset, following, b, lengths[b], reverse)
                         if training:
                             for a in range(inputs):
                                 pre[t, b, a, u] = values[U(a)]
                             for i in range(further):
                                 entering_states[i, t, b, u] = values[U(inputs + 1 + i)]
-                        for i in range(further):
-                            after = new[U(1 + i)] if active else state[U(n * further + i)]
-                            if resets and starts_anew(reset, following, b, lengths[b], reverse):
-                                after = initial_states[i, b, u]
-                            state[U(n * further + i)] = after
-                            if i == operand - 1:
-                                publish(exchange, there, u, column, after)
+                        advance(n, u, b, active, anew, new, initial_states, state)
                         if projected:
-                            publish_raw(exchange_raw, group * buffer_raw, u, column, new[U(0)])
+                            publish_raw(exchange_raw, group, u, column, new[U(0)])
                             if training:
                                 raw[t, b, u] = new[U(0)]
                         else:
-                            if training:
-                                entering[t, b, u] = carried[U(n)]
-                            y[t, b, u] = new[U(0)] if active else none
-                            after = new[U(0)] if active else carried[U(n)]
-                            if resets and starts_anew(reset, following, b, lengths[b], reverse):
-                                after = initial_output[b, u]
-                            carried[U(n)] = after
-                            if operand == 0:
-                                publish(exchange, there, u, column, after)
+                            put_out(n, t, u, b, active, anew, new[U(0)], initial_output, carried, y, entering)
+                            publish(exchange, there, u, column, multiplied(n, carried, state))
             if projected and (persistent or phase == 1):
                 if persistent:
                     arrived += 1
                     meet(arrivals, group, np.uint64(arrived * blocks))
-                    multiply_hr(resident, shared_base_hr, held, exchange_raw, group * buffer_raw, partial)
-                else:
-                    multiply_hr(
-                        weights_hr, block * per_block_hr, held, exchange_raw, group * buffer_raw, partial
-                    )
+                multiply_hr(weights_hr, resident, held, exchange_raw, group, partial)
                 cuda.syncthreads()
                 for n in range(owned):
-                    q = thread + n * threads
-                    p, b = block * elements + q % elements, group * batch + q // elements
-                    if q < elements * batch and p < outputs and b < rows:
-                        value = total_hr(partial, q % elements, q // elements)
+                    mine, row, column, p, b = element_of(n, rows)
+                    if mine:
+                        value = total_hr(partial, row, column)
                         active = t < lengths[b]
-                        if training:
-                            entering[t, b, p] = carried[U(n)]
-                        y[t, b, p] = value if active else none
-                        after = value if active else carried[U(n)]
-                        if resets and starts_anew(reset, following, b, lengths[b], reverse):
-                            after = initial_output[b, p]
-                        carried[U(n)] = after
-                        publish(exchange, there, p, q // elements, after)
+                        anew = resets and starts_anew(reset, following, b, lengths[b], reverse)
+                        put_out(n, t, p, b, active, anew, value, initial_output, carried, y, entering)
+                        publish(exchange, there, p, column, carried[U(n)])
 
         for n in range(owned):
-            q = thread + n * threads
-            p, b = block * elements + q % elements, group * batch + q // elements
-            if q < elements * batch and p < outputs and b < rows:
+            mine, _, _, p, b = element_of(n, rows)
+            if mine:
                 output[b, p] = carried[U(n)]
-        for n in range(cells):
-            q = thread + n * threads
-            u, b = block * units + q % units, group * batch + q // units
-            if q < units * batch and u < hidden and b < rows:
-                for i in range(further):
-                    states[i, b, u] = state[U(n * further + i)]
+        store_states(state, rows, states)
 
     return kernel

@@ -151,6 +151,11 @@ class Product:
         return self.parts * self.steps * self.step
 
     @property
+    def buffer(self) -> int:
+        """Numbers of the vectors that a block of the batch exchanges."""
+        return self.depth * self.batch
+
+    @property
     def lanes(self) -> int:
         """Threads of a warp that work on different parts of one tile, and add their sums."""
         if self.tensor or self.tiles >= 32 or not self.shuffles:

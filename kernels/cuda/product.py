@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from . import ptx
-from .plan import ROWS, Product
+from .plan import ROWS, Plan, Product
 from .scalar import device, element
 
 U = np.uint32  # Numba guards a signed index against being negative
@@ -20,20 +20,44 @@ _CONVERT = {"tf32": ptx.to_tf32, "bfloat16": ptx.to_bfloat16, "float16": ptx.to_
 class Functions(NamedTuple):
     """A product as device functions.
 
-    Vectors that blocks exchange lie in a flat array, `depth` * `batch` numbers for each block of the
-    batch; `base` is where those of this block begin.
+    Vectors that blocks exchange lie in a flat array of numbered buffers: one for each block of the batch, or
+    two that take turns.
     """
 
-    hold: Any  # (weights, base, held): load the weights that stay in registers
-    multiply: Any  # (shared, shared_base, held, vectors, base, partial): every thread, its partial sums
+    keep: Any  # (weights, resident, held): bring those of the block to shared memory and registers
+    multiply: Any  # (weights, resident, held, vectors, buffer, partial): every thread, its partial sums
     total: Any  # (partial, row, column): one element of the result, after a block barrier
-    publish: Any  # (vectors, base, k, column, value): hand one number to the other blocks
+    publish: Any  # (vectors, buffer, k, column, value): hand one number to the other blocks
 
 
-def functions(product: Product) -> Functions:
-    """Compile a product."""
+def products(plan: Plan) -> tuple[Functions, Functions]:
+    """Compile the recurrent product and that of the projection; without one, the recurrent one again."""
+    persistent = plan.form == "persistent"
+    first = plan.partial // plan.recurrent.operand.itemsize  # behind the partial sums
+    recurrent = _functions(plan.recurrent, persistent, first)
+    if plan.projection is None:
+        return recurrent, recurrent
+    return recurrent, _functions(plan.projection, persistent, first + plan.recurrent.shared_weights)
+
+
+def _functions(product: Product, persistent: bool, shared_base: int) -> Functions:
+    """Compile a product whose weights begin at `shared_base` in shared memory, if they are kept there."""
     sums, batch, stride = product.sums, product.batch, product.stride
+    per_block, kept, size = product.weights, product.shared_weights, product.buffer
     real = product.real
+    multiply_from, hold = _tensor(product) if product.tensor else _plain(product)
+
+    @device
+    def keep(weights: Any, resident: Any, held: Any) -> None:
+        hold(weights, cuda.blockIdx.x * per_block, held)
+        copy(weights, cuda.blockIdx.x * per_block, resident, shared_base, kept)
+
+    @device
+    def multiply(weights: Any, resident: Any, held: Any, vectors: Any, buffer: Any, partial: Any) -> None:
+        if persistent:
+            multiply_from(resident, shared_base, held, vectors, buffer * size, partial)
+        else:
+            multiply_from(weights, cuda.blockIdx.x * per_block, held, vectors, buffer * size, partial)
 
     @device
     def total(partial: Any, row: Any, column: Any) -> Any:
@@ -42,23 +66,22 @@ def functions(product: Product) -> Functions:
             result += partial[U((n * batch + column) * stride + row)]
         return result
 
-    multiply, hold = _tensor(product) if product.tensor else _plain(product)
-    return Functions(hold, multiply, total, _publish(product))
+    return Functions(keep, multiply, total, _publish(product))
 
 
 def _publish(product: Product) -> Any:
-    batch, depth = product.batch, product.depth
+    batch, depth, size = product.batch, product.depth, product.buffer
     if product.tensor:
         convert = _CONVERT[product.precision]
 
         @device
-        def publish(vectors: Any, base: Any, k: Any, column: Any, value: Any) -> None:
-            vectors[base + column * depth + k] = convert(value)
+        def publish(vectors: Any, buffer: Any, k: Any, column: Any, value: Any) -> None:
+            vectors[buffer * size + column * depth + k] = convert(value)
     else:
 
         @device
-        def publish(vectors: Any, base: Any, k: Any, column: Any, value: Any) -> None:
-            vectors[base + k * batch + column] = value
+        def publish(vectors: Any, buffer: Any, k: Any, column: Any, value: Any) -> None:
+            vectors[buffer * size + k * batch + column] = value
 
     return publish
 

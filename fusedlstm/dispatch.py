@@ -18,10 +18,11 @@ from .weights import Weights
 
 States = tuple[Any, ...]
 
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of the products of a float32 layer on a GPU
 # What a layer can be told of the machine that it runs on, the default first.
 OPTIONS = {
     "backend": ("auto", "cpu", "cuda", "reference"),
-    "precision": ("float32", "tf32", "bfloat16", "float16"),  # of the products of a float32 layer on a GPU
+    "precision": PRECISIONS,
     "form": ("auto", "persistent", "stepwise"),  # of CUDA kernels
 }
 

@@ -26,7 +26,7 @@ pytest.importorskip("keras")
 SHAPES = cases_of_set("text")
 LAYERS = {"ours": "fusedlstm.keras", "theirs": "keras.layers"}
 MODULES = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow"}  # that a backend needs
-BATCHES, ROUNDS = 12, 4  # batches of an epoch or a prediction, and how many of these are timed
+BATCHES, ROUNDS = 12, 3  # batches of an epoch or a prediction, and how many of these are timed
 
 Ask = Callable[..., Any]
 _losses: dict[str, float] = {}  # of the first epoch, the same for both kinds of layers

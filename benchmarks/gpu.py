@@ -35,6 +35,7 @@ import numpy as np
 
 from fusedlstm import cells
 from fusedlstm.dispatch import PRECISIONS
+from fusedlstm.files import write_whole
 from fusedlstm.kernels.cuda import launch
 from fusedlstm.kernels.cuda.plan import Device, Plan, Precision, choose
 from fusedlstm.kernels.cuda.ptx import SIMULATED
@@ -183,9 +184,7 @@ def write(record: dict[str, Any], path: Path | None) -> None:
     """Replace the file as a whole."""
     if path is not None:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(record, indent=1))
-        partial.replace(path)
+        write_whole(path, json.dumps(record, indent=1).encode())
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 
 from fusedlstm import cells
-from fusedlstm.files import cuda_kernels
 from fusedlstm.kernels.cuda import backward, forward, launch
 from fusedlstm.kernels.cuda.plan import Plan, choose
 from fusedlstm.kernels.cuda.resources import DEVICES, without_gpu
@@ -82,15 +81,17 @@ def compiled(plan: Plan) -> launch._Compiled:
     return kernel
 
 
-def test_kernels_are_kept_where_the_package_says(
+def test_kernels_are_kept_where_the_user_says(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "compile_ptx", lambda *arguments: "")
-    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path))
-    assert launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)).parent == cuda_kernels() == tmp_path
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path / "a" / "b"))
+    assert launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)).parent == tmp_path / "a" / "b"
     monkeypatch.delenv("FUSEDLSTM_CACHE")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert launch.cached_ptx(cells.lstm, plan, True, True, (7, 5)).parent == cuda_kernels()
+    kept = launch.cached_ptx(cells.lstm, plan, True, True, (7, 5))
+    assert kept.parent == tmp_path / ".cache" / "fusedlstm"
+    assert kept.exists()
 
 
 RUNS = [(0, 1, 0, 0), (1, 2, 0, 0)]

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedlstm.cells import Cell
-from fusedlstm.dispatch import States, check_projection
+from fusedlstm.dispatch import States, check_options, check_projection
 from fusedlstm.kernels import POISON
 from fusedlstm.weights import Weights
 
 from .gemm import matmul
 from .launch import array_module, current_device, kernel
-from .plan import PRECISIONS, Device, Form, Plan, Precision, choose
+from .plan import Device, Form, Plan, Precision, choose
 
 
 class Tape(NamedTuple):
@@ -48,12 +48,7 @@ class CUDA:
     """
 
     def __init__(self, precision: Precision = "float32", form: Form | None = None) -> None:
-        if precision not in PRECISIONS or precision == "float64":
-            raise ValueError(
-                f"precision must be 'float32', 'tf32', 'bfloat16' or 'float16', got {precision!r}"
-            )
-        if form not in (None, "persistent", "stepwise"):
-            raise ValueError(f"form must be 'persistent', 'stepwise' or None, got {form!r}")
+        check_options(precision=precision, form=form or "auto")
         self.precision, self.form = precision, form
         array_module()
 

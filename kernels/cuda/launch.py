@@ -7,7 +7,6 @@ launches it.  In a simulator, Numba runs the Python function on NumPy arrays.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 from collections import OrderedDict
@@ -24,6 +23,7 @@ from numba.cuda import types
 
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import INSTALL_CUDA
+from fusedlstm.files import cuda_kernels, write_whole
 
 from . import backward, forward
 from .plan import Device, Plan
@@ -163,10 +163,10 @@ def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability:
     digest = hashlib.sha256(repr(state).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    folder = Path(os.environ.get("FUSEDLSTM_CACHE", Path.home() / ".cache" / "fusedlstm"))
-    path = folder / f"{cell.name}_{digest.hexdigest()[:24]}.ptx"
+    path = cuda_kernels() / f"{cell.name}_{digest.hexdigest()[:24]}.ptx"
     if not path.exists():
-        _write(path, compile_ptx(cell, plan, resets, training, capability).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, compile_ptx(cell, plan, resets, training, capability).encode())
     return path
 
 
@@ -178,7 +178,7 @@ def cached_cubin(ptx: Path, capability: tuple[int, int]) -> Path:
     """
     path = ptx.with_suffix(f".sm_{capability[0]}{capability[1]}.cubin")
     if not path.exists():
-        _write(path, assemble(ptx.read_text(), capability))
+        write_whole(path, assemble(ptx.read_text(), capability))
     return path
 
 
@@ -205,14 +205,6 @@ def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
     finally:
         nvjitlink.destroy(link)
     return bytes(code)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that other threads and processes see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 class Loaded:

@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusedlstm.files import check_writable
 from fusedlstm.layers import BUILT_IN
+from fusedlstm.options import integer, positive
 
 from . import machine, report
 from .cases import (
@@ -43,6 +46,10 @@ from .contenders import OURS, absent, best_peer, choose
 from .worker import Failed, Worker, contender_worker
 
 SCHEMA = 1  # version of the record; see schema.json
+MEASURING = (  # the options that say what is measured, and how
+    *("set", "shapes", "mode", "cell", "dtype", "contenders"),
+    *("threads", "rounds", "seconds", "cold", "timeout"),
+)
 FEWEST_ROUNDS = 3  # for those who are far behind
 FAR = 3.0  # times the time of the best
 MOST_ROUNDS = 3  # times as many rounds where results scatter
@@ -237,13 +244,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="for each contender (default: all cores, %(default)s)",
     )
-    how.add_argument("--rounds", type=int, default=Settings.rounds, help="default: %(default)s")
     how.add_argument(
-        "--seconds", type=float, default=Settings.seconds, help="per sample, at least (default: %(default)s)"
+        "--rounds", type=integer(1), metavar="N", default=Settings.rounds, help="default: %(default)s"
+    )
+    how.add_argument(
+        "--seconds",
+        type=positive,
+        metavar="S",
+        default=Settings.seconds,
+        help="per sample, at least (default: %(default)s)",
     )
     how.add_argument("--cold", action="store_true", help="flush the caches before each call")
     how.add_argument(
-        "--timeout", type=float, default=Settings.timeout, help="seconds for an answer (default: %(default)s)"
+        "--timeout",
+        type=positive,
+        metavar="S",
+        default=Settings.timeout,
+        help="seconds for an answer (default: %(default)s)",
     )
     results = parser.add_argument_group("results")
     results.add_argument("--json", type=Path, metavar="FILE", help="write the record")
@@ -258,6 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--against", type=Path, metavar="FILE", help="say how far the ratios are from those of another record"
     )
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in MEASURING})
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
@@ -270,6 +288,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     if not all(count.isdecimal() and 1 <= int(count) <= machine.cores() for count in threads):
         raise ValueError(f"--threads must be from 1 to {machine.cores()}, got {arguments.threads!r}")
     cases: list[Case] = []
+    available: set[str] = set()  # cells of the sets
     for mode in arguments.mode.split(","):
         if mode not in MODES:
             raise ValueError(f"--mode must be {', '.join(MODES)}, got {mode!r}")
@@ -278,10 +297,14 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         else:
             names = arguments.set or ("streaming" if mode == "step" else "cpu")
             shapes = unique(case for name in names.split(",") for case in cases_of_set(name))
+            available |= {case.cell for case in shapes}
             shapes = [case for case in shapes if arguments.cell in (None, case.cell)]
         cases += [case for count in threads for case in in_mode(shapes, mode, arguments.dtype, int(count))]
     if not cases:
-        raise ValueError("there is no case with these options")
+        if arguments.shapes is not None:
+            raise ValueError("--shapes names no shape")
+        others = ", ".join(sorted(available))
+        raise ValueError(f"the set has no cell {arguments.cell}, only {others}; --shapes takes every cell")
     return sorted(cases, key=lambda case: case.threads)  # each change of it starts all processes anew
 
 
@@ -289,17 +312,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the options ask for; 1 if a contender failed, else 0.
 
     Raises:
-        FileNotFoundError: if the results could not be written, before anything is measured.
-        ValueError: if there are no cases or contenders, or an option makes no sense.
+        OSError: if a file cannot be read, or the results not be written, before anything is measured.
+        ValueError: if there are no cases or contenders, an option makes no sense, or a file is no record;
+            likewise.
     """
-    check_writable(arguments)
+    check_options(arguments)
+    other = read(arguments.against) if arguments.against is not None else None
     results = read(arguments.source) if arguments.source is not None else _run_with_progress(arguments)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(report.text(results))
     write_pages(results, arguments)
-    if arguments.against is not None:
-        print("\n" + report.against(results, read(arguments.against)))
+    if other is not None:
+        print("\n" + report.against(results, other))
     if arguments.source is None and arguments.contenders is None:
         for what, names in absent().items():
             print(f"Not compared: {', '.join(names)}. To take part they need {what}.")
@@ -307,20 +332,45 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record from a file."""
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """A record from a file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no record.
+    """
+    schema = json.loads(files(__package__).joinpath("schema.json").read_text(encoding="utf-8"))
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        complete = _holds(results, schema) and all(
+            _holds(row, schema["$defs"]["row"]) for row in results["rows"]
+        )
+    except (ValueError, TypeError):  # no text, no JSON, or rows that are no list
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is not a record of fusedlstm bench")
     return results
 
 
-def check_writable(arguments: argparse.Namespace) -> None:
-    """See that there is what the results need.
+def _holds(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether `value` is an object with the keys that the schema requires."""
+    return isinstance(value, dict) and value.keys() >= set(schema["required"])
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """See that the options go together, and that there is what the results need.
 
     Raises:
-        FileNotFoundError: if a folder is missing, or the browser that draws pictures.
+        ValueError: if a record is to be reported, and something else to be measured.
+        OSError: if a file cannot be written, or the browser that draws pictures is missing.
     """
+    if arguments.source is not None:
+        given = [name for name, default in arguments.defaults.items() if getattr(arguments, name) != default]
+        if given:
+            refused = ", ".join(f"--{name}" for name in given)
+            raise ValueError(f"--from reports a record and measures nothing: leave out {refused}")
     for path in (arguments.json, arguments.html, arguments.markdown):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} in")
+        if path is not None:
+            check_writable(path)
     if arguments.png is not None:
         report.find_browser()
 

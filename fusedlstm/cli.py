@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from . import __version__, demo
 from .benchmarks import runner
+from .options import integer, not_negative, positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,21 +88,21 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("demo", help="an LSTM learns to write English", description=text)
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--seconds", type=_positive, metavar="S", help=f"time to train for (default {demo.SECONDS:g})"
+        "--seconds", type=positive, metavar="S", help=f"time to train for (default {demo.SECONDS:g})"
     )
     length.add_argument(
         "--steps",
-        type=_integer(1),
+        type=integer(1),
         metavar="N",
         help="train for so many steps instead, which with --seed gives the same model every time",
     )
     parser.add_argument(
-        "--seed", type=_integer(0), default=1, metavar="N", help="of weights, windows and sample (default 1)"
+        "--seed", type=integer(0), default=1, metavar="N", help="of weights, windows and sample (default 1)"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--hidden",
-        type=_integer(1),
+        type=integer(1),
         default=demo.HIDDEN,
         metavar="H",
         help="hidden units of a layer (default %(default)s)",
@@ -116,14 +116,14 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument(
         "--generate",
-        type=_integer(0),
+        type=integer(0),
         default=demo.SAMPLE,
         metavar="N",
         help="characters to write at the end (default %(default)s)",
     )
     parser.add_argument(
         "--temperature",
-        type=_not_negative,
+        type=not_negative,
         default=demo.TEMPERATURE,
         metavar="X",
         help="of the sample: 0 takes the likeliest character always, 1 what the model says "
@@ -145,33 +145,3 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("bench", help="time the kernels beside other libraries", description=text)
     runner.add_arguments(parser)
     parser.set_defaults(command=runner.run)
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return parse
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is not enough")
-    return value

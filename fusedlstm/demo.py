@@ -23,6 +23,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from . import LSTM, weights
+from .files import check_writable
 
 HIDDEN = 256  # H
 EMBEDDING = 128  # E
@@ -45,7 +46,12 @@ def read_text(path: str | None = None) -> str:
     """The pages of Python's help system, or a file, in the characters of the alphabet.
 
     Paragraphs that stand on several pages are kept once: else part of the text that is held out would
-    have been read in training.
+    have been read in training.  Characters that are not in the alphabet are left out; of a file it is said
+    how many.
+
+    Raises:
+        ValueError: if the file is not UTF-8.
+        ImportError: if this Python has no help pages.
     """
     if path is None:
         try:
@@ -54,10 +60,18 @@ def read_text(path: str | None = None) -> str:
             raise ImportError("this Python comes without its help pages; give a text with --text") from error
         raw = "\n\n".join(topics.values())
     else:
-        raw = Path(path).read_text(encoding="utf-8")
+        try:
+            raw = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     plain = unicodedata.normalize("NFKD", raw.translate(_PLAIN)).expandtabs(4)
-    paragraphs = dict.fromkeys(plain.split("\n\n"))
-    return "".join(filter(ALPHABET.__contains__, "\n\n".join(paragraphs)))
+    text = "\n\n".join(dict.fromkeys(plain.split("\n\n")))
+    letters = [letter for letter in text if not unicodedata.combining(letter)]  # without accents
+    kept = "".join(filter(ALPHABET.__contains__, letters))
+    if path is not None and len(kept) < len(letters):
+        left_out = len(letters) - len(kept)
+        print(f"Left out: {left_out:,} of {len(letters):,} characters, since the model knows ASCII only.")
+    return kept
 
 
 def encode(text: str) -> np.ndarray:
@@ -390,8 +404,8 @@ def run(
     Raises:
         ValueError, OSError: for a file that cannot be used.
     """
-    if save is not None and not Path(save).absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {Path(save).absolute().parent} to save the model in")
+    if save is not None:
+        check_writable(save)
     random, record = np.random.default_rng(seed), None
     if load is None:
         model, budget = CharacterModel(hidden, seed), budget or Budget()

@@ -435,6 +435,7 @@ def sample_record() -> dict[str, Any]:
     rates = {"1": 1e11}
     return {
         **record,
+        "schema": runner.SCHEMA,
         "date": "2030-01-02",
         "commit": "abc",
         "machine": {"processor": "A processor", "cores": 1, "load": 0.5},
@@ -542,6 +543,7 @@ def test_pictures_are_written(browser: str, tmp_path: Path) -> None:
     [
         (["--png", "pictures"], "no-such-browser: install Chromium, or do without --png"),
         (["--json", "none/record.json"], "no folder .*none to write record.json in"),
+        (["--markdown", "."], r"\. is a folder"),
     ],
 )
 def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
@@ -724,6 +726,38 @@ def test_results_are_filled_in_between_the_markers(tmp_path: Path) -> None:
         documents.fill(page, "new")
 
 
+def test_a_record_is_reported_without_options_that_measure(
+    record_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--shapes", "3,2,4,5", "--dtype", "float32", "--rounds", "2", "--cold"]
+    assert cli.main(["bench", "--from", str(record_file), *options]) == 2
+    assert "measures nothing: leave out --shapes, --rounds, --cold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--from", "--against"])
+@pytest.mark.parametrize("content", ["no JSON", "[1]", '{"rows": []}', b"\xff"])
+def test_what_is_no_record_is_refused_before_anything_is_measured(
+    option: str,
+    content: str | bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner, "record", lambda *arguments: pytest.fail("it measures"))
+    path = tmp_path / "other.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert cli.main(["bench", option, str(path)]) == 2
+    assert f"{path} is not a record of fusedlstm bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [None, [1], [{"case": {}}]])
+def test_a_record_with_broken_rows_is_refused(record_file: Path, tmp_path: Path, rows: Any) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(json.loads(record_file.read_text()) | {"rows": rows}))
+    with pytest.raises(ValueError, match="is not a record"):
+        runner.read(path)
+
+
 def test_a_failed_contender_gives_exit_status_1(tmp_path: Path, record_file: Path) -> None:
     record = json.loads(record_file.read_text())
     record["rows"][0]["results"]["numpy"] = {"failed": "why"}
@@ -744,7 +778,8 @@ def test_times_have_three_digits(seconds: float, text: str) -> None:
         (["--mode", "sideways"], "--mode must be"),
         (["--shapes", "1,2"], "four positive numbers"),
         (["--threads", "0"], "--threads must be from 1"),
-        (["--cell", "gru", "--set", "cpu"], "no case"),
+        (["--cell", "gru", "--set", "cpu"], "the set has no cell gru, only lstm; --shapes takes every cell"),
+        (["--shapes", ";"], "--shapes names no shape"),
         (["--set", "cpu,gpu"], "no set 'gpu'"),
         (["--contenders", "nobody"], "no contender"),
     ],
@@ -753,6 +788,23 @@ def test_bad_options_are_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "0"], "--rounds: 0 is less than 1"),
+        (["--seconds", "0"], "--seconds: 0 is not enough"),
+        (["--seconds", "nan"], "--seconds: nan is not a number from 0 on"),
+        (["--timeout", "-1"], "--timeout: -1 is not a number from 0 on"),
+    ],
+)
+def test_bad_numbers_are_refused_by_the_parser(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *options])
     assert message in capsys.readouterr().err
 
 

@@ -80,6 +80,11 @@ def test_files_that_cannot_be_used_are_an_error_without_a_traceback(
     assert "fusedlstm: error: there is no file" in capsys.readouterr().err
     assert cli.main(["demo", "--save", str(tmp_path / "no" / "model")]) == 2
     assert "fusedlstm: error: there is no folder" in capsys.readouterr().err
+    assert cli.main(["demo", "--save", str(tmp_path)]) == 2
+    assert f"fusedlstm: error: {tmp_path} is a folder" in capsys.readouterr().err
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    assert cli.main(["demo", "--text", str(tmp_path / "latin")]) == 2
+    assert f"fusedlstm: error: {tmp_path / 'latin'} is not UTF-8 text" in capsys.readouterr().err
 
 
 # --- info -----------------------------------------------------------------------------------------------

@@ -45,6 +45,16 @@ def test_typographic_characters_are_written_plainly(tmp_path: Path) -> None:
     assert demo.read_text(str(path)) == '    "Cafe" - it\'s good\n\nsame\n\n'
 
 
+def test_what_is_left_out_of_a_text_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text"
+    path.write_text("Война и мир, cafés", encoding="utf-8")
+    assert demo.read_text(str(path)) == "  , cafes"
+    assert "Left out: 9 of 18 characters, since the model knows ASCII only." in capsys.readouterr().out
+    path.write_text("cafés", encoding="utf-8")
+    assert demo.read_text(str(path)) == "cafes"
+    assert capsys.readouterr().out == ""  # an accent is no loss
+
+
 def test_a_python_without_help_pages_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(ImportError, match="give a text with --text"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import reprlib
 import sys
 from typing import Any, Protocol, cast
 
@@ -31,7 +32,7 @@ _ENGINES = {
     "cuda": ("fusedlstm.kernels.cuda.engine", "CUDA"),
     "reference": ("fusedlstm.kernels.reference", "Reference"),
 }
-INSTALL_CUDA = "pip install 'fusedlstm[cuda12]' or 'fusedlstm[cuda13]', for your driver's version of CUDA"
+INSTALL_CUDA = "in the checkout: pip install -e '.[cuda12]' or '.[cuda13]', for your driver's version of CUDA"
 _loaded: dict[tuple[str, str, str], Engine] = {}
 
 _ON_GPU = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
@@ -136,8 +137,24 @@ def lies_on_gpu(value: Any) -> bool:
 
 
 def on_host(name: str, value: Any) -> np.ndarray:
-    """Anything like an array as one of NumPy; what lies on a GPU is copied, and waited for."""
-    return np.asarray(taken(name, value).get() if lies_on_gpu(value) else value)
+    """Anything like an array as one of NumPy; what lies on a GPU is copied, and waited for.
+
+    A tensor of PyTorch is detached from its graph; its types of 8 and 16 bits, which NumPy lacks in part,
+    become float32, which holds all their values.
+
+    Raises:
+        TypeError: if it is nothing like an array; it names the argument.
+        ImportError: if it lies on a GPU and CuPy is not installed.
+    """
+    torch = sys.modules.get("torch")  # no tensor without it
+    try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            return np.asarray(value.float() if value.is_floating_point() and value.itemsize < 4 else value)
+        return np.asarray(taken(name, value).get() if lies_on_gpu(value) else value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        what = reprlib.repr(value) if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be an array or regular lists, got {what}: {error}") from error
 
 
 def device_of(array: Any) -> Any:

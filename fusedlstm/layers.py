@@ -134,11 +134,9 @@ class Recurrent:
         recurrent_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(cell, Cell):
-            raise TypeError(f"cell must be made with @fusedlstm.cell, got {cell!r}")
         settings = vars(self)  # attributes themselves cannot be assigned
         settings.update(
-            cell=cell,
+            cell=_cell(cell),
             input_size=_size("input_size", input_size),
             hidden_size=_size("hidden_size", hidden_size),
             num_layers=_size("num_layers", num_layers),
@@ -249,12 +247,14 @@ class Recurrent:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy weights from a mapping of names to arrays (NumPy, CuPy, PyTorch).
 
-        Floating-point arrays of another precision are converted.
+        Floating-point arrays of another precision are converted, and tensors may require gradients.
 
         Raises:
             ValueError: if an entry is missing, unexpected or misshapen; the layer is as it was.
-            TypeError: if an entry is no array of floating-point numbers; likewise.
+            TypeError: if it is no mapping, or an entry no array of floating-point numbers; likewise.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must map names to arrays, got {_described(state_dict)}")
         problems = [f"{name} is missing" for name in self._shapes if name not in state_dict]
         problems += [f"{name} is unexpected" for name in state_dict if name not in self._shapes]
         if problems:
@@ -353,6 +353,10 @@ class Recurrent:
         Raises:
             TypeError, ValueError: for an argument that is none of the above; it names the argument.
         """
+        if type(training) is not bool:
+            training = _flag("training", training)
+        if draw is not None:
+            draw = _size("draw", draw, minimum=0)
         if type(x) is not np.ndarray:
             x = dispatch.taken("x", x)
             if dispatch.elsewhere(device := dispatch.device_of(x)):
@@ -376,7 +380,7 @@ class Recurrent:
         if training:
             tape = Tape(self, x, (steps, batch), batched)
             if self._drops:
-                tape.draw = next(self._draws) if draw is None else _size("draw", draw, minimum=0)
+                tape.draw = next(self._draws) if draw is None else draw
         y = x
         for n, place in enumerate(places):
             reverse = n % directions == 1
@@ -470,9 +474,8 @@ class Recurrent:
 
     def _reset(self, reset: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
         """reset as (T, B)."""
-        if dispatch.lies_on_gpu(reset):
-            reset = _beside_x("reset", reset, xp)
-        flags = xp.asarray(reset)
+        on_gpu = dispatch.lies_on_gpu(reset)
+        flags = xp.asarray(_beside_x("reset", reset, xp) if on_gpu else dispatch.on_host("reset", reset))
         expected: tuple[int, ...] = (steps,)
         if batched:
             expected = (batch, steps) if self.batch_first else (steps, batch)
@@ -697,7 +700,7 @@ class RNN(Recurrent):
         seed: int | None = None,
     ) -> None:
         kinds = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
-        if nonlinearity not in kinds:
+        if not isinstance(nonlinearity, str) or nonlinearity not in kinds:
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
         super().__init__(
             kinds[nonlinearity],
@@ -754,7 +757,10 @@ def load(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is not one of ours, or was saved with another cell.
+        TypeError: `cell` is none.
     """
+    if cell is not None:
+        _cell(cell)
     arrays, settings = storage.read(path)
     if "demo" in settings:
         raise ValueError(f"{path} holds a model of the demo; read it with: fusedlstm demo --load {path}")
@@ -842,13 +848,19 @@ def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
     """Which kernel, tile, threads and layout would run for `layer(x)`, and why.
 
     Args:
-        layer: any layer.
+        layer: a layer on arrays: :class:`LSTM`, :class:`GRU`, :class:`RNN` or :class:`Recurrent`.
         x: its input; shape and kind of array decide, not the values.
         training: whether for ``layer.forward(x, training=True)``.
 
     Raises:
         TypeError, ValueError: as the call would.
     """
+    if not isinstance(layer, Recurrent):
+        raise TypeError(
+            "layer must be a layer on arrays, such as fusedlstm.LSTM, got "
+            f"{type(layer).__module__}.{type(layer).__qualname__}"
+        )
+    training = _flag("training", training)
     given = x.shape if hasattr(x, "shape") else None
     x = dispatch.taken("x", x)
     if dispatch.elsewhere(device := dispatch.device_of(x)):
@@ -881,6 +893,12 @@ def _warn(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def _cell(value: Any) -> Cell:
+    if not isinstance(value, Cell):
+        raise TypeError(f"cell must be made with @fusedlstm.cell, got {value!r}")
+    return value
 
 
 def _size(name: str, value: Any, minimum: int = 1) -> int:

@@ -53,7 +53,7 @@ def test_an_engine_is_made_once() -> None:
 def test_an_engine_that_cannot_be_imported_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch._ENGINES, "cuda", ("fusedlstm.no_such_engine", "CUDA"))
     monkeypatch.setattr(dispatch, "_loaded", {})
-    with pytest.raises(ImportError, match=r"'cuda' cannot be loaded: No module.*pip install 'fusedlstm\["):
+    with pytest.raises(ImportError, match=r"'cuda' cannot be loaded: No module.*pip install -e '.\[cuda12"):
         dispatch.engine("cuda", Device())
 
 

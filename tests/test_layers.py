@@ -350,9 +350,20 @@ def test_dropout_draws_anew_and_can_be_repeated(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("draw", "error"), [(-1, ValueError), (1.5, TypeError)])
-def test_bad_draw(backend: str, draw: Any, error: type[Exception]) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_bad_draw(backend: str, draw: Any, error: type[Exception], dropout: float) -> None:
     with pytest.raises(error, match="draw must be"):
-        GRU(3, 8, 2, dropout=0.5, backend=backend).forward(X, training=True, draw=draw)
+        GRU(3, 8, 2, dropout=dropout, backend=backend).forward(X, training=True, draw=draw)
+
+
+@pytest.mark.parametrize("training", ["no", 1, None])
+def test_training_is_true_or_false(backend: str, training: Any) -> None:
+    layer = GRU(3, 8, backend=backend)
+    with pytest.raises(TypeError, match=f"training must be True or False, got {training!r}"):
+        layer.forward(X, training=training)
+    with pytest.raises(TypeError, match="training must be True or False"):
+        fusedlstm.explain(layer, X, training)
+    assert layer.forward(X, training=np.True_)[2] is not None
 
 
 def test_dropout_of_everything(backend: str) -> None:
@@ -767,6 +778,7 @@ def test_bad_single_state(backend: str) -> None:
         ([True, True], TypeError, "lengths must be integers, got bool"),
         (["4", "2"], TypeError, "lengths must be integers, got <U1"),
         (np.array([2**63, 1], np.uint64), ValueError, "lengths must be from 1 to 4"),
+        ([[4, 2], [1]], TypeError, r"lengths must be an array or regular lists, got \[\[4, 2\], \[1\]\]"),
     ],
 )
 def test_bad_lengths(backend: str, lengths: Any, error: type[Exception], message: str) -> None:
@@ -786,6 +798,7 @@ def test_lengths_of_one_sequence_are_refused(backend: str) -> None:
         (np.zeros((4, 2, 3), bool), ValueError, r"got \(4, 2, 3\)"),
         (np.zeros((4, 2), int), TypeError, "reset must be booleans, got int64"),
         (np.zeros((4, 2), np.float32), TypeError, "reset must be booleans, got float32"),
+        ([[True], [True, False]], TypeError, r"reset must be an array or regular lists, got \[\[True\], "),
     ],
 )
 def test_bad_reset(backend: str, reset: Any, error: type[Exception], message: str) -> None:
@@ -875,8 +888,9 @@ def test_bad_cells() -> None:
         Recurrent(lambda a: a, 3, 5)
     with pytest.raises(ValueError, match="proj_size must be 0 with the cell gru: it reads its own output"):
         Recurrent(cells.gru, 3, 5, proj_size=2)
-    with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'sine'"):
-        RNN(3, 5, nonlinearity="sine")
+    for nonlinearity in ("sine", []):
+        with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got "):
+            RNN(3, 5, nonlinearity=nonlinearity)  # type: ignore[arg-type]
 
 
 # --- Weights as attributes --------------------------------------------------------------------------------
@@ -947,6 +961,12 @@ def test_repr_is_how_to_build_it() -> None:
     assert repr(RNN(3, 5, nonlinearity="relu")) == "RNN(3, 5, nonlinearity='relu')"
     assert repr(Recurrent(three_states, 3, 5, proj_size=2)) == "Recurrent(three_states, 3, 5, proj_size=2)"
     assert repr(eval(repr(layer))) == repr(layer)
+
+
+def test_explain_takes_layers_on_arrays_only() -> None:
+    module: Any = fused.LSTM(3, 5)
+    with pytest.raises(TypeError, match=r"layer must be a layer on arrays.*, got fusedlstm\.torch\.LSTM"):
+        fusedlstm.explain(module, X)
 
 
 def test_explain_says_what_runs_and_why(backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,23 @@ def test_state_dict_of_pytorch_goes_in_and_comes_out() -> None:
     module.load_state_dict({key: torch.tensor(array) for key, array in layer.state_dict().items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", [torch.nn.Module.named_parameters, torch.nn.Module.state_dict])
+def test_tensors_may_require_gradients_and_be_of_any_precision(parameters: Any, dtype: torch.dtype) -> None:
+    module, layer = torch.nn.LSTM(3, 5).to(dtype), LSTM(3, 5)
+    layer.load_state_dict(dict(parameters(module)))
+    for key, array in layer.state_dict().items():
+        assert array.dtype == np.float32
+        assert np.array_equal(array, module.state_dict()[key].float().numpy())
+
+
+@pytest.mark.parametrize("state_dict", ["weights", None, [np.zeros(3)]])
+def test_what_is_no_mapping_is_refused(state_dict: Any) -> None:
+    what = type(state_dict).__name__
+    with pytest.raises(TypeError, match=f"^state_dict must map names to arrays, got {what}$"):
+        LSTM(3, 5).load_state_dict(state_dict)
+
+
 def test_entries_that_do_not_fit_are_named_and_nothing_is_loaded() -> None:
     layer = GRU(3, 5, seed=1)
     before, good = layer.state_dict(), GRU(3, 5, seed=2).state_dict()
@@ -118,6 +136,8 @@ def test_entries_that_do_not_fit_are_named_and_nothing_is_loaded() -> None:
     refused(good | {"weight_hh_l0": good["weight_hh_l0"].T}, ValueError, r"got \(5, 15\)")
     refused(good | {"bias_hh_l0": np.zeros(15, int)}, TypeError, "bias_hh_l0 must be .* got int64")
     refused(good | {"bias_hh_l0": None}, TypeError, "bias_hh_l0 must be .* got object")
+    refused(good | {"bias_hh_l0": [[1], []]}, TypeError, "bias_hh_l0 must be an array or regular lists, got ")
+    refused(good | {"bias_hh_l0": torch.empty(15, device="meta")}, TypeError, "bias_hh_l0 must be .*Tensor")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -205,6 +225,9 @@ def test_another_cell_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"saved with fusedlstm.cells.lstm, not with the cell <fused"):
         fusedlstm.load(ours, cell=three_states)
     assert fusedlstm.load(ours, cell=cells.lstm).cell is cells.lstm
+    for path in (ours, theirs):
+        with pytest.raises(TypeError, match=r"cell must be made with @fusedlstm\.cell, got 'mine'"):
+            fusedlstm.load(path, cell="mine")  # type: ignore[arg-type]
     Recurrent(lstm, 2, 3).save(ours)  # named as a built-in cell, but not one
     with pytest.raises(ValueError, match="cell of your own, lstm"):
         fusedlstm.load(ours)
@@ -276,8 +299,17 @@ def _rewrite(path: Path, **changes: Any) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         fusedlstm.load(tmp_path / "none.safetensors")
-    with pytest.raises(FileNotFoundError):
-        LSTM(2, 3).save(tmp_path / "no folder" / "m.safetensors")
+
+
+def test_a_file_that_cannot_be_written_is_named_as_the_caller_does(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    errors = {"none/m": FileNotFoundError, "file/m": NotADirectoryError, "folder": IsADirectoryError}
+    for address, error in errors.items():
+        path = tmp_path / address
+        with pytest.raises(error, match=f": '{re.escape(str(path))}'$"):
+            LSTM(2, 3).save(path)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder"}
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 100, -4, -1])

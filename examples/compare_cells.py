@@ -1,14 +1,15 @@
 """Comparing cells: how far back a gradient reaches in an RNN, a GRU, an LSTM and a bidirectional LSTM.
 
 Each layer has to learn the adding problem (Hochreiter & Schmidhuber, 1997): of a long row of numbers between
-0 and 1 two are marked, one early and one late, and their sum is wanted at the end. What says nothing about
-the first number says 1; its mean squared error, 1/6, is the baseline.
+0 and 1 two are marked, one early and one late, and their sum is wanted at the end. Whoever knows neither
+number can do no better than to say 1, with a mean squared error of 1/6, which is the baseline; whoever knows
+the late number alone can reach 1/12.
 
 The reason why the plain RNN fails is measured: the gradient of the answer with respect to the input of each
 step. It shrinks with the distance in time by a factor at each step (Hochreiter, 1991; Bengio, Simard &
-Frasconi, 1994). Before training it does so in all cells, even least in the RNN, whose recurrent weights start
-as a rotation; but cells with gates learn to let it through, and the RNN does not. The reverse direction of
-the bidirectional LSTM ends at the first step, so its gradient has two ends to start from.
+Frasconi, 1994). Before training it does so in all cells, and least of all in the RNN, whose recurrent
+weights start as a rotation; but cells with gates learn to let it through, and the RNN does not. The reverse
+direction of the bidirectional LSTM ends at the first step, so its gradient has two ends to start from.
 
 Data: made by the program, new numbers for every update. The gradients are PyTorch's, so this program runs on
 that backend of Keras only.

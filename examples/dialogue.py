@@ -8,9 +8,9 @@ clock is: that a quarter to seven in the evening is 18:45, and how to add and ta
 the examples. Answers first say again what was asked: a sum is easier with both numbers written down.
 
 Data: requests and answers that the program makes, from half a dozen patterns with many ways to say a time.
-For the test it is asked for what was never asked in training in any words, and only an answer that is right
-in every word counts. The baseline gives the answer to the most similar question known, by TF-IDF over words
-and pairs of words, as programs for answering frequent questions do.
+For the test it is asked questions that never occurred in training, in any wording, and only an answer that
+is right in every word counts. The baseline gives the answer to the most similar question known, by TF-IDF
+over words and pairs of words, as programs for answering frequent questions do.
 
     python examples/dialogue.py
     python examples/dialogue.py --ask "remind me to call anna on friday at half past four in the afternoon"

@@ -12,8 +12,9 @@ What a program has to offer for its page:
   figure of merit and the second that of the baseline;
 - what it prints.
 
-Every program runs in a process of its own, with its default settings; compare_layers.py then measures how
-much faster it learns than with the layers of Keras. Programs that fail are named at the end.
+Every program runs in a process of its own, with its default settings, on Keras's PyTorch backend;
+compare_layers.py then measures how much faster it learns than with the layers of Keras. Programs that fail
+are named at the end.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def markdown(program: str, page: Page, layers: Comparison, picture: bool) -> str
 def table(records: dict[str, dict], folder: str) -> str:
     """One row a program, with links to pages in a folder."""
     lines = [
-        f"| program | figure of merit | baseline | seconds | faster than `{THEIRS}` |",
+        f"| program | figure of merit | baseline | seconds | faster than `{THEIRS}` on PyTorch |",
         "|---|---|---|---|---|",
     ]
     for program in filter(records.__contains__, PROGRAMS):
@@ -144,13 +145,19 @@ def write(docs: Path, program: str, page: Page, layers: Comparison) -> None:
         "faster": layers.faster,
     }
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")  # figures stay in their order
+    write_tables(docs, records)
+
+
+def write_tables(docs: Path, records: dict[str, dict]) -> None:
+    """Write the index of the pages, and the table in the README."""
     index = f"""\
         # The programs
 
         The programs that people write with LSTMs, in [examples](../../examples): models of `keras` whose
         recurrent layers come from `fusedlstm.keras`. Each figure comes from running the program with its
         default settings; seconds are of the whole program, on {os.cpu_count()} cores. The last column says
-        how much faster its first model learns than with the layers of `{THEIRS}`, on the same backend.
+        how much faster its first model learns than with `{THEIRS}`, both on PyTorch, the backend
+        that the programs choose; for the other backends see [Keras](../keras.md#speed).
 
         """
     (docs / "programs" / "README.md").write_text(

@@ -7,8 +7,8 @@ penalty on the weights (L2) make it learn the rule instead. Both are shown.
 Data: reviews that this program makes from a grammar; nothing is downloaded. A review passes judgement in
 several clauses, with intensifiers ("truly", "a bit"), negations ("not at all", "nobody could call it") and
 quotations of what others think, which do not count. Its label is the sign of the sum of what the clauses say,
-so that whoever only knows which words occur cannot solve it: the baseline is logistic regression on the bag
-of words.
+so knowing which words occur is not enough. There are two baselines, both logistic regressions: one on the
+bag of words, and a stronger one on words, pairs and triples of words.
 
     python examples/sentiment.py
     python examples/sentiment.py "The plot was not boring at all, and I truly enjoyed the music."
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         draw(options.picture, histories, baselines)
     return {
         "accuracy, LSTM with dropout and L2": accuracies["LSTM, dropout and L2"],
-        **{f"accuracy, {name}": baselines[name] for name in baselines},
+        **{f"accuracy, {name}": baselines[name] for name in reversed(baselines)},  # the stronger first
         "accuracy, LSTM without": accuracies["LSTM, plain"],
     }
 

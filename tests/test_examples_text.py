@@ -160,7 +160,10 @@ def test_a_bag_of_words_knows_words_and_runs_of_words_their_order() -> None:
 
 def test_sentiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = small(sentiment, tmp_path, "Not good.", "--reviews", "64", "--epochs", "2", "--units", "8")
-    assert list(figures)[:2] == ["accuracy, LSTM with dropout and L2", "accuracy, bag of words"]
+    assert list(figures)[:2] == [
+        "accuracy, LSTM with dropout and L2",
+        "accuracy, bag of words, pairs and triples",
+    ]
     assert all(0.2 < value <= 1 for value in figures.values())
     assert "Not good.\nfavourable with probability 0." in capsys.readouterr().out
 

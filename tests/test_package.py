@@ -16,7 +16,7 @@ import fusedlstm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
 
 # What `import fusedlstm` must leave alone: it may cost 0.3 s over importing NumPy.
 HEAVY = (
@@ -39,6 +39,14 @@ def python(code: str, folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def examples(page: str) -> list[str]:
+    """The code that a page shows."""
+    return re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+EXAMPLES = examples(README)
 
 
 def is_suite(name: str) -> bool:
@@ -112,6 +120,15 @@ def test_examples_of_the_readme_run_as_shown(example: str, tmp_path: Path) -> No
     python(example, tmp_path)
 
 
+def test_examples_of_moving_weights_run_one_after_the_other(tmp_path: Path) -> None:
+    python("\n".join(examples(WEIGHTS)), tmp_path)
+
+
+def test_the_readme_names_the_functions_that_a_cell_may_use() -> None:
+    (functions,) = re.findall(r"those of `fusedlstm.math`: (.*?)\. ", README, re.DOTALL)
+    assert re.findall(r"`(\w+)`", functions) == fusedlstm.math.__all__
+
+
 def test_the_readme_begins_with_what_a_newcomer_needs() -> None:
     first_screen = README[: README.index("\n## ")]
     assert EXAMPLES[0] in first_screen
@@ -122,7 +139,14 @@ def test_the_readme_begins_with_what_a_newcomer_needs() -> None:
 
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {f"#{heading.lower().replace(' ', '-')}" for heading in headings}
     assert links
-    assert [link for link in links if link not in anchors and not (ROOT / link).exists()] == []
+    assert [link for link in links if not leads_somewhere(*link.partition("#")[::2])] == []
+
+
+def leads_somewhere(path: str, anchor: str) -> bool:
+    """Whether a link from the README finds its file, and in it the heading that it names."""
+    target = ROOT / (path or "README.md")
+    if not anchor or not target.is_file():
+        return target.exists() and not anchor
+    headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor in {heading.lower().replace(" ", "-") for heading in headings}

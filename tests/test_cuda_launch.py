@@ -187,7 +187,7 @@ def test_what_cannot_be_assembled_is_said() -> None:
 
 def test_missing_cupy_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"pip install 'fusedlstm\[cuda12\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[cuda12\]'"):
         launch.array_module()
 
 

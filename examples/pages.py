@@ -100,9 +100,7 @@ def markdown(program: str, page: Page, layers: Comparison, picture: bool) -> str
         page.about,
         f"![{page.title}](../pictures/program-{program}.png)" if picture else "",
         f"| figure | value |\n|---|---|\n{rows}\n| seconds on {os.cpu_count()} cores | {page.seconds:.0f} |",
-        "## The model",
-        f"From [{program}.py](../../examples/{program}.py):",
-        f"```python\n{page.models.strip()}\n```",
+        _models(program, page),
         f"## With `{THEIRS}`",
         f"With the layers of `{THEIRS}` in the place of ours, and the same seed, the losses of the first\n"
         f"{len(layers.ours.losses)} batches {agree}. A batch of the\n"
@@ -112,6 +110,14 @@ def markdown(program: str, page: Page, layers: Comparison, picture: bool) -> str
         f"Made by `python examples/pages.py {program}`.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _models(program: str, page: Page) -> str:
+    """The code that builds the models; nothing where they are another program's."""
+    if not page.models:
+        return ""
+    head = f"## The model\n\nFrom [{program}.py](../../examples/{program}.py):"
+    return f"{head}\n\n```python\n{page.models.strip()}\n```"
 
 
 def table(records: dict[str, dict], folder: str) -> str:

@@ -136,10 +136,11 @@ def _identity(weight: Tensor) -> Any:
 
 
 def _places(weights: Sequence[Tensor]) -> list[Any]:
-    """Where weights lie, and how the two matrices do, which may be given other data at the same place."""
-    ih, hh, *_ = weights
-    shapes = [ih.shape, ih.stride(), hh.shape, hh.stride()]
-    return [weight.data_ptr() for weight in weights] + shapes
+    """Where weights lie, and how the two matrices do: they may be given other data at the same place.
+
+    With the sizes that are compared beside it, this tells a matrix from its transpose and from another one.
+    """
+    return [*[weight.data_ptr() for weight in weights], weights[0].stride(), weights[1].stride()]
 
 
 def _pack(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes) -> Direction:

@@ -160,6 +160,7 @@ class CPUDirection:
         hidden = rows // len(cell.gates)
         self.layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, weights.hr is not None)
         self.spec = self.layer.spec
+        self._forward = forward_kernel(self.spec)  # looked up now, which takes longer than a call should
         self._vectors = self._pack_vectors()
         self._panels = (
             self._pack_panels(weights.ih, self.layer.input_gates),
@@ -254,11 +255,10 @@ class CPUDirection:
         kept = empty_bytes(size)
         if reset is None:
             reset = NO_RESET
-        kernel = forward_kernel(spec)
-        kernel.entry(
-            team.current().address if threads > 1 else 0, threads, patience, kernel.address, layer.tiles,
-            x, y, final if initial is None else initial, initial is not None, final, self._panel_addresses,
-            *order, reset, reverse, kept, layer.hidden, chunk, training,
+        self._forward.entry(
+            team.current().address if threads > 1 else 0, threads, patience, self._forward.address,
+            layer.tiles, x, y, final if initial is None else initial, initial is not None, final,
+            self._panel_addresses, *order, reset, reverse, kept, layer.hidden, chunk, training,
         )  # fmt: skip
         return Tape(x, y, order, reset, reverse, kept) if training else None
 

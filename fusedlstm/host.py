@@ -290,7 +290,7 @@ def backward(
 
     Args:
         run: as for :func:`forward`.
-        wants_dx: whether the gradient of the input is wanted; its product is saved else.
+        wants_dx: whether the gradient of the input is wanted; if not, its product is saved.
         number: of the record.  Where it is gone, the layer is run again.
         flat: as for :func:`forward`; then the gradients of the outputs and of the final states.
         out: contiguous arrays for the gradients; else they are new.
@@ -305,13 +305,17 @@ def backward(
         wanted = ([given.x] if wants_dx else []) + [*given.initial, *given.weights]
         out = [np.empty(array.shape, array.dtype) for array in wanted]
     x, steps = given.run_steps, given.steps
-    dx = (out[0][:, ::-1] if run.backwards else out[0]).swapaxes(0, 1) if wants_dx else None
+    dx = out[0][:, :: -1 if run.backwards else 1] if wants_dx else None  # (B, T, I)
     dinitial, dweights = record.direction.backward(
-        record.tape._replace(x=x), dy.swapaxes(0, 1), tuple(dfinals), dx, False
+        record.tape._replace(x=x),
+        dy.swapaxes(0, 1),
+        tuple(dfinals),
+        None if dx is None else dx.swapaxes(0, 1),
+        False,
     )
     if steps is not None:
         if dx is not None and steps.moves:
-            dx[...] = steps.back(dx.swapaxes(0, 1)).swapaxes(0, 1)
+            dx[...] = steps.back(dx)
         dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
     for target, gradient in zip(out[wants_dx:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
         _write(target, gradient)

@@ -179,9 +179,10 @@ class _Fused(layers.RNN):  # type: ignore[misc]
                 f"initial_state must be {len(names)} state(s), {', '.join(names)}, of the shape "
                 f"{(batch, units)}, got {', '.join(map(str, shapes))}"
             )
-        whole = (ops.shape(sequences)[0], units)
         return [
-            ops.broadcast_to(state, whole) if len(shape) == 1 or (shape[0] == 1 and batch != 1) else state
+            ops.broadcast_to(state, (ops.shape(sequences)[0], units))
+            if len(shape) == 1 or (shape[0] == 1 and batch != 1)
+            else state
             for state, shape in zip(states, shapes)
         ]
 

@@ -2,8 +2,9 @@
 
 First the floors: what a launch and the barrier of a grid take alone.  Then, row by row and the most important
 ones first, the LSTM problems of DeepBench, FlashRNN's, and a selection of GRU problems, forward and forward
-with backward, with and without the product of the input, against `torch.nn.LSTM` and `torch.nn.GRU` (cuDNN)
-in float32, TF32, bfloat16 and float16.  Nothing is timed before its results, gradients among them, are right.
+with backward, with and without the product of the input, and with a barrier every step, against
+`torch.nn.LSTM` and `torch.nn.GRU` (cuDNN) in float32, TF32, bfloat16 and float16.  Nothing is timed before
+its results, gradients among them, are right.
 Times are medians of CUDA events.
 
 Each contender has a process of its own, which may hang or lose its GPU without taking others along; kernels
@@ -110,6 +111,7 @@ def kernels(problem: Problem, precision: Precision, device: Device) -> Iterator[
     sizes = (device, problem.mathematics, precision, problem.hidden, 0, problem.batch)
     for backward, training in ((False, False), (False, True), (True, True)):
         yield problem.cell, choose(*sizes, backward), training
+    yield problem.cell, choose(*sizes, False, barrier_every=1), False
 
 
 def prepared(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedlstm.kernels.cuda import launch
-from fusedlstm.kernels.cuda.engine import CUDA, Direction
+from fusedlstm.kernels.cuda.engine import CUDA
 from fusedlstm.kernels.cuda.plan import Precision
 from fusedlstm.kernels.cuda.ptx import SIMULATED
 from fusedlstm.weights import Weights
@@ -50,19 +50,24 @@ def ours(problem: Problem, given: Data, precision: Precision) -> Prepared:
         found["inference"] = inferred[:, problem.rows]
         return {name: part if xp is np else part.get() for name, part in found.items()}
 
-    calls = {"forward": forward, "train": train, "recurrent": _recurrent_part(direction, problem)}
-    return Prepared(checked, calls, direction.explain(problem.steps, problem.batch, True))
+    calls = {
+        "forward": forward,
+        "train": train,
+        "recurrent": _recurrent_part(problem, given, CUDA(precision)),
+    }
+    kernels = direction.explain(problem.steps, problem.batch, True)
+    if kernels["forward"].startswith("persistent"):
+        calls["barriers"] = _recurrent_part(problem, given, CUDA(precision, barrier_every=1))
+    return Prepared(checked, calls, kernels)
 
 
-def _recurrent_part(direction: Direction, problem: Problem) -> Callable[[], Any]:
+def _recurrent_part(problem: Problem, given: Data, engine: CUDA) -> Callable[[], Any]:
     """The forward pass over an input of one feature, whose product costs next to nothing."""
-    xp = launch.array_module()
-    weights = direction._weights
-    narrow = weights._replace(ih=weights.ih[:, :1].copy())
-    part = CUDA(direction._precision).prepare(direction.cell, narrow)
+    xp, cell = launch.array_module(), problem.mathematics
+    part = engine.prepare(cell, given.weights._replace(ih=given.weights.ih[:, :1].copy()))
     x = xp.zeros((problem.steps, problem.batch, 1), np.float32)
     y = xp.empty((problem.steps, problem.batch, problem.hidden), np.float32)
-    final = tuple(xp.empty(y.shape[1:], y.dtype) for _ in direction.cell.states)
+    final = tuple(xp.empty(y.shape[1:], y.dtype) for _ in cell.states)
     return lambda: part.forward(x, None, y, final, None, None, False, False)
 
 

@@ -15,6 +15,7 @@ from fusedlstm.cells import Cell
 from fusedlstm.kernels import reference
 from fusedlstm.kernels.cuda.engine import CUDA
 from fusedlstm.kernels.cuda.launch import array_module
+from fusedlstm.kernels.cuda.plan import BARRIER_EVERY
 from fusedlstm.weights import Weights, flatten
 
 # Relative error of the norm; float32 and float64 for one step, of T steps sqrt(T) times as much.
@@ -40,6 +41,7 @@ class Case:
     accumulate: bool = False
     precision: str = "float32"
     form: str | None = None
+    barrier_every: int = BARRIER_EVERY
     seed: int = 0
 
 
@@ -115,6 +117,7 @@ def actual(case: Case, given: Arrays) -> dict[str, Any]:
     direction = CUDA(
         "float32" if case.precision == "float64" else case.precision,  # type: ignore[arg-type]
         case.form,  # type: ignore[arg-type]
+        case.barrier_every,
     ).prepare(case.cell, given.weights)
 
     def moved(part: Any) -> Any:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,29 +148,36 @@ def test_weights_in_registers(precision: str, monkeypatch: pytest.MonkeyPatch) -
 @settings(max_examples=60)
 @given(
     cell=st.sampled_from(ALL),
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9)),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9)),
     proj=st.integers(0, 4),
     flags=st.tuples(*[st.booleans()] * 7),
     form=st.sampled_from(FORMS),
+    barrier_every=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
 def test_any_size_and_option(
-    cell: fusedlstm.Cell, sizes: Any, proj: int, flags: Any, form: str, seed: int
+    cell: fusedlstm.Cell, sizes: Any, proj: int, flags: Any, form: str, barrier_every: int, seed: int
 ) -> None:
     # float64: where a result is a single number, float32 may lose it to cancellation
     options = ("bias", "lengths", "reset", "reverse", "initial", "strided", "accumulate")
     proj = 0 if cell.unprojectable else min(proj, sizes[3])
-    check(Case(cell, *sizes, proj, precision="float64", form=form, seed=seed, **dict(zip(options, flags))))
+    rest = dict(zip(options, flags))
+    check(
+        Case(
+            cell, *sizes, proj, precision="float64", form=form, barrier_every=barrier_every, seed=seed, **rest
+        )
+    )
 
 
 @pytest.mark.parametrize("proj", [0, 5])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "barrier_every"), [("persistent", 1), ("persistent", 2), ("stepwise", 1)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_same_bits_under_any_schedule(
-    precision: str, form: str, proj: int, monkeypatch: pytest.MonkeyPatch
+    precision: str, form: str, barrier_every: int, proj: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE if precision != "float32" else PLAIN_DEVICE)
-    case = Case(cells.lstm, 3, 5, 2, 11, proj, lengths=True, reset=True, precision=precision, form=form)
+    options: dict[str, Any] = {"lengths": True, "reset": True, "precision": precision, "form": form}
+    case = Case(cells.lstm, 3, 5, 2, 11, proj, barrier_every=barrier_every, **options)
     given_arrays = arrays(case)
     results = []
     for seed in range(4):
@@ -178,6 +186,52 @@ def test_same_bits_under_any_schedule(
     for result in results[1:]:
         for what, array in result.items():
             assert array.tobytes() == results[0][what].tobytes(), what
+
+
+# --- Exchange buffers that are polled ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("barrier_every", [1, 2, 3])
+@pytest.mark.parametrize("proj", [0, 5])
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, other_operand], ids=name)
+def test_buffers_are_used_again(cell: fusedlstm.Cell, proj: int, barrier_every: int) -> None:
+    """There are twice as many as `barrier_every`."""
+    case = Case(cell, 8, 3, 2, 7, 0 if cell.unprojectable else proj, form="persistent", lengths=True)
+    check(replace(case, barrier_every=barrier_every))
+
+
+@pytest.mark.parametrize("precision", TENSOR)
+def test_buffers_are_used_again_on_tensor_cores(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
+    check(Case(cells.lstm, 5, 9, 3, 33, precision=precision, form="persistent", barrier_every=2))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", *TENSOR])
+def test_any_nan_may_be_exchanged(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that marks what is not published."""
+    monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE if precision in TENSOR else PLAIN_DEVICE)
+    hidden = 33 if precision in TENSOR else 11
+    case = Case(cells.lstm, 3, 5, 3, hidden, precision=precision, form="persistent", barrier_every=2)
+    given_arrays = arrays(case)
+    assert given_arrays.initial is not None
+    for state in (given_arrays.initial[0], given_arrays.dfinal[0]):
+        state.view(np.uint8)[3, : 5 * state.itemsize] = 0xFF
+    wanted, found = expected(case, given_arrays), actual(case, given_arrays)
+    for what in wanted:
+        np.testing.assert_array_equal(np.isnan(found[what]), np.isnan(wanted[what]), err_msg=what)
+
+
+@pytest.mark.parametrize("module", [forward, backward], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_buffers_must_be_made_ready(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was published some steps ago must not be taken for what is awaited."""
+    recurrent, withdraw = product.products, []
+
+    def products(plan: Any) -> Any:
+        return tuple(p._replace(withdraw=lambda *args: withdraw.append(args)) for p in recurrent(plan))
+
+    monkeypatch.setattr(module, "products", products)
+    assert is_wrong(POLLED)
+    assert withdraw
 
 
 # --- Barriers: each one taken out must show ---------------------------------------------------------------
@@ -208,10 +262,11 @@ def is_wrong(case: Case) -> bool:
     """Whether some schedule gives wrong results or gets stuck."""
     given_arrays = arrays(case)
     wanted = expected(case, given_arrays)
-    for seed in range(4):
+    # a thread that is late wherever it may be, then some at random
+    for seed, straggler in ((0, 0), (0, None), (1, None), (2, None)):
         launch.kernel.cache_clear()
         try:
-            with concurrent_blocks(seed):
+            with concurrent_blocks(seed, straggler):
                 found = actual(case, given_arrays)
         except Stuck:
             return True
@@ -220,7 +275,18 @@ def is_wrong(case: Case) -> bool:
     return False
 
 
-CASE = Case(cells.lstm, 4, 5, 2, 7, proj=5, form="persistent")
+@cache
+def is_right(device: Device, case: Case) -> bool:
+    """Without anything taken out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "simulated_device", device)
+        return not is_wrong(case)
+
+
+MET = Case(cells.lstm, 4, 5, 2, 7, proj=5, form="persistent", barrier_every=1)
+POLLED = replace(MET, steps=7, barrier_every=2)
+# for blocks of two warps, of which one polls nothing that its own block publishes
+OWN = Case(cells.rnn_tanh, 2, 1, 1, 36, form="persistent", barrier_every=4)
 
 
 @pytest.mark.parametrize(
@@ -231,28 +297,44 @@ CASE = Case(cells.lstm, 4, 5, 2, 7, proj=5, form="persistent")
 def test_each_barrier_of_a_kernel_is_needed(
     module: Any, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not is_wrong(CASE)
     copy = without_barrier(module, number)
-    monkeypatch.setattr(module, "build", copy.build)
     monkeypatch.setitem(sys.modules, copy.__name__, copy)  # where the simulator finds it
-    wrong = is_wrong(CASE) or is_wrong(replace(CASE, proj=0))
-    assert wrong, f"{module.__name__} is right without {barriers(module)[number].group()}"
+    two_warps = replace(TENSOR_DEVICE, multiprocessors=3)
+    tried = [
+        (PLAIN_DEVICE, MET),
+        (PLAIN_DEVICE, POLLED),
+        (two_warps, OWN),
+        (two_warps, replace(OWN, proj=36)),
+    ]
+    for device, case in tried:
+        monkeypatch.setattr(launch, "simulated_device", device)
+        with monkeypatch.context() as spoilt:
+            spoilt.setattr(module, "build", copy.build)
+            wrong = is_wrong(case)
+        if wrong:
+            assert is_right(device, case)
+            return
+    pytest.fail(f"{module.__name__} is right without {barriers(module)[number].group()}")
 
 
+@pytest.mark.parametrize("case", [MET, POLLED], ids=["met", "polled"])
 @pytest.mark.parametrize("number", range(len(barriers(product))))
-def test_each_barrier_of_the_grid_barrier_is_needed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_barrier_of_the_grid_barrier_is_needed(
+    number: int, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = without_barrier(product, number)
     monkeypatch.setitem(sys.modules, copy.__name__, copy)
     for module in (forward, backward):
         monkeypatch.setattr(module, "meet", copy.meet)
-    assert is_wrong(CASE)
+    assert is_wrong(case)
 
 
 def test_persistent_kernels_have_all_barriers() -> None:
-    """The tests above take out what this finds; a kernel meets twice, with two products."""
+    """The tests above take out what this finds.  A kernel has two products: before each, all blocks meet, or
+    the threads of a block do; after each, these do."""
     for module in (forward, backward):
         found = [match.group(1) for match in barriers(module)]
-        assert (found.count("meet("), found.count("cuda.syncthreads()")) == (2, 2)
+        assert (found.count("meet("), found.count("cuda.syncthreads()")) == (2, 4)
     assert len(barriers(product)) == 3
 
 

@@ -17,6 +17,7 @@ Use it in a process that was started with NUMBA_ENABLE_CUDASIM=1.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -61,11 +62,13 @@ class Grid:
 
     The thread with the highest priority runs until it reaches a barrier that others have not; now
     and then priorities are drawn anew.  So some blocks, and some threads of a block, are far ahead
-    of others, as far as barriers let them.
+    of others, as far as barriers let them.  A straggler runs only when no other can.
     """
 
-    def __init__(self, grid_dim: Any, block_dim: Any, dynamic_shared: int, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(
+        self, grid_dim: Any, block_dim: Any, dynamic_shared: int, seed: int, straggler: int | None
+    ) -> None:
+        self.random, self.straggler = random.Random(seed), straggler
         self.grid_dim, self.block_dim = grid_dim, block_dim
         self.shared = [FakeCUDAShared(dynamic_shared) for _ in np.ndindex(*grid_dim)]
         for memory in self.shared:
@@ -111,6 +114,8 @@ class Grid:
     def draw_priorities(self) -> None:
         speed = [self.random.random() for _ in self.shared]
         self.priority = [speed[lane.block] + 0.3 * self.random.random() for lane in self.lanes]
+        if self.straggler is not None:
+            self.priority[self.straggler] = math.inf
         self.ready = [(self.priority[place], place) for _, place in self.ready]
         heapq.heapify(self.ready)
 
@@ -169,15 +174,15 @@ class Module(FakeCUDAModule):
 
 
 @contextmanager
-def concurrent_blocks(seed: int = 0) -> Iterator[None]:
-    """Inside, simulated kernels run all their blocks at once."""
+def concurrent_blocks(seed: int = 0, straggler: int | None = None) -> Iterator[None]:
+    """Inside, simulated kernels run all their blocks at once; `straggler` is the number of a thread."""
     before = simulated.FakeCUDAKernel.__call__
     running: list[Module] = []
 
     def launch(self: Any, *args: Any) -> Any:
         if running:  # a device function
             return self.fn(*args)
-        grid = Grid(self.grid_dim, self.block_dim, self.dynshared_size, seed)
+        grid = Grid(self.grid_dim, self.block_dim, self.dynshared_size, seed, straggler)
         running.append(Module(grid))
         kernels = [
             module

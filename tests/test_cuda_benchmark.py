@@ -20,6 +20,7 @@ from fusedlstm.kernels.cuda.resources import DEVICES
 PROBLEM = gpu_problems.Problem("gru", "gru", 3, 11, 4, 5)
 TIME = {"median": 2.0, "low": 1.0, "high": 3.0, "host": 0.02}
 TIMES = {"errors": {"y": 1e-7}, "kernels": {}, "forward": TIME, "train": TIME, "recurrent": TIME}
+TIMES["barriers"] = TIME | {"median": 3.0}
 MACHINE = {"gpu": "a GPU", "device": vars(DEVICES["sm_90"]), "versions": {"cupy": "14"}, "driver": 1}
 FLOORS = {"launch": TIME, "barrier": {"16": 0.5}, "copy": 4e12, "product": {"tf32": 4e14}}
 
@@ -104,15 +105,16 @@ def test_each_row_is_written_and_failures_are_shown(asked: list[Any], tmp_path: 
     text = gpu_report.document(record)
     assert text.count("cudnn failed: no answer within 90 s") == len(gpu_problems.GRU)
     assert "| gru | 25 | 16 | 512 | tf32 | 2.000 | 2.000 | 1.00 |" in text
+    assert "| 80.00 | 120.00 | 80.00 | 20 | 20 |" in text
     assert "One barrier of 16 blocks 0.50 us" in text
 
 
 def test_kernels_are_compiled_before_they_are_timed(asked: list[Any], tmp_path: Path) -> None:
     gpu.run(["gru"], ["bfloat16"], tmp_path / "record.json")
     kinds = [question[0] for question in asked[2:]]
-    assert kinds == ["compile"] * 3 * len(gpu_problems.GRU) + ["measure"] * 2 * len(gpu_problems.GRU)
-    plans = [(plan.backward, training) for _, _, plan, training, _ in asked[2:5]]
-    assert plans == [(False, False), (False, True), (True, True)]
+    assert kinds == ["compile"] * 4 * len(gpu_problems.GRU) + ["measure"] * 2 * len(gpu_problems.GRU)
+    plans = [(plan.backward, training, plan.polling) for _, _, plan, training, _ in asked[2:6]]
+    assert plans == [(False, False, True), (False, True, True), (True, True, True), (False, False, False)]
 
 
 def test_the_budget_ends_the_run(asked: list[Any], tmp_path: Path) -> None:

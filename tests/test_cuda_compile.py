@@ -7,21 +7,35 @@ from checks import five_gates, name, three_states
 
 from fusedlstm import cells
 from fusedlstm.cells import Cell
-from fusedlstm.kernels.cuda.plan import PRECISIONS, TENSOR_CORES, Form, Precision, choose
+from fusedlstm.kernels.cuda.plan import (
+    BARRIER_EVERY,
+    PRECISIONS,
+    TENSOR_CORES,
+    Form,
+    Precision,
+    choose,
+)
 from fusedlstm.kernels.cuda.resources import DEVICES, REGISTERS, ptx_of, resources
 
 H200 = DEVICES["sm_90"]
 
 
 def check(
-    cell: Cell, precision: Precision, form: Form, backward: bool, hidden: int, batch: int, proj: int = 0
+    cell: Cell,
+    precision: Precision,
+    form: Form,
+    backward: bool,
+    hidden: int,
+    batch: int,
+    proj: int = 0,
+    barrier_every: int = BARRIER_EVERY,
 ) -> None:
     """No spills, no stack, everything inlined, and all registers for one block at least.
 
     The PTX for the oldest architecture that has the instructions is assembled for all later ones.
     """
     tensor = precision in TENSOR_CORES
-    plan = choose(H200, cell, precision, hidden, proj, batch, backward, form)
+    plan = choose(H200, cell, precision, hidden, proj, batch, backward, form, barrier_every)
     assert plan.form == form
     assert plan.shared <= H200.shared
     ptx = ptx_of(cell, plan, (8, 0) if tensor else (7, 5))
@@ -32,11 +46,14 @@ def check(
         assert (found.spills, found.stack, found.calls) == (0, 0, 0), (architecture, found)
         assert found.registers * plan.threads <= REGISTERS, (architecture, found)
         assert (found.tensor > 0) == tensor
-    assert ("red.release.gpu" in ptx) == ("ld.acquire.gpu" in ptx) == (form == "persistent")
     vector = "v4.b32" if tensor else "v2.f64" if precision == "float64" else "v4.f32"
     alias = vector.replace("b32", "u32")
-    assert f"ld.global.{vector}" in ptx or f"ld.global.{alias}" in ptx
-    if form == "persistent":
+    assert {name in ptx for name in ("red.release.gpu", "ld.acquire.gpu")} == {form == "persistent"}
+    polled = (f"ld.relaxed.gpu.global.{vector}", "st.relaxed.gpu.global")
+    assert {name in ptx for name in polled} == {plan.polling}
+    if form == "stepwise":
+        assert f"ld.global.{vector}" in ptx or f"ld.global.{alias}" in ptx
+    else:
         assert f"ld.shared.{vector}" in ptx or f"ld.shared.{alias}" in ptx
 
 
@@ -45,6 +62,12 @@ def check(
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_form_and_precision(precision: Precision, form: Form, backward: bool) -> None:
     check(cells.lstm, precision, form, backward, hidden=512, batch=16)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_barrier_every_step(precision: Precision, backward: bool) -> None:
+    check(cells.lstm, precision, "persistent", backward, hidden=512, batch=16, barrier_every=1)
 
 
 @pytest.mark.parametrize(

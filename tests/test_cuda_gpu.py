@@ -91,6 +91,15 @@ def test_tensor_cores(cell: fusedlstm.Cell, precision: str) -> None:
         check(sized(Case(cell, 12, 20, 40, 160, form=form, precision=precision, lengths=True)))
 
 
+@pytest.mark.parametrize("barrier_every", [1, 2, 8])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_exchange(precision: str, barrier_every: int) -> None:
+    """With a barrier every step, and polled in buffers that are used again."""
+    case = Case(cells.lstm, 50, 33, 64, 512, precision=precision, form="persistent", lengths=True)
+    check(sized(replace(case, barrier_every=barrier_every)))
+    check(sized(replace(case, barrier_every=barrier_every, hidden=256, proj=96)))
+
+
 def test_weights_in_registers() -> None:
     check(sized(Case(cells.lstm, 6, 16, 64, 1536, precision="tf32")))
     check(sized(Case(cells.lstm, 6, 16, 64, 2048, precision="bfloat16")))

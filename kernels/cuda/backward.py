@@ -19,9 +19,9 @@ from numba import cuda
 
 from fusedlstm.cells import Cell
 
-from .block import owned_elements, owned_units, transfer
+from .block import owned_elements, owned_units, times, transfer
 from .plan import Plan
-from .product import U, meet, products, starts_anew
+from .product import U, meet, products
 from .scalar import device, element, update
 
 # As in forward.py.
@@ -40,8 +40,8 @@ ARGUMENTS = {
     "dlearned": "real 3",  # (V, B, H) added to
     "d": "real 4",  # (T, B, A, H) written: gradients of the pre-activations
     "dprojected": "real 3",  # (T, B, P) written with a projection: gradient of its result
-    "exchange": "operand 1",  # two buffers
-    "exchange_projected": "operand 1",
+    "exchange": "operand 1",  # plan.buffers of them
+    "exchange_projected": "operand 1",  # likewise
     "weights": "operand 1",  # packed
     "weights_hr": "operand 1",  # packed
     "arrivals": "uint64 1",  # zeros, one for each block of the batch
@@ -58,31 +58,37 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     further, vectors = len(cell.states) - 1, len(cell.weights)
     inputs, split = len(cell.preactivations), len(cell.split)
     persistent, projected = plan.form == "persistent", plan.projection is not None
+    polling, barrier_every, buffers = plan.polling, plan.barrier_every, plan.buffers
     operand = cell.operand
 
     own = owned_units(plan)
     cells, unit_of = own
-    owned, element_of = owned_elements(plan)
+    own_elements = owned_elements(plan)
+    owned, element_of = own_elements
+    unit_times, element_times = times(own, resets), times(own_elements, resets)
     load_states, store_states = transfer(own, further)
     load_learned, store_learned = transfer(own, vectors)
-    (keep, multiply, total, publish), (keep_hr, multiply_hr, total_hr, publish_hr) = products(plan)
+    recurrent, projection = products(plan)
+    keep, multiply, total, publish, withdraw = recurrent
+    keep_hr, multiply_hr, total_hr, publish_hr, withdraw_hr = projection
     adjoint = update(cell, real).adjoint
 
-    number, exchanged = element(real), element(plan.recurrent.operand)
+    number, exchanged, flag = element(real), element(plan.recurrent.operand), element(np.bool_)
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
     registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
     all_states, all_vectors = max(1, cells * further), max(1, cells * vectors)
     slots, outcome = inputs + 1 + further + vectors, 1 + further
-    taken = inputs + further + 2  # numbers of a cell that are prefetched
+    taken = inputs + further + vectors + 2  # numbers of a cell that are prefetched
     all_taken = cells * taken
     none = real(0)
 
     @device
     def fetch(
-        pre: Any, entering: Any, entering_states: Any, dy: Any, t: Any, rows: Any, prefetched: Any
-    ) -> None:
-        """Load what the forward pass has left of a step, and the gradient of its output."""
+        pre: Any, entering: Any, entering_states: Any, learned: Any, dy: Any,
+        t: Any, rows: Any, prefetched: Any,
+    ) -> None:  # fmt: skip
+        """Load what the forward pass has left of a step, learned vectors, and the gradient of the output."""
         for n in range(cells):
             mine, _, _, u, b = unit_of(n, rows)
             if mine:
@@ -91,9 +97,11 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                     prefetched[U(at + a)] = pre[t, b, a, u]
                 for i in range(further):
                     prefetched[U(at + inputs + i)] = entering_states[i, t, b, u]
+                for i in range(vectors):
+                    prefetched[U(at + inputs + further + i)] = learned[i, u]
                 if not projected:
-                    prefetched[U(at + inputs + further)] = entering[t, b, u]
-                    prefetched[U(at + inputs + further + 1)] = dy[t, b, u]
+                    prefetched[U(at + inputs + further + vectors)] = entering[t, b, u]
+                    prefetched[U(at + inputs + further + vectors + 1)] = dy[t, b, u]
 
     @device
     def complete(
@@ -114,21 +122,18 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
             state[U(n * further + operand - 1)] = value
 
     @device
-    def gather(
-        n: Any, u: Any, learned: Any, prefetched: Any, carried: Any, state: Any, values: Any, seeds: Any
-    ) -> None:
+    def gather(n: Any, prefetched: Any, carried: Any, state: Any, values: Any, seeds: Any) -> None:
         """Put together what the adjoint of a unit takes; with a projection, seeds[0] is its gradient."""
         at = n * taken
         for a in range(inputs):
             values[U(a)] = prefetched[U(at + a)]
-        for i in range(further):
+        for i in range(further + vectors):
             values[U(inputs + 1 + i)] = prefetched[U(at + inputs + i)]
+        for i in range(further):
             seeds[U(1 + i)] = state[U(n * further + i)]
-        for i in range(vectors):
-            values[U(inputs + 1 + further + i)] = learned[i, u]
         if not projected:
-            values[U(inputs)] = prefetched[U(at + inputs + further)]
-            seeds[U(0)] = carried[U(n)] + prefetched[U(at + inputs + further + 1)]
+            values[U(inputs)] = prefetched[U(at + inputs + further + vectors)]
+            seeds[U(0)] = carried[U(n)] + prefetched[U(at + inputs + further + vectors + 1)]
 
     @device
     def retreat(
@@ -147,6 +152,24 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         for i in range(vectors):
             if active:
                 learning[U(n * vectors + i)] += gradients[U(inputs + 1 + further + i)]
+
+    @device
+    def make_ready(
+        half: Any, group: Any, groups: Any, rows: Any, exchange: Any, exchange_projected: Any
+    ) -> None:
+        """Withdraw what this block has published in one half of the buffers."""
+        for buffer in range(half * barrier_every, (half + 1) * barrier_every):
+            here = buffer * groups + group
+            for n in range(cells):
+                mine, _, column, u, _ = unit_of(n, rows)
+                if mine:
+                    for g in range(inputs - split):
+                        withdraw(exchange, here, g * hidden + u, column)
+            if projected:
+                for n in range(owned):
+                    mine, _, column, p, _ = element_of(n, rows)
+                    if mine:
+                        withdraw_hr(exchange_projected, here, p, column)
 
     def kernel(
         pre: Any, entering: Any, entering_states: Any, learned: Any, lengths: Any, reset: Any,
@@ -167,6 +190,10 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         values = cuda.local.array(slots, number)
         gradients = cuda.local.array(slots, number)
         seeds = cuda.local.array(outcome, number)
+        active = cuda.local.array(cells, flag)  # the unit's sequence has this step
+        anew = cuda.local.array(cells, flag)  # and begins it with the initial state
+        active_output = cuda.local.array(owned, flag)  # likewise of elements; anew at the step after
+        anew_output = cuda.local.array(owned, flag)
 
         for n in range(owned):
             mine, _, _, p, b = element_of(n, rows)
@@ -179,59 +206,76 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
             if projected:
                 keep_hr(weights_hr, resident, held)
 
+        if polling:
+            make_ready(0, group, groups, rows, exchange, exchange_projected)
+
         arrived = 0
         for step in range(first, last):
             t = step if reverse else steps - 1 - step
             later = t - 1 if reverse else t + 1
-            here, there = (step % 2) * groups + group, ((step + 1) % 2) * groups + group
+            now = np.uint64(t) if step < steps else np.uint64(0)  # for indices
+            here, there = (step % buffers) * groups + group, ((step + 1) % buffers) * groups + group
             to_cell = step < steps and (not projected or persistent or phase == 1)
+            # in flight while the blocks meet
             if to_cell:
-                fetch(pre, entering, entering_states, dy, t, rows, prefetched)  # while the blocks meet
+                fetch(pre, entering, entering_states, learned, dy, now, rows, prefetched)
+                unit_times(t, t, rows, lengths, reset, reverse, active, anew)
+            if not projected or persistent or phase == 0:
+                element_times(t, later, rows, lengths, reset, reverse, active_output, anew_output)
+            if persistent:
+                if step % barrier_every == 0:
+                    arrived += 1
+                    meet(arrivals, group, np.uint64(arrived * blocks))
+                    if polling:
+                        half = (step // barrier_every + 1) % 2
+                        make_ready(half, group, groups, rows, exchange, exchange_projected)
+                else:
+                    cuda.syncthreads()  # the partial sums are read
             if not projected or persistent or phase == 0:
                 if step > 0:
-                    if persistent:
-                        arrived += 1
-                        meet(arrivals, group, np.uint64(arrived * blocks))
-                    multiply(weights, resident, held, exchange, there, partial)
+                    multiply(weights, resident, held, exchange, here, partial)
                     cuda.syncthreads()
                     for n in range(owned):
                         mine, row, column, p, b = element_of(n, rows)
                         if mine:
                             product = total(partial, row, column)
-                            anew = resets and starts_anew(reset, later, b, lengths[b], reverse)
-                            complete(n, p, b, anew, product, carried, state, total_output, total_states)
+                            renewed = anew_output[U(n)]
+                            complete(n, p, b, renewed, product, carried, state, total_output, total_states)
                 if projected and step < steps:
                     for n in range(owned):
                         mine, _, column, p, b = element_of(n, rows)
                         if mine:
                             value = none
-                            if t < lengths[b]:
-                                value = carried[U(n)] + dy[t, b, p]
+                            if active_output[U(n)]:
+                                value = carried[U(n)] + dy[now, b, p]
                                 carried[U(n)] = none
-                            dprojected[t, b, p] = value
-                            publish_hr(exchange_projected, group, p, column, value)
+                            publish_hr(exchange_projected, here, p, column, value)
+                            dprojected[now, b, p] = value
             if to_cell:
                 if projected:
-                    if persistent:
+                    if polling:
+                        cuda.syncthreads()
+                    elif persistent:
                         arrived += 1
                         meet(arrivals, group, np.uint64(arrived * blocks))
-                    multiply_hr(weights_hr, resident, held, exchange_projected, group, partial)
+                    multiply_hr(weights_hr, resident, held, exchange_projected, here, partial)
                     cuda.syncthreads()
                 for n in range(cells):
                     mine, unit, column, u, b = unit_of(n, rows)
                     if mine:
-                        active = t < lengths[b]
-                        gather(n, u, learned, prefetched, carried, state, values, seeds)
+                        lives = active[U(n)]
+                        gather(n, prefetched, carried, state, values, seeds)
                         if projected:
                             seeds[U(0)] = total_hr(partial, unit, column)
                         adjoint(values, seeds, gradients)
                         for a in range(inputs):
-                            value = gradients[U(a)] if active else none
-                            d[t, b, a, u] = value
-                            if a >= split:
-                                publish(exchange, here, (a - split) * hidden + u, column, value)
-                        anew = resets and starts_anew(reset, t, b, lengths[b], reverse)
-                        retreat(n, u, b, active, anew, gradients, carried, state, learning, total_states)
+                            values[U(a)] = gradients[U(a)] if lives else none
+                        # others wait for what is published; what is stored beside it comes after
+                        for a in range(split, inputs):
+                            publish(exchange, there, (a - split) * hidden + u, column, values[U(a)])
+                        for a in range(inputs):
+                            d[now, b, a, u] = values[U(a)]
+                        retreat(n, u, b, lives, anew[U(n)], gradients, carried, state, learning, total_states)
 
         for n in range(owned):
             mine, _, _, p, b = element_of(n, rows)

@@ -35,9 +35,10 @@ def _owned(plan: Plan, each: int, outputs: int) -> Owned:
 
     @device
     def place(n: Any, rows: Any) -> Any:
-        q = cuda.threadIdx.x + n * threads
-        number, column = q % each, q // each
-        output, row = cuda.blockIdx.x * each + number, cuda.blockIdx.y * batch + column
+        # unsigned, and 32 bits: that takes fewer registers
+        q = U(cuda.threadIdx.x + n * threads)
+        number, column = U(q % U(each)), U(q // U(each))
+        output, row = U(cuda.blockIdx.x * each + number), U(cuda.blockIdx.y * batch + column)
         # `and` and `&` compile to code that takes more registers, which some kernels do not have
         mine = not (q >= each * batch or output >= outputs or row >= rows)
         return mine, number, column, output, row
@@ -73,3 +74,31 @@ def transfer(units: Owned, numbers: int) -> Transfer:
                     target[i, b, u] = source[U(n * numbers + i)]
 
     return Transfer(load, store)
+
+
+def times(own: Owned, resets: bool) -> Any:
+    """(t, start, rows, lengths, reset, reverse, active, anew): of each one that the thread has, whether its
+    sequence has step t, and whether it begins step `start` with the initial state."""
+    most, place = own
+
+    @device
+    def look_up(
+        t: Any, start: Any, rows: Any, lengths: Any, reset: Any, reverse: Any, active: Any, anew: Any
+    ) -> None:
+        for n in range(most):
+            mine, _, _, _, b = place(n, rows)
+            if mine:
+                active[U(n)] = t < lengths[b]
+                anew[U(n)] = resets and starts_anew(reset, start, b, lengths[b], reverse)
+
+    return look_up
+
+
+@device
+def starts_anew(reset: Any, t: Any, b: Any, length: Any, reverse: Any) -> Any:
+    """Whether step t of a row begins with the initial state although it is not the first step.
+
+    reset[t] marks a boundary between t-1 and t.
+    """
+    boundary = t + 1 if reverse else t
+    return 0 <= t < length and 0 < boundary < reset.shape[0] and reset[boundary, b]

@@ -17,7 +17,7 @@ from fusedlstm.weights import Weights
 
 from .gemm import matmul
 from .launch import array_module, current_device, kernel
-from .plan import Device, Form, Plan, Precision, choose
+from .plan import BARRIER_EVERY, Device, Form, Plan, Precision, choose
 
 
 class Tape(NamedTuple):
@@ -41,27 +41,38 @@ class CUDA:
             "float16" on tensor cores, with sums and states in float32; the backward pass of "float16" is
             in bfloat16, which has the range of gradients.  A float64 layer is exact.
         form: "persistent" or "stepwise" forces a kernel; by default the sizes and the device decide.
+        barrier_every: steps from one barrier of a persistent kernel to the next; between them its blocks
+            poll what they exchange.  1 is a barrier every step.
 
     Raises:
         ImportError, RuntimeError: if CuPy, the driver or a GPU is missing.
         ValueError: for an argument that is none of the above.
     """
 
-    def __init__(self, precision: Precision = "float32", form: Form | None = None) -> None:
+    def __init__(
+        self,
+        precision: Precision = "float32",
+        form: Form | None = None,
+        barrier_every: int = BARRIER_EVERY,
+    ) -> None:
         check_options(precision=precision, form=form or "auto")
-        self.precision, self.form = precision, form
+        if barrier_every < 1:
+            raise ValueError(f"barrier_every must be 1 or more, got {barrier_every}")
+        self.precision, self.form, self.barrier_every = precision, form, barrier_every
         array_module()
 
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
-        return Direction(cell, weights, self.precision, self.form)
+        return Direction(cell, weights, self.precision, self.form, self.barrier_every)
 
 
 class Direction:
     """One direction of one layer on CUDA devices; see dispatch.Direction."""
 
-    def __init__(self, cell: Cell, weights: Weights, precision: Precision, form: Form | None) -> None:
+    def __init__(
+        self, cell: Cell, weights: Weights, precision: Precision, form: Form | None, barrier_every: int
+    ) -> None:
         check_projection(cell, weights)
-        self.cell, self._weights, self._form = cell, weights, form
+        self.cell, self._weights, self._form, self._barrier_every = cell, weights, form, barrier_every
         self._precision: Precision = "float64" if weights.ih.dtype == np.float64 else precision
         self._resident: dict[int, Resident] = {}
         self._lock = threading.Lock()
@@ -79,7 +90,9 @@ class Direction:
     def _prepared(self, device: int) -> Resident:
         with self._lock:
             if device not in self._resident:
-                self._resident[device] = Resident(self.cell, self._weights, self._precision, self._form)
+                self._resident[device] = Resident(
+                    self.cell, self._weights, self._precision, self._form, self._barrier_every
+                )
             return self._resident[device]
 
     def forward(
@@ -122,17 +135,25 @@ def _described(what: str, plan: Plan, batch: int) -> dict[str, str]:
     return {
         what: f"{plan.form}, {product.precision}: {plan.why}",
         f"{what} launch": f"{grid[0]} x {grid[1]} blocks of {plan.threads} threads, {plan.shared} bytes "
-        "of shared memory each",
+        f"of shared memory each{_exchange(plan)}",
         f"{what} tile": f"{plan.units} hidden units x {product.batch} rows of the batch a block, weights "
         f"in {product.parts} parts of {product.steps} steps, {product.held} of them in registers",
     }
 
 
+def _exchange(plan: Plan) -> str:
+    if plan.polling:
+        return f"; they poll what they exchange, with a barrier every {plan.barrier_every} steps"
+    return "; a barrier every step" if plan.form == "persistent" else ""
+
+
 class Resident:
     """One direction of one layer on one device."""
 
-    def __init__(self, cell: Cell, weights: Weights, precision: Precision, form: Form | None) -> None:
-        self.cell, self.precision, self.form = cell, precision, form
+    def __init__(
+        self, cell: Cell, weights: Weights, precision: Precision, form: Form | None, barrier_every: int
+    ) -> None:
+        self.cell, self.precision, self.form, self.barrier_every = cell, precision, form, barrier_every
         self.xp = xp = array_module()
         self.device: Device = current_device()
         self.dtype = weights.ih.dtype
@@ -177,8 +198,9 @@ class Resident:
     def _plan(self, batch: int, backward: bool) -> Plan:
         projected = 0 if self.hr is None else self.outputs
         return choose(
-            self.device, self.cell, self.precision, self.hidden, projected, batch, backward, self.form
-        )
+            self.device, self.cell, self.precision, self.hidden, projected, batch, backward, self.form,
+            self.barrier_every,
+        )  # fmt: skip
 
     def _pack(self, plan: Plan) -> tuple[Any, Any]:
         """The weights of both products of a plan."""
@@ -201,10 +223,10 @@ class Resident:
     def _run(self, plan: Plan, batch: int, steps: int, reverse: bool, options: Any, arrays: Any) -> None:
         """Launch a plan's kernel; `arrays` are those before the exchange buffers."""
         xp, columns = self.xp, plan.grid(batch)[1]
-        sizes = [product.buffer * columns for product in plan.products]
+        sizes = [plan.buffers * product.buffer * columns for product in plan.products]
         operand = plan.recurrent.operand
         # padding is multiplied by zero, so it must be a number
-        exchange = xp.zeros(2 * sizes[0], operand)
+        exchange = xp.zeros(sizes[0], operand)
         second = xp.zeros(sizes[1], operand) if plan.projection else exchange[:0]
         arrivals = xp.zeros(columns, np.uint64)
         launch = kernel(self.cell, plan, *options, self.device.capability)

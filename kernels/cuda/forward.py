@@ -1,12 +1,13 @@
 """The forward kernel: one template for both forms and all options.
 
 Persistent, one launch runs all steps: weights stay in shared memory and registers, states in
-registers, and the blocks meet once a step (twice with a projection).  Stepwise, a launch runs one
-step, or one of its two phases with a projection; the end of the launch is the meeting.
+registers, and the blocks exchange vectors once a step (twice with a projection).  Stepwise, a launch runs
+one step, or one of its two phases with a projection.
 
 Each step: the product of the weights with the exchanged output of the step before, the cell, and
-the new output handed to the other blocks.  Two exchange buffers take turns, so that a fast block
-does not overwrite what a slow one still reads.
+the new output handed to the other blocks.  A block must not overwrite what another still reads: buffers
+take turns, and all blocks meet after each half of them (`Plan.barrier_every`); in between, numbers are
+polled.  Stepwise, the end of a launch is the meeting.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from numba import cuda
 
 from fusedlstm.cells import Cell
 
-from .block import owned_elements, owned_units, transfer
+from .block import owned_elements, owned_units, times, transfer
 from .plan import Plan
-from .product import U, meet, products, starts_anew
+from .product import U, meet, products
 from .scalar import device, element, update
 
 # The arguments of the kernel: name -> what launch.py makes a type of.  T steps, B rows of the batch,
@@ -42,8 +43,8 @@ ARGUMENTS = {
     "entering": "real 3",  # (T, B, P) written if training: the output that a step reads
     "entering_states": "real 4",  # (S, T, B, H) written if training
     "raw": "real 3",  # (T, B, H) written if training with a projection: the output before it
-    "exchange": "operand 1",  # two buffers
-    "exchange_raw": "operand 1",
+    "exchange": "operand 1",  # plan.buffers of them
+    "exchange_raw": "operand 1",  # likewise
     "weights": "operand 1",  # packed
     "weights_hr": "operand 1",  # packed
     "arrivals": "uint64 1",  # zeros, one for each block of the batch
@@ -60,42 +61,50 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     gates, further, vectors = len(cell.gates), len(cell.states) - 1, len(cell.weights)
     inputs, split = len(cell.preactivations), len(cell.split)
     persistent, projected = plan.form == "persistent", plan.projection is not None
+    polling, barrier_every, buffers = plan.polling, plan.barrier_every, plan.buffers
     reads_output, operand = cell.reads_output, cell.operand
 
     own = owned_units(plan)
     cells, unit_of = own
-    owned, element_of = owned_elements(plan)
+    own_elements = owned_elements(plan)
+    owned, element_of = own_elements
     load_states, store_states = transfer(own, further)
-    (keep, multiply, total, publish), (keep_hr, multiply_hr, total_hr, publish_raw) = products(plan)
+    unit_times, element_times = times(own, resets), times(own_elements, resets)
+    recurrent, projection = products(plan)
+    keep, multiply, total, publish, withdraw = recurrent
+    keep_hr, multiply_hr, total_hr, publish_raw, withdraw_raw = projection
     step_cell = update(cell, real).step
 
-    number, exchanged = element(real), element(plan.recurrent.operand)
+    number, exchanged, flag = element(real), element(plan.recurrent.operand), element(np.bool_)
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
     registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
-    all_states, all_gates = max(1, cells * further), cells * gates
+    taken = inputs + vectors  # numbers of a cell that are prefetched
+    all_states, all_taken = max(1, cells * further), cells * taken
     slots, outcome = inputs + 1 + further + vectors, 1 + further
     none = real(0)
 
     @device
-    def fetch(fed: Any, t: Any, rows: Any, prefetched: Any) -> None:
-        """Load the input product of a step."""
+    def fetch(fed: Any, bias: Any, learned: Any, t: Any, rows: Any, prefetched: Any) -> None:
+        """Load what a step needs besides the product."""
         for n in range(cells):
             mine, _, _, u, b = unit_of(n, rows)
             if mine:
-                for g in range(gates):
-                    prefetched[U(n * gates + g)] = fed[t, b, g * hidden + u]
+                for a in range(inputs):
+                    value = bias[a, u]
+                    if a < gates:
+                        value += fed[t, b, U(a * hidden + u)]
+                    prefetched[U(n * taken + a)] = value
+                for i in range(vectors):
+                    prefetched[U(n * taken + inputs + i)] = learned[i, u]
 
     @device
     def gather(
-        n: Any, unit: Any, column: Any, u: Any,
-        bias: Any, learned: Any, prefetched: Any, partial: Any, carried: Any, state: Any, values: Any,
-    ) -> None:  # fmt: skip
+        n: Any, unit: Any, column: Any, prefetched: Any, partial: Any, carried: Any, state: Any, values: Any
+    ) -> None:
         """Put together what the cell computes a unit of."""
         for a in range(inputs):
-            value = bias[a, u]
-            if a < gates:
-                value += prefetched[U(n * gates + a)]
+            value = prefetched[U(n * taken + a)]
             if a >= split:
                 value += total(partial, (a - split) * units + unit, column)
             values[U(a)] = value
@@ -104,7 +113,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         for i in range(further):
             values[U(inputs + 1 + i)] = state[U(n * further + i)]
         for i in range(vectors):
-            values[U(inputs + 1 + further + i)] = learned[i, u]
+            values[U(inputs + 1 + further + i)] = prefetched[U(n * taken + inputs + i)]
 
     @device
     def advance(
@@ -118,23 +127,41 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
             state[U(n * further + i)] = after
 
     @device
-    def put_out(
-        n: Any, t: Any, p: Any, b: Any, active: Any, anew: Any,
-        value: Any, initial_output: Any, carried: Any, y: Any, entering: Any,
-    ) -> None:  # fmt: skip
-        """An element of the output of a step, and what the next step reads of it."""
-        if training:
-            entering[t, b, p] = carried[U(n)]
-        y[t, b, p] = value if active else none
+    def carry(
+        n: Any, p: Any, b: Any, active: Any, anew: Any, value: Any, initial_output: Any, carried: Any
+    ) -> None:
+        """What the next step reads of an element of the output."""
         after = value if active else carried[U(n)]
         if anew:
             after = initial_output[b, p]
         carried[U(n)] = after
 
     @device
+    def put_out(t: Any, p: Any, b: Any, active: Any, value: Any, entered: Any, y: Any, entering: Any) -> None:
+        """An element of the output of a step, and of the output that the step has read."""
+        y[t, b, p] = value if active else none
+        if training:
+            entering[t, b, p] = entered
+
+    @device
     def multiplied(n: Any, carried: Any, state: Any) -> Any:
         """The state that the recurrent weights multiply."""
         return state[U(n * further + operand - 1)] if operand > 0 else carried[U(n)]
+
+    @device
+    def make_ready(half: Any, group: Any, groups: Any, rows: Any, exchange: Any, exchange_raw: Any) -> None:
+        """Withdraw what this block has published in one half of the buffers."""
+        for buffer in range(half * barrier_every, (half + 1) * barrier_every):
+            here = buffer * groups + group
+            for n in range(owned):
+                mine, _, column, p, _ = element_of(n, rows)
+                if mine:
+                    withdraw(exchange, here, p, column)
+            if projected:
+                for n in range(cells):
+                    mine, _, column, u, _ = unit_of(n, rows)
+                    if mine:
+                        withdraw_raw(exchange_raw, here, u, column)
 
     def kernel(
         fed: Any, bias: Any, learned: Any, lengths: Any, reset: Any,
@@ -150,7 +177,11 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         held = cuda.local.array(registers, held_type)
         carried = cuda.local.array(owned, number)  # the output, state 0
         state = cuda.local.array(all_states, number)
-        prefetched = cuda.local.array(all_gates, number)
+        prefetched = cuda.local.array(all_taken, number)
+        active = cuda.local.array(cells, flag)  # the unit's sequence has this step
+        anew = cuda.local.array(cells, flag)  # and begins with the initial state at the next
+        active_output = cuda.local.array(owned, flag)  # likewise with a projection, of elements
+        anew_output = cuda.local.array(owned, flag)
         values = cuda.local.array(slots, number)
         new = cuda.local.array(outcome, number)
 
@@ -163,6 +194,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
             keep(weights, resident, held)
             if projected:
                 keep_hr(weights_hr, resident, held)
+        if polling:
+            make_ready(0, group, groups, rows, exchange, exchange_raw)
         if first == 0 and (persistent or last == 0):
             for n in range(owned):
                 mine, _, column, p, b = element_of(n, rows)
@@ -173,48 +206,66 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         for step in range(first, last):
             t = steps - 1 - step if reverse else step
             following = t - 1 if reverse else t + 1
-            here, there = (step % 2) * groups + group, ((step + 1) % 2) * groups + group
-            if not projected or persistent or phase == 0:
-                fetch(fed, t, rows, prefetched)  # in flight while the blocks meet
-                if persistent:
+            now = np.uint64(t)  # for indices
+            here, there = (step % buffers) * groups + group, ((step + 1) % buffers) * groups + group
+            to_cell = not projected or persistent or phase == 0
+            to_output = projected and (persistent or phase == 1)
+            # in flight while the blocks meet
+            if to_cell:
+                fetch(fed, bias, learned, now, rows, prefetched)
+                unit_times(t, following, rows, lengths, reset, reverse, active, anew)
+            if to_output:
+                element_times(t, following, rows, lengths, reset, reverse, active_output, anew_output)
+            if persistent:
+                if step % barrier_every == 0:
                     arrived += 1
                     meet(arrivals, group, np.uint64(arrived * blocks))
+                    if polling:
+                        half = (step // barrier_every + 1) % 2
+                        make_ready(half, group, groups, rows, exchange, exchange_raw)
+                else:
+                    cuda.syncthreads()  # the partial sums are read
+            # others wait for what is published; what is stored beside it comes after
+            if to_cell:
                 multiply(weights, resident, held, exchange, here, partial)
                 cuda.syncthreads()
                 for n in range(cells):
                     mine, unit, column, u, b = unit_of(n, rows)
                     if mine:
-                        gather(n, unit, column, u, bias, learned, prefetched, partial, carried, state, values)
+                        gather(n, unit, column, prefetched, partial, carried, state, values)
                         step_cell(values, new)
-                        active = t < lengths[b]
-                        anew = resets and starts_anew(reset, following, b, lengths[b], reverse)
+                        lives, renewed = active[U(n)], anew[U(n)]
+                        advance(n, u, b, lives, renewed, new, initial_states, state)
+                        if projected:
+                            publish_raw(exchange_raw, here, u, column, new[U(0)])
+                            if training:
+                                raw[now, b, u] = new[U(0)]
+                        else:
+                            entered = carried[U(n)]
+                            carry(n, u, b, lives, renewed, new[U(0)], initial_output, carried)
+                            publish(exchange, there, u, column, multiplied(n, carried, state))
+                            put_out(now, u, b, lives, new[U(0)], entered, y, entering)
                         if training:
                             for a in range(inputs):
-                                pre[t, b, a, u] = values[U(a)]
+                                pre[now, b, a, u] = values[U(a)]
                             for i in range(further):
-                                entering_states[i, t, b, u] = values[U(inputs + 1 + i)]
-                        advance(n, u, b, active, anew, new, initial_states, state)
-                        if projected:
-                            publish_raw(exchange_raw, group, u, column, new[U(0)])
-                            if training:
-                                raw[t, b, u] = new[U(0)]
-                        else:
-                            put_out(n, t, u, b, active, anew, new[U(0)], initial_output, carried, y, entering)
-                            publish(exchange, there, u, column, multiplied(n, carried, state))
-            if projected and (persistent or phase == 1):
-                if persistent:
+                                entering_states[i, now, b, u] = values[U(inputs + 1 + i)]
+            if to_output:
+                if polling:
+                    cuda.syncthreads()
+                elif persistent:
                     arrived += 1
                     meet(arrivals, group, np.uint64(arrived * blocks))
-                multiply_hr(weights_hr, resident, held, exchange_raw, group, partial)
+                multiply_hr(weights_hr, resident, held, exchange_raw, here, partial)
                 cuda.syncthreads()
                 for n in range(owned):
                     mine, row, column, p, b = element_of(n, rows)
                     if mine:
-                        value = total_hr(partial, row, column)
-                        active = t < lengths[b]
-                        anew = resets and starts_anew(reset, following, b, lengths[b], reverse)
-                        put_out(n, t, p, b, active, anew, value, initial_output, carried, y, entering)
+                        value, entered = total_hr(partial, row, column), carried[U(n)]
+                        lives, renewed = active_output[U(n)], anew_output[U(n)]
+                        carry(n, p, b, lives, renewed, value, initial_output, carried)
                         publish(exchange, there, p, column, carried[U(n)])
+                        put_out(now, p, b, lives, value, entered, y, entering)
 
         for n in range(owned):
             mine, _, _, p, b = element_of(n, rows)

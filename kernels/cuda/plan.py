@@ -33,10 +33,11 @@ TILES = 8  # most tensor-core tiles that one warp accumulates
 HELD = 96  # registers of a thread that may hold weights
 UNROLLED = {True: 64, False: 128}  # most multiplications for them, with and without tensor cores: the
 # compiler unrolls no longer loops
-AHEAD = 8  # steps whose vectors are on their way at once, in float32
-FETCHED = 48  # registers of a thread for that on tensor cores
-REGISTERS = 136  # for weights, vectors and sums on tensor cores
+AHEAD = 16  # steps whose vectors are on their way at once, in float32
+FETCHED = 64  # registers of a thread for that on tensor cores
+REGISTERS = 144  # for weights, vectors and sums on tensor cores
 STATE = 40  # registers of a thread for the gates and states of its cells
+BARRIER_EVERY = 8  # steps; between them, blocks poll the numbers that they exchange
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ class Product:
         return next(splits, 0)
 
     @property
+    def column_tiles(self) -> int:
+        """Tiles of a warp along the batch, on tensor cores."""
+        return self.batch // 8 // self.shares
+
+    @property
     def workers(self) -> int:
         return self.threads // 32 if self.tensor else self.threads
 
@@ -203,16 +209,15 @@ class Product:
         """Whether the tiles can be dealt out to the threads."""
         return 1 <= self.shares <= self.workers and (not self.tensor or self.workers % self.shares == 0)
 
-    @property
-    def ahead(self) -> int:
-        """Steps whose vectors are on their way at once."""
+    def together(self, steps: int) -> int:
+        """Of some steps, those whose vectors are on their way at once; a divisor if a large one is there."""
         if not self.tensor:
-            fetched = AHEAD * 4 // self.real_size
+            most = AHEAD * 4 // self.real_size
         else:
-            tile = self.batch // 8 // self.shares
-            free = REGISTERS - 4 * self.row_tiles * tile - self.held_weights
-            fetched = min(FETCHED, free) // (4 * tile)
-        return max(1, min(fetched, self.steps - self.held))
+            free = REGISTERS - 4 * self.row_tiles * self.column_tiles - self.held_weights
+            most = max(1, min(FETCHED, free) // (4 * self.column_tiles))
+        even = max(n for n in range(1, most + 1) if steps % n == 0)
+        return even if 2 * even > most else ceil(steps / ceil(steps / most))
 
     def pack(self, xp: Any, weights: Any, blocks: int) -> Any:
         """Weights (groups, outputs, size) in the order of use, (blocks * weights,) of `operand`."""
@@ -257,6 +262,16 @@ class Plan:
     outputs: tuple[int, int]  # number of hidden units, and of elements of the output
     blocks: int  # along the units
     why: str
+    barrier_every: int = 1  # persistent: steps; if more than one, what is exchanged is polled
+
+    @property
+    def polling(self) -> bool:
+        return self.barrier_every > 1
+
+    @property
+    def buffers(self) -> int:
+        """Exchange buffers: one half is read while the other is written or made ready."""
+        return 2 * self.barrier_every
 
     @property
     def units(self) -> int:
@@ -305,6 +320,7 @@ def choose(
     batch: int,
     backward: bool,
     form: Form | None = None,
+    barrier_every: int = BARRIER_EVERY,
 ) -> Plan:
     """The plan for a pass; `form` forces one.
 
@@ -325,7 +341,7 @@ def choose(
     if not device.cooperative:
         reason = f"blocks cannot wait for each other on {device.name}"
     elif form != "stepwise" and (plan := _persistent(device, *sizes)):
-        return plan
+        return replace(plan, barrier_every=barrier_every)
     if form == "persistent":
         raise ValueError(f"form 'persistent' cannot run with H={hidden}, B={batch}: {reason}")
     return _stepwise(device, *sizes, why="asked for" if form else reason)

@@ -12,6 +12,7 @@ from .plan import ROWS, Plan, Product
 from .scalar import device, element
 
 U = np.uint32  # Numba guards a signed index against being negative
+LOOP = 4  # steps in a loop that compilers unroll
 
 _MMA = {"tf32": ptx.mma_tf32, "bfloat16": ptx.mma_bfloat16, "float16": ptx.mma_float16}
 _CONVERT = {"tf32": ptx.to_tf32, "bfloat16": ptx.to_bfloat16, "float16": ptx.to_float16}
@@ -20,32 +21,32 @@ _CONVERT = {"tf32": ptx.to_tf32, "bfloat16": ptx.to_bfloat16, "float16": ptx.to_
 class Functions(NamedTuple):
     """A product as device functions.
 
-    Vectors that blocks exchange lie in a flat array of numbered buffers: one for each block of the batch, or
-    two that take turns.
+    Vectors that blocks exchange lie in a flat array of numbered buffers: one for each block of the batch, and
+    of these some that take turns.  A buffer that is polled is all bits one where nothing is published yet.
     """
 
     keep: Any  # (weights, resident, held): bring those of the block to shared memory and registers
     multiply: Any  # (weights, resident, held, vectors, buffer, partial): every thread, its partial sums
     total: Any  # (partial, row, column): one element of the result, after a block barrier
     publish: Any  # (vectors, buffer, k, column, value): hand one number to the other blocks
+    withdraw: Any  # (vectors, buffer, k, column): nothing is published there
 
 
 def products(plan: Plan) -> tuple[Functions, Functions]:
     """Compile the recurrent product and that of the projection; without one, the recurrent one again."""
-    persistent = plan.form == "persistent"
     first = plan.partial // plan.recurrent.operand.itemsize  # behind the partial sums
-    recurrent = _functions(plan.recurrent, persistent, first)
+    recurrent = _functions(plan, plan.recurrent, first)
     if plan.projection is None:
         return recurrent, recurrent
-    return recurrent, _functions(plan.projection, persistent, first + plan.recurrent.shared_weights)
+    return recurrent, _functions(plan, plan.projection, first + plan.recurrent.shared_weights)
 
 
-def _functions(product: Product, persistent: bool, shared_base: int) -> Functions:
+def _functions(plan: Plan, product: Product, shared_base: int) -> Functions:
     """Compile a product whose weights begin at `shared_base` in shared memory, if they are kept there."""
     sums, batch, stride = product.sums, product.batch, product.stride
     per_block, kept, size = product.weights, product.shared_weights, product.buffer
-    real = product.real
-    multiply_from, hold = _tensor(product) if product.tensor else _plain(product)
+    real, persistent = product.real, plan.form == "persistent"
+    multiply_from, hold = (_tensor if product.tensor else _plain)(product, plan.polling)
 
     @device
     def keep(weights: Any, resident: Any, held: Any) -> None:
@@ -66,36 +67,141 @@ def _functions(product: Product, persistent: bool, shared_base: int) -> Function
             result += partial[U((n * batch + column) * stride + row)]
         return result
 
-    return Functions(keep, multiply, total, _publish(product))
+    return Functions(keep, multiply, total, *_published(product, plan.polling))
 
 
-def _publish(product: Product) -> Any:
-    batch, depth, size = product.batch, product.depth, product.buffer
+def _published(product: Product, polling: bool) -> tuple[Any, Any]:
+    """The functions publish and withdraw."""
+    size, real = product.buffer, product.real
+    # from one k to the next, and from one row of the batch
+    along, across = (1, product.depth) if product.tensor else (product.batch, 1)
     if product.tensor:
-        convert = _CONVERT[product.precision]
-
-        @device
-        def publish(vectors: Any, buffer: Any, k: Any, column: Any, value: Any) -> None:
-            vectors[buffer * size + column * depth + k] = convert(value)
+        convert = _CONVERT[product.precision]  # whose only NaN is positive
     else:
 
         @device
-        def publish(vectors: Any, buffer: Any, k: Any, column: Any, value: Any) -> None:
-            vectors[buffer * size + k * batch + column] = value
+        def convert(value: Any) -> Any:
+            return real(np.nan) if polling and ptx.is_erased(value) else value
 
-    return publish
+    @device
+    def publish(vectors: Any, buffer: Any, k: Any, column: Any, value: Any) -> None:
+        at = buffer * size + k * along + column * across
+        if polling:
+            ptx.store_relaxed(vectors, at, convert(value))
+        else:
+            vectors[at] = convert(value)
+
+    @device
+    def withdraw(vectors: Any, buffer: Any, k: Any, column: Any) -> None:
+        ptx.erase(vectors, buffer * size + k * along + column * across)
+
+    return publish, withdraw
 
 
-def _plain(product: Product) -> tuple[Any, Any]:
+def _fetch(product: Product, polling: bool) -> Any:
+    """(vectors, start, fetched, count): the vectors of `count` steps, all on their way at once."""
+    if product.tensor:
+        numbers, tiles = 4, product.column_tiles
+        step, tile = 16 * product.per_word, 8 * product.depth
+        load = ptx.load_words_relaxed if polling else ptx.load_words
+    else:
+        numbers, tiles, step, tile = product.width, 1, product.batch, 0
+        load = (ptx.load_relaxed if polling else ptx.load)(product.width)
+    halves, tensor = product.per_word == 2, product.tensor
+
+    @device
+    def look(vectors: Any, start: Any, fetched: Any, i: Any) -> None:
+        found = load(vectors, start + i // tiles * step + i % tiles * tile)
+        for n in range(numbers):
+            fetched[U(i * numbers + n)] = found[n]
+
+    @device
+    def absent(fetched: Any, i: Any) -> Any:
+        """Whether one of the numbers is all ones, which nothing published is."""
+        if halves:
+            # the sign of a half is only set if the half plus one is zero
+            found = U(0)
+            for n in range(numbers):
+                word = fetched[U(i * numbers + n)]
+                found |= U(~word - U(0x00010001)) & word
+            return found & U(0x80008000) != U(0)
+        missing = False
+        for n in range(numbers):
+            missing = missing or ptx.is_erased(fetched[U(i * numbers + n)])
+        return missing
+
+    @device
+    def fetch(vectors: Any, start: Any, fetched: Any, count: Any) -> None:
+        for i in range(count * tiles):
+            look(vectors, start, fetched, i)
+        waiting = polling
+        while waiting:
+            waiting = False
+            for i in range(count * tiles):
+                if absent(fetched, i):
+                    look(vectors, start, fetched, i)
+                    waiting = True
+            if waiting:
+                cuda.nanosleep(U(20))
+        if polling and tensor:
+            cuda.syncwarp()  # mma.sync wants all lanes
+
+    return fetch
+
+
+def _in_groups(product: Product, steps: int, fetch: Any, apply: Any) -> Any:
+    """(sums, weights, base, held, vectors, start, fetched): work off some steps."""
+    group = product.together(steps)
+    rest = steps % group
+    whole = steps - rest
+    step = 16 * product.per_word if product.tensor else product.batch
+    apply_group, apply_rest = _repeated(apply, 0, group), _repeated(apply, 0, rest)
+
+    @device
+    def run(sums: Any, weights: Any, base: Any, held: Any, vectors: Any, start: Any, fetched: Any) -> None:
+        for j in range(0, whole, group):
+            fetch(vectors, start + j * step, fetched, group)
+            apply_group(sums, weights, base, held, j, fetched)
+        if rest:
+            fetch(vectors, start + whole * step, fetched, rest)
+            apply_rest(sums, weights, base, held, whole, fetched)
+
+    return run
+
+
+def _repeated(apply: Any, first: int, count: int) -> Any:
+    """(sums, weights, base, held, j, fetched): apply to `count` of the steps that are fetched.
+
+    In short loops: registers have no indices, and the compiler unrolls no long loop.
+    """
+    if count > LOOP:
+        half = count // 2
+        one, other = _repeated(apply, first, half), _repeated(apply, first + half, count - half)
+
+        @device
+        def run(sums: Any, weights: Any, base: Any, held: Any, j: Any, fetched: Any) -> None:
+            one(sums, weights, base, held, j, fetched)
+            other(sums, weights, base, held, j, fetched)
+    else:
+
+        @device
+        def run(sums: Any, weights: Any, base: Any, held: Any, j: Any, fetched: Any) -> None:
+            for i in range(first, first + count):
+                apply(sums, weights, base, held, j + i, fetched, i)
+
+    return run
+
+
+def _plain(product: Product, polling: bool) -> tuple[Any, Any]:
     """A tile of ROWS rows and `width` columns a thread, one column of the weights a step."""
     rows, batch, width, stride = product.rows, product.batch, product.width, product.stride
     tiles, row_tiles, parts, steps = product.tiles, product.row_tiles, product.parts, product.steps
     lanes, held_steps, tile_size = product.lanes, product.held, ROWS * product.width
     streamed, first_held = steps - held_steps, product.shared_weights
-    ahead, doublings = product.ahead, lanes.bit_length() - 1
-    all_fetched = ahead * width
+    doublings = lanes.bit_length() - 1
+    all_fetched = width * max(product.together(held_steps), product.together(streamed))
     number, zero = element(product.real), product.real(0)
-    load_weights, load_vectors = ptx.load(ROWS), ptx.load(width)
+    load_weights = ptx.load(ROWS)
 
     @device
     def hold(weights: Any, base: Any, held: Any) -> None:
@@ -108,10 +214,21 @@ def _plain(product: Product) -> tuple[Any, Any]:
                     held[U(ROWS * j + r)] = four[r]
 
     @device
-    def add(sums: Any, four: Any, fetched: Any, i: Any) -> None:
+    def add_held(sums: Any, weights: Any, base: Any, held: Any, j: Any, fetched: Any, i: Any) -> None:
+        for r in range(ROWS):
+            for n in range(width):
+                sums[U(r * width + n)] += held[U(ROWS * j + r)] * fetched[U(i * width + n)]
+
+    @device
+    def add(sums: Any, weights: Any, base: Any, held: Any, j: Any, fetched: Any, i: Any) -> None:
+        four = load_weights(weights, base + j * rows)
         for r in range(ROWS):
             for n in range(width):
                 sums[U(r * width + n)] += four[r] * fetched[U(i * width + n)]
+
+    fetch = _fetch(product, polling)
+    from_registers = _in_groups(product, held_steps, fetch, add_held)
+    from_memory = _in_groups(product, streamed, fetch, add)
 
     @device
     def multiply(weights: Any, weights_base: Any, held: Any, vectors: Any, base: Any, partial: Any) -> None:
@@ -123,26 +240,10 @@ def _plain(product: Product) -> tuple[Any, Any]:
             sums[U(n)] = zero
         if part < parts:
             start = base + part * steps * batch + column
-            for j in range(held_steps):
-                vector = load_vectors(vectors, start + j * batch)
-                for r in range(ROWS):
-                    for n in range(width):
-                        sums[U(r * width + n)] += held[U(ROWS * j + r)] * vector[n]
-            start += held_steps * batch
             weights_base += part * streamed * rows + row
-            for j in range(0, streamed - streamed % ahead, ahead):
-                for i in range(ahead):
-                    vector = load_vectors(vectors, start + (j + i) * batch)
-                    for n in range(width):
-                        fetched[U(i * width + n)] = vector[n]
-                for i in range(ahead):
-                    four = load_weights(weights, weights_base + (j + i) * rows)
-                    add(sums, four, fetched, i)
-            for j in range(streamed - streamed % ahead, streamed):
-                vector = load_vectors(vectors, start + j * batch)
-                for n in range(width):
-                    fetched[U(n)] = vector[n]
-                add(sums, load_weights(weights, weights_base + j * rows), fetched, 0)
+            from_registers(sums, weights, weights_base, held, vectors, start, fetched)
+            start += held_steps * batch
+            from_memory(sums, weights, weights_base, held, vectors, start, fetched)
         # lanes of a warp that share a tile add their sums; the number of lanes is a power of two
         for n in range(tile_size):
             for i in range(doublings):
@@ -156,16 +257,15 @@ def _plain(product: Product) -> tuple[Any, Any]:
     return multiply, hold
 
 
-def _tensor(product: Product) -> tuple[Any, Any]:
+def _tensor(product: Product, polling: bool) -> tuple[Any, Any]:
     """Some of the 16 x 8 tiles a warp, 16 words of each vector a step: one 16-byte load feeds two
     mma.sync, whose columns of the weights are packed in the same order."""
     batch, stride, depth = product.batch, product.stride, product.depth
     row_tiles, shares, steps, held_steps = product.row_tiles, product.shares, product.steps, product.held
-    column_tiles = batch // 8 // shares
-    per_word, per_tile = product.per_word, 128 * product.per_word
+    column_tiles, per_word, per_tile = product.column_tiles, product.per_word, 128 * product.per_word
     streamed, first_held = steps - held_steps, product.shared_weights
-    ahead = product.ahead
-    all_sums, all_fetched = 4 * row_tiles * column_tiles, 4 * column_tiles * ahead  # of one thread
+    all_sums = 4 * row_tiles * column_tiles
+    all_fetched = 4 * column_tiles * max(product.together(held_steps), product.together(streamed))
     mma, zero = _MMA[product.precision], np.float32(0)
     single, word = element(np.float32), element(np.uint32)
 
@@ -180,36 +280,35 @@ def _tensor(product: Product) -> tuple[Any, Any]:
                     held[U((2 * row_tiles * j + n) * 4 + i)] = words[i]
 
     @device
-    def add(sums: Any, m: Any, half: Any, a0: Any, a1: Any, a2: Any, a3: Any, b: Any, j: Any) -> None:
+    def multiply_tile(
+        sums: Any, m: Any, half: Any, a0: Any, a1: Any, a2: Any, a3: Any, b: Any, i: Any
+    ) -> None:
         for n in range(column_tiles):
-            at = 4 * (m * column_tiles + n)
+            at, b_at = 4 * (m * column_tiles + n), 4 * (i * column_tiles + n) + 2 * half
             d0, d1, d2, d3 = mma(
-                a0,
-                a1,
-                a2,
-                a3,
-                b[U(4 * (j * column_tiles + n) + 2 * half)],
-                b[U(4 * (j * column_tiles + n) + 2 * half + 1)],
-                sums[U(at)],
-                sums[U(at + 1)],
-                sums[U(at + 2)],
-                sums[U(at + 3)],
-            )
+                a0, a1, a2, a3, b[U(b_at)], b[U(b_at + 1)],
+                sums[U(at)], sums[U(at + 1)], sums[U(at + 2)], sums[U(at + 3)],
+            )  # fmt: skip
             sums[U(at)], sums[U(at + 1)], sums[U(at + 2)], sums[U(at + 3)] = d0, d1, d2, d3
 
     @device
-    def multiply_step(sums: Any, weights: Any, base: Any, b: Any, j: Any) -> None:
+    def add_held(sums: Any, weights: Any, base: Any, held: Any, j: Any, b: Any, i: Any) -> None:
         for m in range(row_tiles):
             for half in range(2):
-                a = ptx.load_words(weights, base + (2 * m + half) * per_tile)
-                add(sums, m, half, a[0], a[1], a[2], a[3], b, j)
+                at = 4 * ((row_tiles * j + m) * 2 + half)
+                a0, a1, a2, a3 = held[U(at)], held[U(at + 1)], held[U(at + 2)], held[U(at + 3)]
+                multiply_tile(sums, m, half, a0, a1, a2, a3, b, i)
 
     @device
-    def fetch(vectors: Any, start: Any, b: Any, j: Any) -> None:
-        for n in range(column_tiles):
-            words = ptx.load_words(vectors, start + n * 8 * depth)
-            for i in range(4):
-                b[U(4 * (j * column_tiles + n) + i)] = words[i]
+    def add(sums: Any, weights: Any, base: Any, held: Any, j: Any, b: Any, i: Any) -> None:
+        for m in range(row_tiles):
+            for half in range(2):
+                a = ptx.load_words(weights, base + (2 * (row_tiles * j + m) + half) * per_tile)
+                multiply_tile(sums, m, half, a[0], a[1], a[2], a[3], b, i)
+
+    fetch = _fetch(product, polling)
+    from_registers = _in_groups(product, held_steps, fetch, add_held)
+    from_memory = _in_groups(product, streamed, fetch, add)
 
     @device
     def multiply(weights: Any, weights_base: Any, held: Any, vectors: Any, base: Any, partial: Any) -> None:
@@ -223,21 +322,9 @@ def _tensor(product: Product) -> tuple[Any, Any]:
         first = share * column_tiles * 8
         start = base + (first + group) * depth + (16 * part * steps + 4 * place) * per_word
         weights_base += part * streamed * 2 * row_tiles * per_tile + 4 * per_word * lane
-        for j in range(held_steps):
-            fetch(vectors, start + 16 * j * per_word, b, 0)
-            for m in range(row_tiles):
-                for half in range(2):
-                    at = 4 * ((row_tiles * j + m) * 2 + half)
-                    add(sums, m, half, held[U(at)], held[U(at + 1)], held[U(at + 2)], held[U(at + 3)], b, 0)
+        from_registers(sums, weights, weights_base, held, vectors, start, b)
         start += 16 * held_steps * per_word
-        for j in range(0, streamed - streamed % ahead, ahead):
-            for i in range(ahead):
-                fetch(vectors, start + 16 * (j + i) * per_word, b, i)
-            for i in range(ahead):
-                multiply_step(sums, weights, weights_base + (j + i) * 2 * row_tiles * per_tile, b, i)
-        for j in range(streamed - streamed % ahead, streamed):
-            fetch(vectors, start + 16 * j * per_word, b, 0)
-            multiply_step(sums, weights, weights_base + j * 2 * row_tiles * per_tile, b, 0)
+        from_memory(sums, weights, weights_base, held, vectors, start, b)
         at = (part * batch + first + 2 * place) * stride + group
         for m in range(row_tiles):
             for n in range(column_tiles):
@@ -271,13 +358,3 @@ def meet(arrivals: Any, group: Any, expected: Any) -> None:
         while ptx.load_acquire(arrivals, group) < expected:
             cuda.nanosleep(U(20))
     cuda.syncthreads()
-
-
-@device
-def starts_anew(reset: Any, t: Any, b: Any, length: Any, reverse: Any) -> Any:
-    """Whether step t of a row begins with the initial state although it is not the first step.
-
-    reset[t] marks a boundary between t-1 and t.
-    """
-    boundary = t + 1 if reverse else t
-    return 0 <= t < length and 0 < boundary < reset.shape[0] and reset[boundary, b]

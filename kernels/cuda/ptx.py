@@ -66,6 +66,49 @@ def load(width: int) -> Any:
     return instruction
 
 
+def _strong_load(context: Any, builder: Any, address: Any, element: Any, kind: str, count: int) -> list[Any]:
+    """`count` elements by ld.relaxed.gpu, each as if it were alone.
+
+    PTX ISA, ld; Memory Consistency Model, Vector Data-types.
+    """
+    results = ", ".join(f"${n}" for n in range(count))
+    vector = f".v{count}.{kind} {{{results}}}" if count > 1 else f".{kind} {results}"
+    letter = {"f32": "f", "f64": "d", "b32": "r"}[kind]
+    function = ir.FunctionType(ir.LiteralStructType([element] * count) if count > 1 else element, [I64])
+    text, constraint = f"ld.relaxed.gpu.global{vector}, [${count}];", f"={letter}," * count + "l,~{memory}"
+    asm = ir.InlineAsm(function, text, constraint, side_effect=True)
+    loaded = builder.call(asm, [builder.ptrtoint(address, I64)])
+    return [builder.extract_value(loaded, n) for n in range(count)] if count > 1 else [loaded]
+
+
+@cache
+def load_relaxed(width: int) -> Any:
+    """As `load`, of floating-point numbers that another block may be writing: each is the old or the new one.
+
+    PTX ISA, ld.relaxed.gpu.
+    """
+
+    def stand_in(array: Any, index: int) -> tuple[Any, ...]:
+        return tuple(array[index : index + width])
+
+    @_instruction(stand_in)
+    def instruction(typingctx: Any, array: Any, index: Any) -> Any:
+        bits = array.dtype.bitwidth
+        most = min(width, 128 // bits)  # of one instruction
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            element = context.get_value_type(array.dtype)
+            start, parts = _address(context, builder, sig.args[0], *args), []
+            for n in range(0, width, most):
+                address = builder.gep(start, [ir.Constant(I64, n)])
+                parts += _strong_load(context, builder, address, element, f"f{bits}", most)
+            return context.make_tuple(builder, sig.return_type, parts)
+
+        return types.UniTuple(array.dtype, width)(array, types.int64), codegen
+
+    return instruction
+
+
 def _words(array: Any, index: int) -> tuple[Any, ...]:
     count = 16 // array.dtype.itemsize
     return tuple(np.ascontiguousarray(array[index : index + count]).view(np.uint32))
@@ -80,6 +123,22 @@ def load_words(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, _vector(context, builder, sig, args, I32, 4, 16))
+
+    return types.UniTuple(types.uint32, 4)(array, types.int64), codegen
+
+
+@_instruction(_words)
+def load_words_relaxed(typingctx: Any, array: Any, index: Any) -> Any:
+    """As `load_words`, of numbers that another block may be writing: each is the old or the new one.
+
+    PTX ISA, ld.relaxed.gpu.v4.b32.  Of 16-bit numbers the memory model does not say that two in one word are
+    whole; the hardware stores each with a byte mask.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, sig.args[0], *args)
+        parts = _strong_load(context, builder, address, I32, "b32", 4)
+        return context.make_tuple(builder, sig.return_type, parts)
 
     return types.UniTuple(types.uint32, 4)(array, types.int64), codegen
 
@@ -147,6 +206,76 @@ def load_acquire(typingctx: Any, array: Any, index: Any) -> Any:
     return types.uint64(array, types.int64), codegen
 
 
+def _write(array: Any, index: int, value: Any) -> None:
+    array[index] = value
+
+
+@_instruction(_write)
+def store_relaxed(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] = value, for blocks that may be reading it.
+
+    PTX ISA, st.relaxed.gpu.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = builder.ptrtoint(_address(context, builder, sig.args[0], *args[:2]), I64)
+        real, bits = isinstance(array.dtype, types.Float), array.dtype.bitwidth
+        letter = {16: "h", 32: "f" if real else "r", 64: "d"}[bits]
+        text = f"st.relaxed.gpu.global.{'f' if real else 'b'}{bits} [$0], $1;"
+        kind = ir.FunctionType(ir.VoidType(), [I64, args[2].type])
+        asm = ir.InlineAsm(kind, text, f"l,{letter},~{{memory}}", side_effect=True)
+        builder.call(asm, [address, args[2]])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), codegen
+
+
+def _erase(array: Any, index: int) -> None:
+    array[index : index + 1].view(np.uint8)[:] = 0xFF
+
+
+@_instruction(_erase)
+def erase(typingctx: Any, array: Any, index: Any) -> Any:
+    """Set all bits of array[index], which makes it a NaN that no instruction gives.
+
+    PTX ISA, st; cvt, add and the like for the NaN that they give.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        integer = ir.IntType(array.dtype.bitwidth)
+        address = _address(context, builder, sig.args[0], *args)
+        builder.store(ir.Constant(integer, -1), builder.bitcast(address, integer.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+def _is_erased(value: Any) -> bool:
+    return bool(value.tobytes() == b"\xff" * value.itemsize)
+
+
+@_instruction(_is_erased)
+def is_erased(typingctx: Any, value: Any) -> Any:
+    """Whether all bits of a number are set.  PTX ISA, setp.eq."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        integer = ir.IntType(value.bitwidth)
+        return builder.icmp_unsigned("==", builder.bitcast(args[0], integer), ir.Constant(integer, -1))
+
+    return types.boolean(value), codegen
+
+
+@_instruction(lambda x: x.dtype.type(1) / x)
+def reciprocal(typingctx: Any, x: Any) -> Any:
+    """1 / x within one unit in the last place, 0 where that is denormal.  PTX ISA, rcp.approx.ftz.f32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(F32, [F32])
+        return builder.call(ir.InlineAsm(kind, "rcp.approx.ftz.f32 $0, $1;", "=f,f", side_effect=False), args)
+
+    return types.float32(types.float32), codegen
+
+
 def _convert(text: str, result: Any, llvm: Any, constraint: str) -> Callable[..., Any]:
     def instruction(typingctx: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -178,7 +307,8 @@ def bfloat16_bits(values: Any) -> Any:
 
 def float16_bits(values: Any) -> Any:
     """float32 as float16 bit patterns, ties to even."""
-    return values.astype(np.float16).view(np.uint16)
+    bits = values.astype(np.float16).view(np.uint16)
+    return bits * (values == values) + (values != values) * np.uint16(0x7FFF)
 
 
 # PTX ISA, cvt

@@ -1,7 +1,8 @@
 """The functions that a cell may use, for the scalars of a CUDA thread, and a cell's step and adjoint.
 
 float32 stays float32: Numba would compute `1.0 - x` in float64, so every constant of the generated
-code is cast.  Accuracy is that of CUDA's math library, without its fast variants.
+code is cast.  Accuracy is that of CUDA's math library, without its fast variants; only the division
+of a float32 sigmoid may be one unit in the last place off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fusedlstm.cells import Cell
 from fusedlstm.derive import compile_source
 from fusedlstm.math import DERIVATIVES, erf
 
+from . import ptx
 from .ptx import SIMULATED
 
 # In a simulator a scalar is NumPy's, and NumPy keeps its precision.
@@ -42,8 +44,11 @@ def functions(real: Any) -> dict[str, Any]:
     exp, log, log1p = device_library("exp"), device_library("log"), device_library("log1p")
     sqrt, tanh, erf = device_library("sqrt"), device_library("tanh"), device_library("erf")
 
+    # a division takes branches for divisors near 0; that of a sigmoid is 1 or more
+    reciprocal = ptx.reciprocal if real is np.float32 else device(lambda x: one / x)
+
     def sigmoid(x: Any) -> Any:
-        return one / (one + exp(-x))
+        return reciprocal(one + exp(-x))
 
     def absolute(x: Any) -> Any:
         return abs(x)

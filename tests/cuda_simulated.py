@@ -27,7 +27,8 @@ from numba import cuda
 import fusedlstm
 from fusedlstm import cells
 from fusedlstm.kernels.cuda import backward, engine, forward, launch, product
-from fusedlstm.kernels.cuda.plan import Device, choose
+from fusedlstm.kernels.cuda import plan as plans
+from fusedlstm.kernels.cuda.plan import Device, Plan, choose
 from fusedlstm.kernels.cuda.ptx import SIMULATED
 
 assert SIMULATED, "set NUMBA_ENABLE_CUDASIM=1"
@@ -45,10 +46,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def idle(plan: Plan, device: Device, batch: int) -> int:
+    """Multiprocessors without a block: with none, more blocks exchange more than speed would have it."""
+    return abs(device.multiprocessors - plan.blocks * plan.grid(batch)[1])
+
+
 @pytest.fixture(autouse=True)
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Six multiprocessors whose blocks run at once; kernels are built anew."""
     monkeypatch.setattr(launch, "simulated_device", PLAIN_DEVICE)
+    monkeypatch.setattr(plans, "_clocks", idle)
     launch.kernel.cache_clear()
     with concurrent_blocks():
         yield
@@ -132,16 +139,16 @@ def test_weights_in_registers(precision: str, monkeypatch: pytest.MonkeyPatch) -
     """Little shared memory: some weights stay in registers, others do not."""
     device = TENSOR_DEVICE if precision in TENSOR else PLAIN_DEVICE
     batch, hidden = 3, 33 if precision in TENSOR else 19
-    plans = []
+    chosen = []
     for backwards in (False, True):
         roomy = choose(device, cells.lstm, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
         few = replace(roomy.recurrent, held=1)
         tight = replace(device, shared=replace(roomy, recurrent=few).shared)
         plan = choose(tight, cells.lstm, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
         assert 0 < plan.recurrent.held < plan.recurrent.steps or plan.recurrent.steps == 1
-        plans.append(plan)
+        chosen.append(plan)
     monkeypatch.setattr(launch, "simulated_device", device)
-    monkeypatch.setattr(engine, "choose", lambda *args: plans[args[6]])
+    monkeypatch.setattr(engine, "choose", lambda *args: chosen[args[6]])
     check(Case(cells.lstm, 2, batch, 3, hidden, precision=precision))
 
 
@@ -198,6 +205,8 @@ def test_buffers_are_used_again(cell: fusedlstm.Cell, proj: int, barrier_every: 
     """There are twice as many as `barrier_every`."""
     case = Case(cell, 8, 3, 2, 7, 0 if cell.unprojectable else proj, form="persistent", lengths=True)
     check(replace(case, barrier_every=barrier_every))
+    # without padding they are not filled before
+    check(replace(case, barrier_every=barrier_every, batch=4, hidden=8, proj=case.proj and 4))
 
 
 @pytest.mark.parametrize("precision", TENSOR)

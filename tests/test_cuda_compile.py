@@ -12,6 +12,7 @@ from fusedlstm.kernels.cuda.plan import (
     PRECISIONS,
     TENSOR_CORES,
     Form,
+    Plan,
     Precision,
     choose,
 )
@@ -30,22 +31,12 @@ def check(
     proj: int = 0,
     barrier_every: int = BARRIER_EVERY,
 ) -> None:
-    """No spills, no stack, everything inlined, and all registers for one block at least.
-
-    The PTX for the oldest architecture that has the instructions is assembled for all later ones.
-    """
+    """What `check_resources` does, and the instructions that the form and the precision are about."""
     tensor = precision in TENSOR_CORES
     plan = choose(H200, cell, precision, hidden, proj, batch, backward, form, barrier_every)
     assert plan.form == form
     assert plan.shared <= H200.shared
-    ptx = ptx_of(cell, plan, (8, 0) if tensor else (7, 5))
-    for architecture, device in DEVICES.items():
-        if tensor and device.capability < (8, 0):
-            continue
-        found = resources(ptx, architecture)
-        assert (found.spills, found.stack, found.calls) == (0, 0, 0), (architecture, found)
-        assert found.registers * plan.threads <= REGISTERS, (architecture, found)
-        assert (found.tensor > 0) == tensor
+    ptx = check_resources(cell, plan)
     vector = "v4.b32" if tensor else "v2.f64" if precision == "float64" else "v4.f32"
     alias = vector.replace("b32", "u32")
     assert {name in ptx for name in ("red.release.gpu", "ld.acquire.gpu")} == {form == "persistent"}
@@ -55,6 +46,23 @@ def check(
         assert f"ld.global.{vector}" in ptx or f"ld.global.{alias}" in ptx
     else:
         assert f"ld.shared.{vector}" in ptx or f"ld.shared.{alias}" in ptx
+
+
+def check_resources(cell: Cell, plan: Plan) -> str:
+    """No spills, no stack, everything inlined, and all registers for one block at least; returns the PTX.
+
+    The PTX for the oldest architecture that has the instructions is assembled for all later ones.
+    """
+    tensor = plan.recurrent.tensor
+    ptx = ptx_of(cell, plan, (8, 0) if tensor else (7, 5))
+    for architecture, device in DEVICES.items():
+        if tensor and device.capability < (8, 0):
+            continue
+        found = resources(ptx, architecture)
+        assert (found.spills, found.stack, found.calls) == (0, 0, 0), (architecture, found)
+        assert found.registers * plan.threads <= REGISTERS, (architecture, found)
+        assert (found.tensor > 0) == tensor
+    return ptx
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -78,6 +86,15 @@ def test_weights_in_registers(precision: Precision, hidden: int, backward: bool)
     plan = choose(H200, cells.lstm, precision, hidden, 0, 16, backward)
     assert plan.recurrent.held > 0
     check(cells.lstm, precision, "persistent", backward, hidden, batch=16)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_small_batches(precision: Precision, batch: int) -> None:
+    """Vectors are loaded number by number, or in pairs."""
+    plan = choose(H200, cells.lstm, precision, 512, 0, batch, False)
+    assert plan.recurrent.width == batch
+    check_resources(cells.lstm, plan)
 
 
 def test_weights_in_registers_without_tensor_cores() -> None:

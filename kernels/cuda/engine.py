@@ -17,7 +17,7 @@ from fusedlstm.weights import Weights
 
 from .gemm import matmul
 from .launch import array_module, current_device, kernel
-from .plan import BARRIER_EVERY, Device, Form, Plan, Precision, choose
+from .plan import BARRIER_EVERY, Device, Form, Plan, Precision, Product, choose
 
 
 class Tape(NamedTuple):
@@ -220,15 +220,22 @@ class Resident:
             return self.xp.full(shape, np.nan, self.dtype)
         return self.xp.empty(shape, self.dtype)
 
+    def _exchange(self, plan: Plan, product: Product, batch: int) -> Any:
+        """The buffers through which blocks exchange vectors."""
+        size = plan.buffers * product.buffer * plan.grid(batch)[1]
+        if product.depth > product.size or batch % product.batch:
+            return self.xp.zeros(size, product.operand)  # padding is multiplied by 0: it must be a number
+        buffers = self.xp.empty(size, product.operand)
+        if POISON:
+            buffers.view(np.uint8).fill(0x3F)  # a number, which must not be taken for one that was published
+        return buffers
+
     def _run(self, plan: Plan, batch: int, steps: int, reverse: bool, options: Any, arrays: Any) -> None:
         """Launch a plan's kernel; `arrays` are those before the exchange buffers."""
-        xp, columns = self.xp, plan.grid(batch)[1]
-        sizes = [plan.buffers * product.buffer * columns for product in plan.products]
-        operand = plan.recurrent.operand
-        # padding is multiplied by zero, so it must be a number
-        exchange = xp.zeros(sizes[0], operand)
-        second = xp.zeros(sizes[1], operand) if plan.projection else exchange[:0]
-        arrivals = xp.zeros(columns, np.uint64)
+        xp = self.xp
+        exchange = self._exchange(plan, plan.recurrent, batch)
+        second = exchange[:0] if plan.projection is None else self._exchange(plan, plan.projection, batch)
+        arrivals = xp.zeros(plan.grid(batch)[1], np.uint64)
         launch = kernel(self.cell, plan, *options, self.device.capability)
         arrays = (*arrays, exchange, second, *self._packed(plan), arrivals)
         launch(plan.grid(batch), arrays, list(_runs(plan, steps, reverse)))

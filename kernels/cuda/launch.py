@@ -35,6 +35,8 @@ from .scalar import element
 SIMULATED_DEVICE = Device("Numba's simulator", (0, 0), 1, 1 << 20, threads=8, cooperative=False, warps=False)
 simulated_device = SIMULATED_DEVICE
 
+# the code that is imported, also if its files change while it runs
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 _GRAPHS = 16  # that a kernel keeps
 _NODES = 4096  # launches in one of them, at most; more are launched one by one
 
@@ -157,13 +159,10 @@ def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability:
     """The file with the PTX of a plan's kernel; compiled if it is not there."""
     import numba_cuda  # type: ignore[import-untyped]  # not needed in a simulator
 
-    sources = sorted(Path(__file__).parent.glob("*.py"))
     compilers = [numba.__version__, numba_cuda.__version__]
-    state = [*compilers, cell.key, replace(plan, why=""), resets, training, capability]
-    digest = hashlib.sha256(repr(state).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    path = cuda_kernels() / f"{cell.name}_{digest.hexdigest()[:24]}.ptx"
+    state = [_SOURCES.hexdigest(), *compilers, cell.key, replace(plan, why=""), resets, training, capability]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()
+    path = cuda_kernels() / f"{cell.name}_{digest[:24]}.ptx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, compile_ptx(cell, plan, resets, training, capability).encode())

@@ -33,10 +33,12 @@ TILES = 8  # most tensor-core tiles that one warp accumulates
 HELD = 96  # registers of a thread that may hold weights
 UNROLLED = {True: 64, False: 128}  # most multiplications for them, with and without tensor cores: the
 # compiler unrolls no longer loops
-AHEAD = 16  # steps whose vectors are on their way at once, in float32
-FETCHED = 64  # registers of a thread for that on tensor cores
+FETCHED = 64  # registers of a thread for vectors that are on their way
 REGISTERS = 144  # for weights, vectors and sums on tensor cores
 STATE = 40  # registers of a thread for the gates and states of its cells
+SHARED_RATE, CACHE_RATE = 128, 32  # bytes a clock of shared memory, and about that of the second-level cache
+TRIP = 300  # clocks from asking that cache for numbers to having them, about
+MULTIPLY_RATE = {"float32": 128, "float64": 64, "tf32": 512, "bfloat16": 1024, "float16": 1024}  # a clock
 BARRIER_EVERY = 8  # steps; between them, blocks poll the numbers that they exchange
 
 
@@ -68,6 +70,7 @@ class Product:
     batch: int  # rows of the batch
     threads: int
     shuffles: bool = True  # threads of a warp can exchange values
+    resident: bool = True  # weights stay on the chip; else they are read at every step, which takes registers
     held: int = 0  # steps of each part whose weights stay in registers
 
     @property
@@ -132,6 +135,11 @@ class Product:
     def column_tiles(self) -> int:
         """Tiles of a warp along the batch, on tensor cores."""
         return self.batch // 8 // self.shares
+
+    @property
+    def accumulators(self) -> int:
+        """Of each tile of a warp, in turn: an mma.sync waits for the one before it on the same sums."""
+        return max(1, 4 // (self.row_tiles * self.column_tiles)) if self.tensor else 1
 
     @property
     def workers(self) -> int:
@@ -211,11 +219,17 @@ class Product:
 
     def together(self, steps: int) -> int:
         """Of some steps, those whose vectors are on their way at once; a divisor if a large one is there."""
-        if not self.tensor:
-            most = AHEAD * 4 // self.real_size
+        # registers that a step takes, and those that there are
+        if self.tensor:
+            sums = 4 * self.row_tiles * self.column_tiles * self.accumulators
+            vectors, weights = 4 * self.column_tiles, 8 * self.row_tiles
+            free = REGISTERS - sums - self.held_weights
         else:
-            free = REGISTERS - 4 * self.row_tiles * self.column_tiles - self.held_weights
-            most = max(1, min(FETCHED, free) // (4 * self.column_tiles))
+            vectors = weights = self.real_size  # of up to four numbers
+            free = FETCHED
+        if self.resident:
+            weights = 0
+        most = max(1, min(FETCHED // vectors, free // (vectors + weights)))
         even = max(n for n in range(1, most + 1) if steps % n == 0)
         return even if 2 * even > most else ceil(steps / ceil(steps / most))
 
@@ -348,7 +362,8 @@ def choose(
 
 
 def _persistent(device: Device, *sizes: Any) -> Plan | None:
-    """The smallest tiles for which every block is resident, and their weights with it."""
+    """The plan with the shortest step of those whose blocks are all resident, and their weights with them."""
+    plans = []
     for plan in _candidates(device, "persistent", *sizes):
         columns = plan.grid(sizes[3])[1]
         if plan.blocks * columns > device.multiprocessors:
@@ -357,8 +372,24 @@ def _persistent(device: Device, *sizes: Any) -> Plan | None:
             kept = replace(plan, recurrent=replace(plan.recurrent, held=held))
             if kept.shared <= device.shared:
                 where = "shared memory and registers" if held else "shared memory"
-                return replace(kept, why=f"{kept.blocks} x {columns} blocks keep all weights in {where}")
-    return None
+                why = f"{kept.blocks} x {columns} blocks keep all weights in {where}"
+                plans.append(replace(kept, why=why))
+                break
+    return min(plans, key=lambda plan: _clocks(plan, device, sizes[3]), default=None)
+
+
+def _clocks(plan: Plan, device: Device, batch: int) -> tuple[float, int]:
+    """About what a step takes, which ranks plans and no more; of equal ones, fewer blocks are better."""
+    blocks = plan.blocks * plan.grid(batch)[1]
+    clocks = 0.0
+    for product in plan.products:
+        rate = SHARED_RATE if plan.form == "persistent" else CACHE_RATE
+        clocks += product.shared_weights * product.operand.itemsize / rate
+        clocks += product.buffer * product.operand.itemsize / CACHE_RATE
+        clocks += product.rows * product.buffer / MULTIPLY_RATE[product.precision]
+        parts = (product.held, product.steps - product.held)
+        clocks += TRIP * sum(ceil(steps / product.together(steps)) for steps in parts)
+    return ceil(blocks / device.multiprocessors) * clocks, blocks
 
 
 def _held(plan: Plan) -> Iterator[int]:
@@ -371,16 +402,11 @@ def _held(plan: Plan) -> Iterator[int]:
 
 
 def _stepwise(device: Device, *sizes: Any, why: str) -> Plan:
-    """Tiles that put every multiprocessor to work, and of these those that read the least."""
-
-    def rating(plan: Plan) -> tuple[int, int]:
-        blocks = plan.blocks * plan.grid(sizes[3])[1]
-        return min(blocks, device.multiprocessors), -blocks * (plan.recurrent.rows + plan.recurrent.batch)
-
+    """The plan with the shortest step."""
     plans = list(_candidates(device, "stepwise", *sizes))
     if not plans:
         raise ValueError(f"no tile for {sizes} on {device.name}")
-    return replace(max(plans, key=rating), why=why)
+    return replace(min(plans, key=lambda plan: _clocks(plan, device, sizes[3])), why=why)
 
 
 def _candidates(
@@ -393,7 +419,7 @@ def _candidates(
     backward: bool,
     precision: Precision,
 ) -> Iterator[Plan]:
-    """Plans whose tiles fit the threads, from the fewest units a block."""
+    """Plans whose tiles fit the threads."""
     tensor = precision in TENSOR_CORES
     outputs, gates = proj or hidden, len(cell.gates)
     state = gates + len(cell.states) + len(cell.weights)
@@ -402,13 +428,12 @@ def _candidates(
         elements = ceil(outputs / blocks) if proj else units
         rows, size = (elements, gates * hidden) if backward else (gates * units, outputs)
         groups = 1 if backward else gates
-        if tensor and rows % 16 and units < hidden and not proj:
-            continue  # rows of a tensor-core tile would be empty
-        recurrent = Product(precision, groups, rows // groups, size, columns, device.threads, device.warps)
+        rest = (columns, device.threads, device.warps, form == "persistent")
+        recurrent = Product(precision, groups, rows // groups, size, *rest)
         projection = None
         if proj:
             one, depth = (units, proj) if backward else (elements, hidden)
-            projection = Product(precision, 1, one, depth, columns, device.threads, device.warps)
+            projection = Product(precision, 1, one, depth, *rest)
         plan = Plan(form, backward, recurrent, projection, (hidden, outputs), blocks, "")
         registers = ceil(units * columns / device.threads) * state * recurrent.real_size // 4
         fits = all(p.fits for p in plan.products) and plan.partial <= device.shared
@@ -417,9 +442,9 @@ def _candidates(
 
 
 def _columns(batch: int, tensor: bool, threads: int) -> list[int]:
-    """Rows of the batch that a block may take, from the one that reads the least a step."""
+    """Rows of the batch that a block may take."""
     if tensor:
         whole = 8 * ceil(batch / 8)
-        return [min(whole, 64)] + ([128] if whole > 64 else [])
+        return [n for n in (8, 16, 32, 64, 128) if n < whole] + ([whole] if whole <= 128 else [])
     whole, most = 1 << (batch - 1).bit_length(), 4 if threads < 64 else 32
     return [min(whole, most)] + [n for n in (64, 128) if most < n <= whole and threads >= 64]

@@ -132,15 +132,19 @@ def _fetch(product: Product, polling: bool) -> Any:
 
     @device
     def fetch(vectors: Any, start: Any, fetched: Any, count: Any) -> None:
-        for i in range(count * tiles):
-            look(vectors, start, fetched, i)
+        # in short loops, as below
+        for i in range(0, count * tiles, LOOP):
+            for n in range(LOOP):
+                if i + n < count * tiles:
+                    look(vectors, start, fetched, i + n)
         waiting = polling
         while waiting:
             waiting = False
-            for i in range(count * tiles):
-                if absent(fetched, i):
-                    look(vectors, start, fetched, i)
-                    waiting = True
+            for i in range(0, count * tiles, LOOP):
+                for n in range(LOOP):
+                    if i + n < count * tiles and absent(fetched, i + n):
+                        look(vectors, start, fetched, i + n)
+                        waiting = True
             if waiting:
                 cuda.nanosleep(U(20))
         if polling and tensor:
@@ -264,7 +268,8 @@ def _tensor(product: Product, polling: bool) -> tuple[Any, Any]:
     row_tiles, shares, steps, held_steps = product.row_tiles, product.shares, product.steps, product.held
     column_tiles, per_word, per_tile = product.column_tiles, product.per_word, 128 * product.per_word
     streamed, first_held = steps - held_steps, product.shared_weights
-    all_sums = 4 * row_tiles * column_tiles
+    accumulators, tiles = product.accumulators, row_tiles * column_tiles
+    all_sums, tile_sums = 4 * tiles * accumulators, 4 * tiles
     all_fetched = 4 * column_tiles * max(product.together(held_steps), product.together(streamed))
     mma, zero = _MMA[product.precision], np.float32(0)
     single, word = element(np.float32), element(np.uint32)
@@ -284,7 +289,8 @@ def _tensor(product: Product, polling: bool) -> tuple[Any, Any]:
         sums: Any, m: Any, half: Any, a0: Any, a1: Any, a2: Any, a3: Any, b: Any, i: Any
     ) -> None:
         for n in range(column_tiles):
-            at, b_at = 4 * (m * column_tiles + n), 4 * (i * column_tiles + n) + 2 * half
+            at = 4 * ((2 * i + half) % accumulators * tiles + m * column_tiles + n)
+            b_at = 4 * (i * column_tiles + n) + 2 * half
             d0, d1, d2, d3 = mma(
                 a0, a1, a2, a3, b[U(b_at)], b[U(b_at + 1)],
                 sums[U(at)], sums[U(at + 1)], sums[U(at + 2)], sums[U(at + 3)],
@@ -325,6 +331,9 @@ def _tensor(product: Product, polling: bool) -> tuple[Any, Any]:
         from_registers(sums, weights, weights_base, held, vectors, start, b)
         start += 16 * held_steps * per_word
         from_memory(sums, weights, weights_base, held, vectors, start, b)
+        for n in range(accumulators - 1):
+            for i in range(tile_sums):
+                sums[U(i)] += sums[U((n + 1) * tile_sums + i)]
         at = (part * batch + first + 2 * place) * stride + group
         for m in range(row_tiles):
             for n in range(column_tiles):

@@ -79,32 +79,41 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
     held_type = element(np.uint32) if plan.recurrent.tensor else number
     # sizes of local arrays, which must be names for Numba to see that they are constant
     registers = max(1, plan.recurrent.held_weights * 4 // plan.recurrent.real_size)
-    taken = inputs + vectors  # numbers of a cell that are prefetched
-    all_states, all_taken = max(1, cells * further), cells * taken
+    same = inputs + vectors  # numbers of a cell that do not change
+    all_states, all_gates, all_fixed = max(1, cells * further), cells * gates, cells * same
     slots, outcome = inputs + 1 + further + vectors, 1 + further
     none = real(0)
 
     @device
-    def fetch(fed: Any, bias: Any, learned: Any, t: Any, rows: Any, prefetched: Any) -> None:
-        """Load what a step needs besides the product."""
+    def look_up(bias: Any, learned: Any, rows: Any, fixed: Any) -> None:
+        """Load what is the same at every step."""
+        for n in range(cells):
+            mine, _, _, u, _ = unit_of(n, rows)
+            if mine:
+                for a in range(inputs):
+                    fixed[U(n * same + a)] = bias[a, u]
+                for i in range(vectors):
+                    fixed[U(n * same + inputs + i)] = learned[i, u]
+
+    @device
+    def fetch(fed: Any, t: Any, rows: Any, prefetched: Any) -> None:
+        """Load the input product of a step; whatever used it here would wait for it."""
         for n in range(cells):
             mine, _, _, u, b = unit_of(n, rows)
             if mine:
-                for a in range(inputs):
-                    value = bias[a, u]
-                    if a < gates:
-                        value += fed[t, b, U(a * hidden + u)]
-                    prefetched[U(n * taken + a)] = value
-                for i in range(vectors):
-                    prefetched[U(n * taken + inputs + i)] = learned[i, u]
+                for a in range(gates):
+                    prefetched[U(n * gates + a)] = fed[t, b, U(a * hidden + u)]
 
     @device
     def gather(
-        n: Any, unit: Any, column: Any, prefetched: Any, partial: Any, carried: Any, state: Any, values: Any
-    ) -> None:
+        n: Any, unit: Any, column: Any,
+        fixed: Any, prefetched: Any, partial: Any, carried: Any, state: Any, values: Any,
+    ) -> None:  # fmt: skip
         """Put together what the cell computes a unit of."""
         for a in range(inputs):
-            value = prefetched[U(n * taken + a)]
+            value = fixed[U(n * same + a)]
+            if a < gates:
+                value += prefetched[U(n * gates + a)]
             if a >= split:
                 value += total(partial, (a - split) * units + unit, column)
             values[U(a)] = value
@@ -113,7 +122,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         for i in range(further):
             values[U(inputs + 1 + i)] = state[U(n * further + i)]
         for i in range(vectors):
-            values[U(inputs + 1 + further + i)] = prefetched[U(n * taken + inputs + i)]
+            values[U(inputs + 1 + further + i)] = fixed[U(n * same + inputs + i)]
 
     @device
     def advance(
@@ -177,7 +186,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         held = cuda.local.array(registers, held_type)
         carried = cuda.local.array(owned, number)  # the output, state 0
         state = cuda.local.array(all_states, number)
-        prefetched = cuda.local.array(all_taken, number)
+        fixed = cuda.local.array(all_fixed, number)
+        prefetched = cuda.local.array(all_gates, number)
         active = cuda.local.array(cells, flag)  # the unit's sequence has this step
         anew = cuda.local.array(cells, flag)  # and begins with the initial state at the next
         active_output = cuda.local.array(owned, flag)  # likewise with a projection, of elements
@@ -190,6 +200,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
             if mine:
                 carried[U(n)] = output[b, p]
         load_states(states, rows, state)
+        look_up(bias, learned, rows, fixed)
         if persistent:
             keep(weights, resident, held)
             if projected:
@@ -212,7 +223,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
             to_output = projected and (persistent or phase == 1)
             # in flight while the blocks meet
             if to_cell:
-                fetch(fed, bias, learned, now, rows, prefetched)
+                fetch(fed, now, rows, prefetched)
                 unit_times(t, following, rows, lengths, reset, reverse, active, anew)
             if to_output:
                 element_times(t, following, rows, lengths, reset, reverse, active_output, anew_output)
@@ -232,7 +243,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                 for n in range(cells):
                     mine, unit, column, u, b = unit_of(n, rows)
                     if mine:
-                        gather(n, unit, column, prefetched, partial, carried, state, values)
+                        gather(n, unit, column, fixed, prefetched, partial, carried, state, values)
                         step_cell(values, new)
                         lives, renewed = active[U(n)], anew[U(n)]
                         advance(n, u, b, lives, renewed, new, initial_states, state)

@@ -16,6 +16,7 @@ import pytest
 from fusedlstm import layers
 
 BACKENDS = ["reference", "cpu"]
+LONGEST = ("cuda_simulated", "cpu_engine", "torch", "layers", "keras", "benchmarks", "cuda_compile")
 
 hypothesis.settings.register_profile(
     "fusedlstm",
@@ -31,7 +32,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Each file, and the kernels that it compiles, in one process."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # by their number, which does not tell how long tests take
     return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that none runs alone at the end."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(params=BACKENDS)

@@ -104,6 +104,14 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                     prefetched[U(at + inputs + further + vectors + 1)] = dy[t, b, u]
 
     @device
+    def fetch_output(dy: Any, t: Any, rows: Any, arriving: Any) -> None:
+        """With a projection: load the gradient of the output."""
+        for n in range(owned):
+            mine, _, _, p, b = element_of(n, rows)
+            if mine:
+                arriving[U(n)] = dy[t, b, p]
+
+    @device
     def complete(
         n: Any, p: Any, b: Any, anew: Any, product: Any,
         carried: Any, state: Any, total_output: Any, total_states: Any,
@@ -187,6 +195,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
         state = cuda.local.array(all_states, number)  # of the other states
         learning = cuda.local.array(all_vectors, number)
         prefetched = cuda.local.array(all_taken, number)
+        arriving = cuda.local.array(owned, number)
         values = cuda.local.array(slots, number)
         gradients = cuda.local.array(slots, number)
         seeds = cuda.local.array(outcome, number)
@@ -222,6 +231,8 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                 unit_times(t, t, rows, lengths, reset, reverse, active, anew)
             if not projected or persistent or phase == 0:
                 element_times(t, later, rows, lengths, reset, reverse, active_output, anew_output)
+                if projected and step < steps:
+                    fetch_output(dy, now, rows, arriving)
             if persistent:
                 if step % barrier_every == 0:
                     arrived += 1
@@ -247,7 +258,7 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
                         if mine:
                             value = none
                             if active_output[U(n)]:
-                                value = carried[U(n)] + dy[now, b, p]
+                                value = carried[U(n)] + arriving[U(n)]
                                 carried[U(n)] = none
                             publish_hr(exchange_projected, here, p, column, value)
                             dprojected[now, b, p] = value

@@ -4,8 +4,9 @@
 :class:`Recurrent` runs any cell; :func:`accelerate` turns the modules inside a model into these.
 
 One layer of a stack, both directions of it, is one operator, ``fusedlstm::layer``, and its gradient is
-another, ``fusedlstm::layer_backward``; stacking and dropout are PyTorch's.  Gradients of gradients replay
-the layer with PyTorch's own operators.  Sizes in the comments and docstrings:
+another, ``fusedlstm::layer_backward``; stacking and dropout are PyTorch's.  Gradients of gradients and
+tangents replay the layer with PyTorch's own operators; graphs that leave Python get PyTorch's own layers.
+Sizes in the comments and docstrings:
 
     T  time steps        I  input_size          L  num_layers
     B  batch             H  hidden_size         D  directions: 2 if bidirectional, else 1
@@ -14,27 +15,28 @@ the layer with PyTorch's own operators.  Sizes in the comments and docstrings:
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, wraps
 from itertools import count
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-
-from fusedlstm.kernels.reference import schedule
 
 from . import cells, dispatch, layers
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
-from .directions import half_reset, half_states, prepare, second_halves
+from .directions import half_states, prepare, second_halves
 from .dispatch import Direction
 from .weights import Weights
 
@@ -264,7 +266,7 @@ class _Shape:
     def outputs(self) -> int:
         return self.layer.outputs
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """Of the states."""
         return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
@@ -452,7 +454,7 @@ def _run_backward(
     return [dx, *[torch.stack(parts) for parts in zip(*dinitial)], *dweights]
 
 
-# --- The same with PyTorch's operators, for gradients of gradients ---------------------------------------
+# --- The same with PyTorch's operators, for gradients of gradients and for tangents ----------------------
 
 
 def _like(value: Any, other: Tensor) -> Tensor:
@@ -493,19 +495,25 @@ _FUNCTIONS: dict[str, Any] = {
 @cache
 def _step(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
     """The step of a cell on tensors."""
-    step = compile_source(cell.source, _FUNCTIONS, f"<cell {cell.name} in PyTorch>").step
-    return cast("Callable[..., tuple[Tensor, ...]]", step)
+    module = compile_source(cell.source, _FUNCTIONS, f"<cell {cell.name} in PyTorch>")
+    del module.__name__  # which torch.compile would try to import
+    return cast("Callable[..., tuple[Tensor, ...]]", module.step)
 
 
 def _replay(
     x: Tensor,
     initial: Sequence[Tensor],
     weights: Sequence[Tensor],
-    lengths: np.ndarray | None,
-    reset: np.ndarray | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
     shape: _Shape,
 ) -> list[Tensor]:
     """What `_forward` computes, without the handle."""
+    if lengths is not None:
+        _check_ends(lengths, shape.steps)
+        lengths = lengths.to(x.device)
+    if reset is not None:
+        reset = reset.to(x.device)
     states = initial or [x.new_zeros((shape.directions, shape.batch, size)) for size in shape.sizes]
     each = len(weights) // shape.directions
     outputs, finals = [], []
@@ -522,33 +530,46 @@ def _replay_direction(
     weights: Weights,
     x: Tensor,  # (T, B, I)
     initial: list[Tensor],  # (B, size)
-    lengths: np.ndarray | None,  # (B,)
-    reset: np.ndarray | None,  # (T, B)
+    lengths: Tensor | None,  # (B,)
+    reset: Tensor | None,  # (T, B)
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     if cell.half is not None:
         return _replay_halves(cell, cell.half, weights, x, initial, lengths, reset, reverse)
-    steps, batch, _ = x.shape
-    active, boundary, order = schedule(steps, batch, lengths, reset, reverse)
-    running, anew = (torch.from_numpy(mask).to(x.device)[..., None] for mask in (active, boundary))
+    steps = x.shape[0]
+    running, anew = _schedule(steps, lengths, reset, reverse)
     from_input = nn.functional.linear(x, weights.ih, weights.bias_ih)
     step, count, states = _step(cell), len(cell.gates), initial
     y: list[Tensor] = [x] * steps
-    for t in order:
-        if boundary[t].any():
+    for t in range(steps)[:: -1 if reverse else 1]:
+        if anew is not None:
             states = [torch.where(anew[t], s0, s) for s0, s in zip(initial, states)]
         from_output = nn.functional.linear(states[cell.operand], weights.hh, weights.bias_hh)
         by_gate = (product.chunk(count, -1) for product in (from_input[t], from_output))
         new = list(step(**cell.step_arguments(by_gate, states, weights.vectors)))
         if weights.hr is not None:
             new[0] = nn.functional.linear(new[0], weights.hr)
-        y[t] = new[0]
-        if active[t].all():
-            states = new
+        if running is None:
+            y[t], states = new[0], new
         else:
-            y[t] = torch.where(running[t], y[t], 0)
+            y[t] = torch.where(running[t], new[0], 0)
             states = [torch.where(running[t], n, s) for n, s in zip(new, states)]
     return torch.stack(y), states
+
+
+def _schedule(
+    steps: int, lengths: Tensor | None, reset: Tensor | None, reverse: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`kernels.reference.schedule` has it: which steps count, and before which states begin anew.
+
+    Both (T, B, 1); none where all steps count, or where states never begin anew.
+    """
+    running = None if lengths is None else torch.arange(steps, device=lengths.device)[:, None] < lengths
+    if reset is not None and reverse:
+        reset = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+    if reset is not None and running is not None:
+        reset = reset & running  # what lies beyond the end of a sequence does not touch its state
+    return None if running is None else running[..., None], None if reset is None else reset[..., None]
 
 
 def _replay_halves(
@@ -557,18 +578,172 @@ def _replay_halves(
     weights: Weights,
     x: Tensor,
     initial: list[Tensor],
-    lengths: np.ndarray | None,
-    reset: np.ndarray | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Each step as two of half of it, as :class:`fusedlstm.directions.TwoProducts` runs it."""
     halves = half_states(cell, initial, initial[0], torch.zeros_like(initial[0]))
+    anew = None if reset is None else torch.stack([reset, torch.zeros_like(reset)], 1).flatten(0, 1)
     y, final = _replay_direction(
         half, weights, x.repeat_interleave(2, 0), list(halves),
-        None if lengths is None else 2 * lengths, None if reset is None else half_reset(reset), reverse,
+        None if lengths is None else 2 * lengths, anew, reverse,
     )  # fmt: skip
     found = dict(zip(half.states, final))
     return y[second_halves(reverse)], [found[name] for name in cell.states]
+
+
+def _replay_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    shape: _Shape,
+) -> list[Tensor]:
+    """What `_backward` computes, by replaying the layer."""
+
+    def layer(x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        return _replay(x, initial, weights, lengths, reset, shape)
+
+    dx, dinitial, dweights = torch.func.vjp(layer, x, list(initial), list(weights))[1](list(grads))
+    return [dx, *dinitial, *dweights]
+
+
+def _carry_tangents(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of these tensors has a tangent; only asked while forward-mode differentiation goes on."""
+    return any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
+
+
+def _check_ends(lengths: Tensor, steps: int) -> None:
+    """The check of the kernels' path, for lengths that a transform of ``torch.func`` may have wrapped."""
+    if torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+    with torch._C._DisableFuncTorch():
+        _host_lengths(lengths, steps)
+
+
+# --- The same with PyTorch's layers, for graphs that leave Python ----------------------------------------
+
+_PYTORCHS: dict[str, Any] = {
+    cells.lstm.key: torch.lstm,
+    cells.gru.key: torch.gru,
+    cells.rnn_tanh.key: torch.rnn_tanh,
+    cells.rnn_relu.key: torch.rnn_relu,
+}
+_RESTORE = "restore(model) gives back PyTorch's modules in the place of those that accelerate has changed"
+# As PyTorch does for its own modules: the checks of sizes are not part of the graph.
+warnings.filterwarnings("ignore", category=TracerWarning, module=r"fusedlstm\.torch")
+
+
+def _leaves_python() -> bool:
+    """Whether TorchScript or ONNX records what is called; they have PyTorch's operators only."""
+    return torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
+
+
+def _record(
+    x: Tensor,  # (T, B, I)
+    initial: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: Cell,
+    directions: int,
+) -> list[Tensor]:
+    """What `_apply` returns."""
+    if reset is not None:
+        raise RuntimeError(
+            "reset cannot be recorded by torch.jit.trace and torch.onnx.export, since PyTorch's layers have "
+            f"no such argument: call the layer on each piece of the sequence; {_RESTORE}"
+        )
+    if lengths is None:
+        return _record_layers((x,), x.shape[1], initial, weights, cell, directions)
+    if torch._C._get_tracing_state() is None:
+        raise RuntimeError(
+            "lengths cannot be recorded by torch.onnx.export(dynamo=True), which has no packed sequences: "
+            f"use dynamo=False; {_RESTORE}"
+        )
+    packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+    y, *final = _record_packed(packed, initial, weights, cell, directions)
+    padded, _ = pad_packed_sequence(packed._replace(data=y), total_length=x.shape[0])
+    return [padded, *final]
+
+
+def _record_packed(packed: PackedSequence, initial: list[Tensor], *rest: Any) -> list[Tensor]:
+    """The data of the output, and the final states; `rest` as `_record_layers` takes it."""
+    data, sizes, order, back = packed
+
+    def select(states: list[Tensor], indices: Tensor | None) -> list[Tensor]:
+        return states if indices is None else [part.index_select(1, indices) for part in states]
+
+    y, *final = _record_layers((data, sizes), sizes[0], select(initial, order), *rest)
+    return [y, *select(final, back)]
+
+
+def _record_layers(
+    source: tuple[Tensor, ...],  # the input (T, B, I), or data and batch sizes of packed sequences
+    batch: Any,
+    initial: list[Tensor],  # (L*D, B, size)
+    weights: list[Tensor],  # of both directions of each layer
+    cell: Cell,
+    directions: int,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> list[Tensor]:
+    """The output and the final states, by the operator of PyTorch's module of the kind."""
+    if cell.key not in _PYTORCHS:
+        raise _no_operator(cell)
+    rows, (ih, hh) = num_layers * directions, weights[:2]
+    sizes = (hh.shape[1], ih.shape[0] // len(cell.gates))[: len(cell.states)]
+    states = initial or [source[0].new_zeros((rows, batch, size)) for size in sizes]
+    bias = storage.unflatten(cell, weights[: len(weights) // rows]).bias_ih is not None
+    hx = states if len(states) > 1 else states[0]
+    layout = (False,) if len(source) == 1 else ()  # not batch_first
+    settings = (bias, num_layers, dropout, training, directions == 2, *layout)
+    return list(_PYTORCHS[cell.key](*source, hx, weights, *settings))
+
+
+def _no_operator(cell: Cell) -> RuntimeError:
+    if cell.key in _PYTORCHS:
+        return RuntimeError(
+            "ONNX has no operator fusedlstm::layer: give torch.onnx.export the model, not a program that "
+            f"torch.export has made of it; {_RESTORE}"
+        )
+    return RuntimeError(
+        f"TorchScript and ONNX have no operator for the cell {cell.name!r}: for them, write it as a module "
+        f"of PyTorch's operators, or put an LSTM, a GRU or an RNN in its place; {_RESTORE}"
+    )
+
+
+def _refuse_script(module: nn.Module) -> None:
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {module}: use torch.jit.trace, or put a module of torch.nn with "
+        f"the same state_dict in its place; {_RESTORE}"
+    )
+
+
+def _as_leaf(module: nn.Module, input: Any, hx: Any, **settings: Any) -> Any:
+    """A call that torch.fx records as one node, as it does for the modules of ``torch.nn``.
+
+    Raises:
+        TypeError: if the input is no stand-in of torch.fx, so that it should have been a tensor, or if there
+            is nothing around the module.
+    """
+    if not isinstance(input, torch.fx.Proxy):
+        raise TypeError(f"input must be a tensor, got {_described(input)}")
+    target = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    if not target:
+        raise TypeError(f"torch.fx cannot trace inside {module}: trace a module that calls it")
+    given = {"hx": hx, **settings}
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    return input.tracer.create_proxy("call_module", target, (input,), kwargs)
 
 
 # --- The operators ---------------------------------------------------------------------------------------
@@ -576,12 +751,32 @@ def _replay_halves(
 _SHARED = (
     "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
 )
+
+
+def _without_tangents(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator, which does not see the tangents that would be lost, so that it refuses them all."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "the operators of fusedlstm have no forward-mode derivative: instead of an exported program "
+                "call the module, which has one"
+            )
+        return function(*args)
+
+    return run
+
+
 _layer = torch.library.custom_op(
-    "fusedlstm::layer", _forward, mutates_args=(), schema=f"({_SHARED}, bool training) -> Tensor[]"
+    "fusedlstm::layer",
+    _without_tangents(_forward),
+    mutates_args=(),
+    schema=f"({_SHARED}, bool training) -> Tensor[]",
 )
 _layer_backward = torch.library.custom_op(
     "fusedlstm::layer_backward",
-    _backward,
+    _without_tangents(_backward),
     mutates_args=(),
     schema=f"(Tensor[] grads, Tensor handle, Tensor y, {_SHARED}) -> Tensor[]",
 )
@@ -589,6 +784,8 @@ _layer_backward = torch.library.custom_op(
 
 @_layer.register_fake
 def _(x, initial, weights, lengths, reset, cell, directions, training):  # type: ignore[no-untyped-def]
+    if torch.onnx.is_in_onnx_export():
+        raise _no_operator(_cells[cell])
     results = _empty_results(x, _shape(x, weights, cell, directions))
     return [*results, torch.empty(1, dtype=torch.int64, device="cpu")]
 
@@ -611,8 +808,15 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
     # the output has no gradient here: detached, or this would be called again with zeros
     y = y.detach()
     args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
-    watched = torch.is_grad_enabled() or not _plain([x, *grads[:-1], *rest])
-    dx, *others = _call("layer_backward", *args) if watched else _backward(*args, wants_x)
+    gradients: Sequence[Tensor | None]
+    if not torch.is_grad_enabled() and _plain([x, *grads[:-1], *rest]):
+        gradients = _backward(*args, wants_x)
+    elif forward_ad._current_level >= 0:
+        shape = _shape(x, weights, ctx.cell, ctx.directions)
+        gradients = _replay_backward(grads[:-1], x, initial, weights, lengths, reset, shape)
+    else:
+        gradients = _call("layer_backward", *args)
+    dx, *others = gradients
     return dx, others[: ctx.states], others[ctx.states :], None, None, None, None, None
 
 
@@ -629,15 +833,17 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any
     first, second = ctx.counts[0], sum(ctx.counts)
     grads, initial, weights = rest[:first], rest[first:second], rest[second:]
     shape = _shape(x, weights, ctx.cell, ctx.directions)
-    ends, marks = _host_lengths(lengths, shape.steps), None if reset is None else reset.cpu().numpy()
     given = [seed for seed in seeds if seed is not None]
     known = x.is_cpu and shape.batch and shape.cell.half is None and shape.cell.operand == 0
     if known and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
+        ends, marks = _host_lengths(lengths, shape.steps), None if reset is None else reset.cpu().numpy()
         dgrads, dx, dinitial, dweights = _run_second(
             grads, y, x, initial, weights, seeds, ends, marks, shape, wants_x
         )
     else:
-        dgrads, dx, dinitial, dweights = _replay_second(grads, x, initial, weights, seeds, ends, marks, shape)
+        dgrads, dx, dinitial, dweights = _replay_second(
+            grads, x, initial, weights, seeds, lengths, reset, shape
+        )
     return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
 
 
@@ -689,18 +895,14 @@ def _replay_second(
     initial: list[Tensor],
     weights: list[Tensor],
     seeds: list[Tensor | None],
-    lengths: np.ndarray | None,
-    reset: np.ndarray | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
     shape: _Shape,
 ) -> Any:
     """What `_run_second` computes, by replaying the layer."""
 
     def gradient(grads: list[Tensor], x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> Any:
-        def layer(x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-            return _replay(x, initial, weights, lengths, reset, shape)
-
-        dx, dinitial, dweights = torch.func.vjp(layer, x, initial, weights)[1](grads)
-        return [dx, *dinitial, *dweights]
+        return _replay_backward(grads, x, initial, weights, lengths, reset, shape)
 
     parts = [x, *initial, *weights]
     given = [torch.zeros_like(part) if seed is None else seed for part, seed in zip(parts, seeds)]
@@ -779,6 +981,10 @@ def _apply(
         return (
             list(cast(Any, _Eager).apply(*args, *initial, *weights)) if gradients else _run(*args, False)[0]
         )
+    if _leaves_python():
+        return _record(x, initial, weights, lengths, reset, cell, directions)
+    if forward_ad._current_level >= 0:  # whatever else goes on, the replay is right
+        return _replay(x, initial, weights, lengths, reset, _shape(x, weights, cell.key, directions))
     return _call("layer", *args, gradients)[:-1]
 
 
@@ -810,6 +1016,7 @@ def _wanted(tensors: list[Tensor]) -> bool:
 
 
 _TENSORS = {Tensor, nn.Parameter}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # whose modes are not in the stack of the others
 
 
 def _plain(tensors: list[Tensor]) -> bool:
@@ -817,7 +1024,10 @@ def _plain(tensors: list[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not _transforming()
+        and (forward_ad._current_level < 0 or not _carry_tangents(tensors))
+        and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         and _TENSORS.issuperset(map(type, tensors))
     )
 
@@ -836,6 +1046,7 @@ class _Stack(nn.Module):
             initial one before that step.  A reverse direction goes back at the same boundary.
     """
 
+    __prepare_scriptable__ = _refuse_script
     cell: Cell
     input_size: int
     hidden_size: int
@@ -851,7 +1062,6 @@ class _Stack(nn.Module):
         self,
         input: Tensor | PackedSequence,  # (T, B, I), (B, T, I) or (T, I)
         hx: Tensor | tuple[Tensor, ...] | None = None,  # (L*D, B, P), others (L*D, B, H)
-        *,
         lengths: Tensor | Sequence[int] | None = None,  # (B,)
         reset: Tensor | None = None,  # (T, B), (B, T) or (T,)
     ) -> Any:
@@ -860,8 +1070,10 @@ class _Stack(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: for an argument that does not fit; it names the argument.
         """
-        if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx, lengths, reset)
+        if not isinstance(input, Tensor):
+            if isinstance(input, PackedSequence):
+                return self._run_packed(input, hx, lengths, reset)
+            return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         weights = self._weights()
         weight = weights[0][0]
         self._check_input(input, weight)
@@ -919,8 +1131,10 @@ class _Stack(nn.Module):
     def _run_packed(self, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
         if lengths is not None or reset is not None:
             raise ValueError("a PackedSequence has lengths of its own, and cannot be reset: pad it instead")
-        padded, ends = pad_packed_sequence(packed)
         weights = self._weights()
+        if _leaves_python():
+            return self._record_packed(packed, hx, weights)
+        padded, ends = pad_packed_sequence(packed)
         self._check_input(padded, weights[0][0])
         states = [] if hx is None else self._check_state(hx, padded.shape[1], True, weights[0][0])
         y, final = self._run(padded, states, weights, ends, None)
@@ -930,6 +1144,16 @@ class _Stack(nn.Module):
         data = pack_padded_sequence(y, ends).data
         output = PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
         return output, tuple(final) if len(final) > 1 else final[0]
+
+    def _record_packed(self, packed: PackedSequence, hx: Any, weights: list[list[Tensor]]) -> Any:
+        """What `_run_packed` returns; for ONNX nothing may come between packing and the layers."""
+        self._check_input(packed.data, weights[0][0])
+        batch = int(packed.batch_sizes[0])
+        states = [] if hx is None else self._check_state(hx, batch, True, weights[0][0])
+        flat = [weight for level in weights for weight in level]
+        settings = (1 + self.bidirectional, self.num_layers, self.dropout, self.training)
+        data, *final = _record_packed(packed, states, flat, self.cell, *settings)
+        return packed._replace(data=data), tuple(final) if len(final) > 1 else final[0]
 
     _autocasts = True  # whether autocast gives its type to the results, on a CPU too
 
@@ -1223,6 +1447,7 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class _Single(nn.RNNCellBase):
     """What cells share: one step of one layer; the parameters are PyTorch's."""
 
+    __prepare_scriptable__ = _refuse_script
     _cell: Cell
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:  # (B, I) or (I,); (B, H) or (H,) each
@@ -1231,6 +1456,8 @@ class _Single(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError, TypeError: for an argument that does not fit; it names the argument.
         """
+        if not isinstance(input, Tensor):
+            return _as_leaf(self, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead"

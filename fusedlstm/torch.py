@@ -724,8 +724,8 @@ def _no_operator(cell: Cell) -> RuntimeError:
 
 def _refuse_script(module: nn.Module) -> None:
     raise RuntimeError(
-        f"torch.jit.script cannot compile {module}: use torch.jit.trace, or put a module of torch.nn with "
-        f"the same state_dict in its place; {_RESTORE}"
+        f"torch.jit.script cannot compile {module}: {_RESTORE}; or use torch.jit.trace, or put a module of "
+        "torch.nn with the same state_dict in its place"
     )
 
 

@@ -5,7 +5,7 @@ Runs in a simulator on NumPy arrays, and on a GPU on CuPy arrays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,19 @@ class Case:
     form: str | None = None
     barrier_every: int = BARRIER_EVERY
     seed: int = 0
+
+    def __str__(self) -> str:
+        """What differs from the defaults, as the id of a test."""
+        given = [self.cell.name, f"T{self.steps}-B{self.batch}-I{self.inputs}-H{self.hidden}"]
+        for option in fields(self)[5:]:
+            value = getattr(self, option.name)
+            if value == option.default:
+                continue
+            if isinstance(value, bool):
+                given.append(option.name if value else f"no-{option.name}")
+            else:
+                given.append(value if isinstance(value, str) else f"{option.name}{value}")
+        return "-".join(given)
 
 
 @dataclass

@@ -4,9 +4,10 @@ compute-sanitizer on a GPU.  test_cuda_simulated.py and test_cuda_gpu.py run thi
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from checks import name
 from cuda_cases import Case, check
 
 import fusedlstm
@@ -15,17 +16,22 @@ from fusedlstm.kernels.cuda.launch import array_module
 from fusedlstm.kernels.cuda.ptx import SIMULATED
 
 FORMS = ["stepwise"] if SIMULATED else ["persistent", "stepwise"]
+CASES = [
+    case
+    for form in FORMS
+    for case in (
+        Case(cells.lstm, 2, 5, 2, 5, lengths=True, reset=True, form=form),
+        Case(cells.gru, 2, 5, 2, 5, lengths=True, reset=True, form=form),
+        Case(cells.lstm, 2, 2, 2, 4, proj=3, reverse=True, form=form),
+    )
+]
+if not SIMULATED:
+    CASES += [Case(cells.lstm, 2, 9, 3, 33, precision=precision) for precision in ("tf32", "bfloat16")]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru], ids=name)
-def test_kernels(cell: fusedlstm.Cell, form: str) -> None:
-    check(Case(cell, 2, 5, 2, 5, lengths=True, reset=True, form=form))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_projection(form: str) -> None:
-    check(Case(cells.lstm, 2, 2, 2, 4, proj=3, reverse=True, form=form))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels(case: Case) -> None:
+    check(case)
 
 
 def test_a_layer() -> None:
@@ -38,14 +44,19 @@ def test_a_layer() -> None:
         np.testing.assert_allclose(host, want, rtol=1e-5, atol=1e-6)
 
 
+def test_threads_call_layers_at_once() -> None:
+    xp = array_module()
+    x = xp.ones((2, 3, 2), np.float32)
+    layers = [fusedlstm.LSTM(2, 3, backend="cuda", seed=seed) for seed in range(4)]
+    alone = [layer(x)[0] for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda layer: layer(x)[0], layers))
+    for found, wanted in zip(together, alone):
+        assert (found == wanted).all()
+
+
 if SIMULATED:
 
     def test_persistent_form_is_refused() -> None:
         with pytest.raises(ValueError, match="blocks cannot wait for each other on Numba's simulator"):
             check(Case(cells.lstm, 1, 2, 2, 3, form="persistent"))
-
-else:
-
-    @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
-    def test_tensor_cores(precision: str) -> None:
-        check(Case(cells.lstm, 2, 9, 3, 33, precision=precision))

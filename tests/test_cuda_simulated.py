@@ -12,14 +12,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from cuda_options import OPTIONS
 
 HERE = Path(__file__).parent
+
+
+def run_pytest(
+    *arguments: str, program: tuple[str, ...] = ("-m", "pytest"), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """pytest in a process of its own."""
+    command = [sys.executable, *program, "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        command, cwd=HERE.parent, env=environment | variables, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("file", ["cuda_simulated.py", "cuda_numba_simulator.py"])
 def test_kernels_in_a_simulator(file: str) -> None:
     """Every kernel form, cell and option against the reference; see the file."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    done = run_pytest(f"tests/{file}", NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_of_the_layers_in_numbas_simulator(name: str) -> None:
+    """As a user starts it, in a process of its own: NumPy arrays, and nothing but the variable is set."""
+    command = [sys.executable, str(HERE / "cuda_options.py"), name]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ launches it.  In a simulator, Numba runs the Python function on NumPy arrays.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -34,6 +35,10 @@ from .scalar import element
 # cannot exchange values; a simulator that can, puts another device here.
 SIMULATED_DEVICE = Device("Numba's simulator", (0, 0), 1, 1 << 20, threads=8, cooperative=False, warps=False)
 simulated_device = SIMULATED_DEVICE
+
+_simulating = threading.Lock()  # simulators run one kernel at a time
+if SIMULATED and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_simulating._at_fork_reinit)  # type: ignore[attr-defined]
 
 # the code that is imported, also if its files change while it runs
 _SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
@@ -114,12 +119,22 @@ def build(cell: Cell, plan: Plan, resets: bool, training: bool) -> Callable[...,
 
 
 class _Simulated:
+    """A kernel in a simulator.
+
+    Its arrays are said to lie on the device.  Numba would copy others there and back, which it refuses
+    where they are slices, and which would part those that share memory.
+    """
+
     def __init__(self, function: Callable[..., None], plan: Plan) -> None:
         self._function, self._threads, self._shared = cuda.jit(function), plan.threads, plan.shared
 
     def __call__(self, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
-        for run in runs:
-            self._function[grid, self._threads, 0, self._shared](*arrays, *run)
+        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+        there = [FakeCUDAArray(array) for array in arrays]
+        with _simulating:
+            for run in runs:
+                self._function[grid, self._threads, 0, self._shared](*there, *run)
 
 
 def signature(plan: Plan) -> tuple[Any, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from checks import five_gates, name, three_states
 
@@ -116,3 +119,29 @@ def test_recurrent_dropout(backward: bool) -> None:
     """The blocks exchange another state than the output."""
     dropped = cells.recurrent_dropout(cells.lstm)
     check(dropped, "bfloat16", "persistent", backward, hidden=256, batch=32)
+
+
+WITHOUT_ROW_STACK = """
+import numpy
+
+if vars(numpy).pop("row_stack", None):
+    numpy.__all__.remove("row_stack")
+assert not hasattr(numpy, "row_stack")
+
+from fusedlstm import cells
+from fusedlstm.kernels.cuda import launch
+from fusedlstm.kernels.cuda.plan import choose
+from fusedlstm.kernels.cuda.resources import DEVICES, without_gpu
+
+assert not hasattr(numpy, "row_stack"), "others see a NumPy that has been changed"
+plan = choose(DEVICES["sm_75"], cells.rnn_tanh, "float32", 4, 0, 1, False, "stepwise")
+with without_gpu((7, 5)):
+    ptx = launch.compile_ptx(cells.rnn_tanh, plan, False, False, (7, 5))
+assert launch.assemble(ptx, (7, 5)).startswith(b"\x7fELF")
+"""
+
+
+def test_the_engine_loads_and_compiles_with_a_numpy_that_has_no_row_stack() -> None:
+    """NumPy 2.5, which numba-cuda does not know."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ROW_STACK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -147,7 +147,7 @@ def signature(plan: Plan) -> tuple[Any, ...]:
         if not shape:
             result.append(types.int64)
         else:
-            item = types.boolean if name == "bool" else element(scalars.get(name, name))
+            item = element(scalars.get(name, name))
             result.append(types.Array(item, int(shape[0]), "A" if "strided" in shape else "C"))
     return tuple(result)
 

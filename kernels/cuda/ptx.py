@@ -8,7 +8,8 @@ counts elements of the array.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,9 +20,34 @@ from numba.cuda import types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
+if "numba_cuda" not in str(cuda.__file__):
+    raise ImportError(
+        "numba.cuda is the one that comes with Numba: numba-cuda is not installed, or not by pip into the "
+        "packages of this Python, where it takes its place"
+    )
+
+
+@contextmanager
+def _row_stack() -> Iterator[None]:
+    """Inside, NumPy has row_stack, which was another name of vstack and is gone from NumPy 2.5.
+
+    numba-cuda registers an implementation of it when it is imported, and fails if there is none.  So does
+    0.30.4, the newest one, and a fix was declined (issue 907 of numba-cuda).
+    """
+    if hasattr(np, "row_stack"):
+        yield
+        return
+    vars(np)["row_stack"] = np.vstack
+    try:
+        yield
+    finally:
+        del vars(np)["row_stack"]
+
+
 if not SIMULATED:
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.np.arrayobj import make_array
+    with _row_stack():
+        from numba.cuda.extending import intrinsic
+        from numba.cuda.np.arrayobj import make_array
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 

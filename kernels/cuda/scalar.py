@@ -35,7 +35,8 @@ def device(function: Any) -> Any:
 
 def element(dtype: Any) -> Any:
     """The Numba type of a NumPy type."""
-    return getattr(types, np.dtype(dtype).name)
+    name = np.dtype(dtype).name
+    return types.boolean if name == "bool" else getattr(types, name)  # Numba 0.61 has no types.bool
 
 
 def functions(real: Any) -> dict[str, Any]:

@@ -241,8 +241,10 @@ def _on_stream(x: Tensor) -> Iterator[None]:
     if x.is_cuda:
         import cupy
 
-        stream = torch.cuda.current_stream(x.device)
-        with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index):
+        from fusedlstm.kernels.cuda.launch import stream_at
+
+        number, stream = x.device.index, torch.cuda.current_stream(x.device)
+        with cupy.cuda.Device(number), stream_at(stream.cuda_stream, number):
             yield
     else:
         yield

@@ -204,3 +204,15 @@ def test_a_missing_driver_or_gpu_is_an_error_that_says_so(monkeypatch: pytest.Mo
         launch.array_module()
     runtime.getDeviceCount = lambda: 1
     assert launch.array_module() is cupy
+
+
+def test_streams_of_others_are_taken_by_the_protocol_that_cupy_has(cupy: mock.MagicMock) -> None:
+    """CuPy 14 deprecates ExternalStream, which is all that CuPy 13 has."""
+    stream = launch.stream_at(1234, 1)
+    assert stream is cupy.cuda.Stream.from_external.return_value
+    (given,) = cupy.cuda.Stream.from_external.call_args.args
+    assert given.__cuda_stream__() == (0, 1234)
+    assert not cupy.cuda.ExternalStream.called
+    del cupy.cuda.Stream.from_external
+    assert launch.stream_at(1234, 1) is cupy.cuda.ExternalStream.return_value
+    assert cupy.cuda.ExternalStream.call_args.args == (1234, 1)

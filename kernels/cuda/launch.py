@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numba
 import numpy as np
@@ -75,6 +75,23 @@ def array_module() -> Any:
     if not count:
         raise RuntimeError("backend 'cuda' needs an NVIDIA GPU; the driver finds none")
     return cupy
+
+
+class _Stream(NamedTuple):
+    """A stream of another library, by CUDA's protocol of streams."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address  # the version of the protocol
+
+
+def stream_at(address: int, device: int) -> Any:
+    """CuPy's object for a stream of another library on a device, which becomes the current one in `with`."""
+    cupy = array_module()
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Stream(address))
+    return cupy.cuda.ExternalStream(address, device)  # before CuPy 14, which deprecates it
 
 
 def current_device() -> Device:

@@ -10,6 +10,7 @@ import importlib
 import os
 import reprlib
 import sys
+from importlib import metadata
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ _ENGINES = {
     "cuda": ("fusedlstm.kernels.cuda.engine", "CUDA"),
     "reference": ("fusedlstm.kernels.reference", "Reference"),
 }
+_NEEDED = {"cpu": ("numpy", "numba"), "cuda": ("numpy", "numba", "numba-cuda"), "reference": ("numpy",)}
 INSTALL_CUDA = "in the checkout: pip install -e '.[cuda12]' or '.[cuda13]', for your driver's version of CUDA"
 _loaded: dict[tuple[str, str, str], Engine] = {}
 
@@ -174,7 +176,7 @@ def _is_cupy(value: Any) -> bool:
 def _cupy() -> Any:
     try:
         return importlib.import_module("cupy")
-    except ImportError as error:
+    except Exception as error:  # as when an engine is loaded
         raise ImportError(
             f"arrays on a GPU cannot be taken: {error}. They need CuPy: {INSTALL_CUDA}"
         ) from error
@@ -201,6 +203,23 @@ def simulated() -> bool:
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
+def _explained(error: Exception, name: str) -> str:
+    """Why an engine cannot be imported, what there is of the packages that it needs, and how to get them."""
+    why = str(error).partition("\n")[0]  # lists of folders may follow
+    if not isinstance(error, ImportError):
+        why = f"{type(error).__name__}: {why}"
+    there = ", ".join(f"{package} {_version(package)}" for package in _NEEDED[name])
+    advice = f". It needs an NVIDIA GPU, numba-cuda and CuPy: {INSTALL_CUDA}" if name == "cuda" else ""
+    return f"{why} (with {there}){advice}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
 def engine(backend: str, x: Any = None, precision: str = "float32", form: str = "auto") -> Engine:
     """The engine of a backend, loaded when it is first needed; "auto" picks by where x lies.
 
@@ -225,8 +244,7 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
     path, engine_class = _ENGINES[name]
     try:
         module = importlib.import_module(path)
-    except ImportError as error:
-        hint = f". It needs an NVIDIA GPU, numba-cuda and CuPy: {INSTALL_CUDA}" if name == "cuda" else ""
-        raise ImportError(f"backend {name!r} cannot be loaded: {error}{hint}") from error
+    except Exception as error:  # packages whose versions do not fit raise anything
+        raise ImportError(f"backend {name!r} cannot be loaded: {_explained(error, name)}") from error
     made = cast(Engine, getattr(module, engine_class)(**options))
     return _loaded.setdefault(key, made)  # of two threads, the first

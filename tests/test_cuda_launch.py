@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from fusedlstm import cells
-from fusedlstm.kernels.cuda import backward, forward, launch
+from fusedlstm.kernels.cuda import backward, engine, forward, launch
 from fusedlstm.kernels.cuda.plan import Plan, choose
 from fusedlstm.kernels.cuda.resources import DEVICES, without_gpu
 
@@ -204,6 +204,40 @@ def test_a_missing_driver_or_gpu_is_an_error_that_says_so(monkeypatch: pytest.Mo
         launch.array_module()
     runtime.getDeviceCount = lambda: 1
     assert launch.array_module() is cupy
+
+
+def test_cupy_that_does_not_import_is_an_error_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cupy.py").write_text("raise AttributeError('numpy has no attribute of that name')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(ImportError, match=r"needs CuPy: .*\(numpy has no attribute of that name\)"):
+        launch.array_module()
+
+
+def test_missing_cublas_is_said_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "array_module", lambda: SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
+    monkeypatch.setitem(sys.modules, "cupy_backends", None)
+    with pytest.raises(ImportError, match=r"backend 'cuda' needs cuBLAS: .*pip install -e '.\[cuda12\]'"):
+        engine.CUDA()
+
+
+def test_a_missing_compiler_is_an_error_that_says_where_it_comes_from(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuda.bindings import nvjitlink
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    missing = mock.Mock(side_effect=DynamicLibNotFoundError("Failure finding libnvvm\n  listdir(/usr)"))
+    advice = r"cannot be compiled: Failure finding libnvvm\. .*'.\[cuda13\]'.*or set CUDA_HOME to a toolkit"
+    monkeypatch.setattr(launch.cuda, "compile", missing)
+    with pytest.raises(RuntimeError, match=advice):
+        launch.compile_ptx(cells.lstm, plan, True, True, (7, 5))
+    monkeypatch.setattr(nvjitlink, "create", missing)
+    with pytest.raises(RuntimeError, match=advice):
+        launch.assemble("", (9, 0))
 
 
 def test_streams_of_others_are_taken_by_the_protocol_that_cupy_has(cupy: mock.MagicMock) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,6 +58,49 @@ def test_an_engine_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
     monkeypatch.setattr(dispatch, "_loaded", {})
     with pytest.raises(ImportError, match=r"'cuda' cannot be loaded: No module.*pip install -e '.\[cuda12"):
         dispatch.engine("cuda", Device())
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])
+def test_packages_that_do_not_fit_are_said_with_their_versions(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They raise anything when they are imported; lists of folders, which some add, are left out."""
+    (tmp_path / "broken_engine.py").write_text(f"raise {error.__name__}('no row_stack\\n  /usr/lib')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(dispatch._ENGINES, "cuda", ("broken_engine", "CUDA"))
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    with pytest.raises(ImportError) as caught:
+        dispatch.engine("cuda", Device())
+    said = str(caught.value)
+    assert (
+        f"backend 'cuda' cannot be loaded: {error.__name__}: no row_stack (with numpy {np.__version__}"
+        in said
+    )
+    assert f"numba-cuda {metadata.version('numba-cuda')})" in said
+    assert "pip install -e '.[cuda12]'" in said
+    assert isinstance(caught.value.__cause__, error)
+
+
+def test_a_package_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._ENGINES, "cpu", ("fusedlstm.no_such_engine", "CPU"))
+    monkeypatch.setitem(dispatch._NEEDED, "cpu", ("numpy", "no-such-package"))
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    with pytest.raises(ImportError, match=r"no-such-package missing\)$"):
+        dispatch.engine("cpu", HOST)
+
+
+@pytest.mark.parametrize("simulator", ["0", "1"])
+def test_numbas_own_cuda_is_not_taken_for_numba_cuda(simulator: str) -> None:
+    """It is what `numba.cuda` is where numba-cuda is missing, or lies on PYTHONPATH alone."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'NumbaCuda' not in type(f).__name__]\n"
+        "from fusedlstm import dispatch; dispatch.engine('cuda')"
+    )
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": simulator}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (
+        "ImportError: backend 'cuda' cannot be loaded: numba.cuda is the one that comes with" in done.stderr
+    )
 
 
 def test_an_engine_can_be_had_before_there_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:

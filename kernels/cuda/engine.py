@@ -15,7 +15,7 @@ from fusedlstm.dispatch import States, check_options, check_projection
 from fusedlstm.kernels import POISON
 from fusedlstm.weights import Weights
 
-from .gemm import matmul
+from .gemm import cublas, matmul
 from .launch import array_module, current_device, kernel
 from .plan import BARRIER_EVERY, Device, Form, Plan, Precision, Product, choose
 
@@ -45,7 +45,7 @@ class CUDA:
             poll what they exchange.  1 is a barrier every step.
 
     Raises:
-        ImportError, RuntimeError: if CuPy, the driver or a GPU is missing.
+        ImportError, RuntimeError: if CuPy, cuBLAS, the driver or a GPU is missing.
         ValueError: for an argument that is none of the above.
     """
 
@@ -59,7 +59,8 @@ class CUDA:
         if barrier_every < 1:
             raise ValueError(f"barrier_every must be 1 or more, got {barrier_every}")
         self.precision, self.form, self.barrier_every = precision, form, barrier_every
-        array_module()
+        if array_module() is not np:
+            cublas()
 
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
         return Direction(cell, weights, self.precision, self.form, self.barrier_every)

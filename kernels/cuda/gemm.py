@@ -8,12 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from fusedlstm.dispatch import INSTALL_CUDA
+
 from . import ptx
 from .plan import TENSOR_CORES, Precision
 
 # cudaDataType and cublasComputeType_t (cuBLAS library documentation, 2.1.1 and 2.3)
 _R_32F, _COMPUTE_32F = 0, 68
 _OPERANDS = {"tf32": (0, 77), "float16": (2, 68), "bfloat16": (14, 68)}  # type, computation
+
+
+@cache
+def cublas() -> Any:
+    """CuPy's interface to cuBLAS.
+
+    Raises:
+        ImportError: if there is no cuBLAS, which CuPy finds out with the first product.
+    """
+    try:
+        from cupy_backends.cuda.libs import cublas as library
+    except ImportError as error:
+        raise ImportError(f"backend 'cuda' needs cuBLAS: {INSTALL_CUDA} ({error})") from error
+    return library
 
 
 def matmul(a: Any, b: Any, precision: Precision, xp: Any) -> Any:
@@ -36,15 +52,13 @@ def rounded(values: Any, precision: Precision) -> Any:
 
 def _gemm(a: Any, b: Any, precision: Precision, xp: Any) -> Any:
     """By cuBLAS, which sees a row-major matrix as its transpose: C^T = B^T A^T."""
-    from cupy_backends.cuda.libs import cublas
-
     kind, computation = _OPERANDS[precision]
     narrow: Callable[[Any], Any] = (lambda x: x) if precision == "tf32" else _narrow(precision, xp)
     (rows, depth), columns = a.shape, b.shape[1]
     result = xp.empty((rows, columns), np.float32)
     (b, transposed_b, stride_b), (a, transposed_a, stride_a) = _laid_out(narrow(b)), _laid_out(narrow(a))
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-    cublas.gemmEx(
+    cublas().gemmEx(
         xp.cuda.device.get_cublas_handle(), transposed_b, transposed_a, columns, rows, depth,
         one.ctypes.data, b.data.ptr, kind, stride_b, a.data.ptr, kind, stride_a,
         zero.ctypes.data, result.data.ptr, _R_32F, columns, computation, -1,

@@ -11,7 +11,8 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -64,8 +65,8 @@ def array_module() -> Any:
         return np
     try:
         import cupy
-    except ImportError as error:
-        raise ImportError(f"backend 'cuda' needs CuPy: {INSTALL_CUDA}") from error
+    except Exception as error:  # of versions that do not fit, anything
+        raise ImportError(f"backend 'cuda' needs CuPy: {INSTALL_CUDA} ({error})") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -169,16 +170,31 @@ def signature(plan: Plan) -> tuple[Any, ...]:
     return tuple(result)
 
 
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Without NVVM, libdevice or nvJitLink, the error says where they come from."""
+    from cuda.pathfinder import DynamicLibNotFoundError  # type: ignore[import-untyped]
+
+    try:
+        yield
+    except DynamicLibNotFoundError as error:
+        what = str(error).partition("\n")[0]  # lists of folders follow
+        raise RuntimeError(
+            f"kernels cannot be compiled: {what}. {INSTALL_CUDA}; or set CUDA_HOME to a toolkit of CUDA"
+        ) from error
+
+
 def compile_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> str:
     """The PTX of a plan's kernel.  Needs no GPU."""
-    ptx, _ = cuda.compile(
-        build(cell, plan, resets, training),
-        types.void(*signature(plan)),
-        cc=capability,
-        output="ptx",
-        device=False,
-        abi="numba",
-    )
+    with _advised():
+        ptx, _ = cuda.compile(
+            build(cell, plan, resets, training),
+            types.void(*signature(plan)),
+            cc=capability,
+            output="ptx",
+            device=False,
+            abi="numba",
+        )
     text = ptx if isinstance(ptx, str) else ptx.decode()
     # vector loads from shared memory need its beginning on 16 bytes
     text = re.sub(r"(\.extern \.shared) \.align \d+", r"\1 .align 16", text)
@@ -222,7 +238,8 @@ def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
     from cuda.bindings import nvjitlink  # type: ignore[import-untyped]
 
     text = ptx.encode() + b"\0"
-    link = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"])
+    with _advised():
+        link = nvjitlink.create(1, [f"-arch=sm_{capability[0]}{capability[1]}"])
     try:
         nvjitlink.add_data(link, nvjitlink.InputType.PTX, text, len(text), "kernel")
         nvjitlink.complete(link)

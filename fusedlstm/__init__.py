@@ -5,7 +5,13 @@ Importing this package imports NumPy and nothing else; the kernels' compiler com
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    # A checkout, whose kernels and benchmarks lie beside this folder.  So it need not be installed, and
+    # `python -m benchmarks.gpu` there finds them also where another copy is installed.
+    __path__.append(os.path.dirname(__path__[0]))
 
 from . import cells, math
 from .cells import Cell, cell

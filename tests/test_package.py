@@ -10,6 +10,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import numpy
 import pytest
 
 import fusedlstm
@@ -46,6 +47,7 @@ def examples(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
+SITE = str(Path(numpy.__file__).parents[1])
 EXAMPLES = examples(README)
 
 
@@ -74,6 +76,21 @@ def test_every_module_is_installed_under_its_package(tmp_path: Path) -> None:
     assert {"fusedlstm.layers", "fusedlstm.kernels.cpu.engine", "fusedlstm.kernels.cuda"} <= set(modules)
     code = f"from importlib.util import find_spec; print([n for n in {modules} if find_spec(n) is None])"
     assert python(code, tmp_path).strip() == "[]"
+
+
+def test_a_checkout_need_not_be_installed() -> None:
+    """What is installed, or lies on PYTHONPATH, is another copy; its own parts are found all the same."""
+    code = (
+        "import fusedlstm, fusedlstm.kernels.random as r, benchmarks.cases, fusedlstm.benchmarks as b\n"
+        "print(fusedlstm.__file__, r.__file__, b.__file__, sep='\\n')"
+    )
+    # without site-packages there is no installation; NumPy, which is needed, lies there too
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path.append({SITE!r})\n{code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(ROOT / part) for part in ("fusedlstm/__init__.py", "kernels/random.py", "benchmarks/__init__.py")
+    ]
 
 
 def test_no_other_name_is_taken(tmp_path: Path) -> None:

@@ -99,11 +99,9 @@ def serve_questions(connection: Connection) -> None:
 
 def compile_kernel(cell: str, plan: Plan, training: bool, capability: tuple[int, int]) -> None:
     """Put a kernel into the cache on disk."""
-    from fusedlstm.kernels.cuda.resources import without_gpu
+    from fusedlstm.kernels.cuda.resources import compile_ahead
 
-    with without_gpu(launch.target(capability)):
-        ptx = launch.cached_ptx(getattr(cells, cell), plan, False, training, launch.target(capability))
-    launch.cached_cubin(ptx, capability)
+    compile_ahead(getattr(cells, cell), plan, False, training, capability)
 
 
 def kernels(problem: Problem, precision: Precision, device: Device) -> Iterator[tuple[str, Plan, bool]]:

@@ -1,15 +1,16 @@
-"""Fixtures: the backends at hand, and buffers full of NaN."""
+"""Fixtures: the backends at hand, and buffers full of NaN.  What is run, in which order, in which process."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 os.environ["FUSEDLSTM_POISON"] = "1"  # the CPU engine fills its workspaces with NaN
 
-import hypothesis
 import numpy as np
 import pytest
 
@@ -18,20 +19,45 @@ from fusedlstm import layers
 BACKENDS = ["reference", "cpu"]
 LONGEST = ("cuda_simulated", "cpu_engine", "torch", "layers", "keras", "benchmarks", "cuda_compile")
 
-hypothesis.settings.register_profile(
-    "fusedlstm",
-    deadline=None,  # the first example compiles
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("fusedlstm")
+with suppress(ImportError):  # tests on a GPU do without
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "fusedlstm",
+        deadline=None,  # the first example compiles
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("fusedlstm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A crash ends the run, and is named."""
+    if hasattr(config.option, "maxworkerrestart"):  # there are no workers without pytest-xdist
+        config.option.maxworkerrestart = config.option.maxworkerrestart or "0"
+
+
+def only_gpu(config: pytest.Config) -> bool:
+    """Whether the tests on a GPU are asked for, and no others: pytest -m gpu."""
+    return bool(config.option.markexpr == "gpu")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests on a GPU are found without what other tests need, which that machine may lack."""
+    if not only_gpu(config) or collection_path.suffix != ".py":
+        return None
+    return "\npytestmark = pytest.mark.gpu\n" not in collection_path.read_text() or None
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file, and the kernels that it compiles, in one process."""
-    from xdist.scheduler import LoadFileScheduling
+    """Each file, and the kernels that it compiles, in one process; tests on a GPU one by one."""
+    from xdist.scheduler import LoadFileScheduling, LoadScheduling
 
+    if only_gpu(config):
+        config.option.maxschedchunk = 1
+        return LoadScheduling(config, log)
     config.option.loadscopereorder = False  # by their number, which does not tell how long tests take
     return LoadFileScheduling(config, log)
 
@@ -40,6 +66,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that none runs alone at the end."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where one of the first tests fails, all would, and none of them is run."""
+    report: Any = yield
+    if report.failed and item.get_closest_marker("first"):
+        item.session.shouldfail = f"{item.name} failed, as all that follow would"
+    return report
 
 
 @pytest.fixture(params=BACKENDS)

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cuda_options
 import numpy as np
 import pytest
 from checks import ALL, BUILT_IN, error, five_gates, name, other_operand, three_states
+from cuda_ahead import kernels
 from cuda_cases import TOLERANCE, Case, actual, arrays, check, expected
 from cuda_simulator import Stuck, concurrent_blocks
 from hypothesis import given, settings
@@ -399,6 +401,28 @@ def test_a_tape_may_be_used_again() -> None:
         direction.backward(tape, given_arrays.dy, given_arrays.dfinal, wanted, False) for wanted in (dx, None)
     )
     np.testing.assert_array_equal(with_dx[1].hh, without[1].hh)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Case(cells.lstm, 3, 5, 2, 7, lengths=True, reset=True, form="persistent"),
+        Case(three_states, 3, 3, 2, 7, proj=5, reverse=True, form="stepwise"),
+        "projection-both-directions",
+        "gru-reset-before",
+        "recurrent-dropout",
+    ],
+    ids=str,
+)
+def test_what_is_launched_is_known_ahead(wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests on a GPU compile these beforehand."""
+    launched = set()
+    monkeypatch.setattr(engine, "kernel", lambda *given: launched.add(given) or launch.kernel(*given))
+    (check if isinstance(wanted, Case) else cuda_options.check)(wanted)
+    monkeypatch.undo()
+    monkeypatch.setattr(plans, "_clocks", idle)
+    assert launched == kernels(wanted, PLAIN_DEVICE)
+    assert {plan.backward for _, plan, *_ in launched} == {False, True}
 
 
 def test_layers_run_on_it() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checks import five_gates, name, three_states
+from cuda_ahead import compile_all, kernels
+from cuda_cases import Case
 
 from fusedlstm import cells
 from fusedlstm.cells import Cell
@@ -119,6 +122,16 @@ def test_recurrent_dropout(backward: bool) -> None:
     """The blocks exchange another state than the output."""
     dropped = cells.recurrent_dropout(cells.lstm)
     check(dropped, "bfloat16", "persistent", backward, hidden=256, batch=32)
+
+
+def test_kernels_of_tests_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In other processes, to which cells of a user go by name."""
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path))
+    wanted = kernels(Case(three_states, 1, 2, 2, 5, form="stepwise"), H200)
+    assert len(wanted) == 2
+    compile_all(wanted, 1)
+    assert len(list(tmp_path.glob("three_states_*.ptx"))) == 2
+    assert len(list(tmp_path.glob("*.sm_90.cubin"))) == 2
 
 
 WITHOUT_ROW_STACK = """

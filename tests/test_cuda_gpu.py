@@ -1,4 +1,7 @@
-"""The kernels on a GPU at real sizes: pytest tests -m gpu
+"""The kernels on a GPU at real sizes: pytest tests -m gpu, and -n 8 where pytest-xdist is there.
+
+The first tests tell whether anything works, and end the run if it does not.  Before the others, the kernels
+of all tests are compiled on all cores; of workers of pytest-xdist, each compiles what it needs.
 
 With NUMBA_ENABLE_CUDASIM=1 the same tests run in the simulator at tiny sizes, to see that they are ready.
 """
@@ -6,21 +9,26 @@ With NUMBA_ENABLE_CUDASIM=1 the same tests run in the simulator at tiny sizes, t
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import cuda_numba_simulator
+import cuda_options
 import numpy as np
 import pytest
-from checks import ALL, name, three_states
+from checks import ALL, three_states
+from cuda_ahead import compile_all, kernels
 from cuda_cases import Case, actual, arrays, check, expected
 
 import fusedlstm
 from fusedlstm import cells
+from fusedlstm.benchmarks.machine import cores
 from fusedlstm.kernels.cuda import launch
 from fusedlstm.kernels.cuda.engine import CUDA
 from fusedlstm.kernels.cuda.launch import array_module
@@ -31,6 +39,27 @@ pytestmark = pytest.mark.gpu
 
 FORMS = ("persistent", "stepwise")
 PRECISIONS = ("float32", "float64", "tf32", "bfloat16", "float16")
+SANITIZER_SECONDS = 100
+
+
+@pytest.fixture(scope="session")
+def all_compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all tests are in the cache on disk."""
+    if SIMULATED or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    items = [item for item in request.session.items if hasattr(item, "callspec")]
+    given = [value for item in items for value in item.callspec.params.values()]
+    given = [value for value in given if isinstance(value, Case) or value in cuda_options.OPTIONS]
+    given += cuda_numba_simulator.CASES  # of the last tests
+    device = launch.current_device()
+    compile_all(set().union(*(kernels(value, device) for value in given)), cores())
+
+
+@pytest.fixture(autouse=True)
+def compiled(request: pytest.FixtureRequest) -> None:
+    """The first tests wait for their own kernels only."""
+    if request.node.get_closest_marker("first") is None:
+        request.getfixturevalue("all_compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +83,50 @@ def sized(case: Case) -> Case:
     return replace(case, steps=2, batch=min(case.batch, 5), inputs=3, hidden=min(case.hidden, 18), proj=proj)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "sizes",
-    [(1, 1, 1, 1), (7, 7, 5, 17), (20, 33, 40, 129), (25, 16, 512, 512), (25, 64, 256, 1024)],
-    ids=lambda sizes: "T{}-B{}-I{}-H{}".format(*sizes),
+def cases(*given: Case) -> pytest.MarkDecorator:
+    """A test for each case."""
+    return pytest.mark.parametrize("case", [sized(case) for case in given], ids=map(str, given))
+
+
+# --- Whether anything works --------------------------------------------------------------------------------
+
+
+@pytest.mark.first
+def test_there_is_a_gpu_that_computes() -> None:
+    xp = array_module()
+    a = np.random.default_rng(0).standard_normal((33, 17), np.float32)
+    product = xp.asarray(a) @ xp.asarray(a.T)  # cuBLAS
+    np.testing.assert_allclose(product if xp is np else product.get(), a @ a.T, rtol=1e-5, atol=1e-5)
+    assert launch.current_device().multiprocessors > 0
+
+
+@pytest.mark.first
+@cases(
+    Case(cells.lstm, 3, 5, 4, 17, form="stepwise"),
+    Case(cells.lstm, 20, 5, 4, 17, form="persistent"),
+    Case(cells.lstm, 20, 5, 4, 33, form="persistent", precision="bfloat16"),
 )
-def test_lstm(sizes: tuple[int, int, int, int], form: str, precision: str) -> None:
-    case = sized(Case(cells.lstm, *sizes, form=form, precision=precision, lengths=True, reset=True))
+def test_the_first_kernels(case: Case) -> None:
+    check(case)
+
+
+# --- All forms, precisions and cells -----------------------------------------------------------------------
+
+SIZES = [(1, 1, 1, 1), (7, 7, 5, 17), (20, 33, 40, 129), (25, 16, 512, 512), (25, 64, 256, 1024)]
+
+
+@cases(
+    *(
+        Case(cells.lstm, *sizes, form=form, precision=precision, lengths=True, reset=True)
+        for sizes in SIZES
+        for form in FORMS
+        for precision in PRECISIONS
+    )
+)
+def test_lstm(case: Case) -> None:
     fits = True
-    if form == "persistent" and not SIMULATED:
-        direction = CUDA("float32" if precision == "float64" else precision)  # type: ignore[arg-type]
+    if case.form == "persistent" and not SIMULATED:
+        direction = CUDA("float32" if case.precision == "float64" else case.precision)  # type: ignore[arg-type]
         said = direction.prepare(case.cell, arrays(case).weights).explain(case.steps, case.batch, True)
         fits = said["forward"].startswith("persistent") and said["backward"].startswith("persistent")
     if fits:
@@ -75,40 +136,62 @@ def test_lstm(sizes: tuple[int, int, int, int], form: str, precision: str) -> No
             check(case)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cell", ALL, ids=name)
-def test_every_cell(cell: fusedlstm.Cell, form: str) -> None:
-    check(sized(Case(cell, 12, 20, 40, 200, form=form, lengths=True, reset=True, strided=True)))
-    check(sized(Case(cell, 12, 20, 40, 200, form=form, reverse=True, bias=False, accumulate=True)))
-    if not cell.unprojectable:
-        check(sized(Case(cell, 12, 20, 40, 200, proj=72, form=form, lengths=True, reset=True)))
+@cases(
+    *(
+        Case(cell, 12, 20, 40, 200, form=form, **options)
+        for cell in ALL
+        for form in FORMS
+        for options in (
+            {"lengths": True, "reset": True, "strided": True},
+            {"reverse": True, "bias": False, "accumulate": True},
+            {"proj": 72, "lengths": True, "reset": True},
+        )
+        if not ("proj" in options and cell.unprojectable)
+    )
+)
+def test_every_cell(case: Case) -> None:
+    check(case)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])
-@pytest.mark.parametrize("cell", [cells.gru, cells.rnn_tanh, three_states], ids=name)
-def test_tensor_cores(cell: fusedlstm.Cell, precision: str) -> None:
-    for form in FORMS:
-        check(sized(Case(cell, 12, 20, 40, 160, form=form, precision=precision, lengths=True)))
+@cases(
+    *(
+        Case(cell, 12, 20, 40, 160, form=form, precision=precision, lengths=True)
+        for cell in (cells.gru, cells.rnn_tanh, three_states)
+        for precision in ("tf32", "bfloat16", "float16")
+        for form in FORMS
+    )
+)
+def test_tensor_cores(case: Case) -> None:
+    check(case)
 
 
-@pytest.mark.parametrize("barrier_every", [1, 2, 8])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_exchange(precision: str, barrier_every: int) -> None:
+@cases(
+    *(
+        Case(
+            cells.lstm, 50, 33, 64, hidden, proj, precision=precision, form="persistent", lengths=True,
+            barrier_every=barrier_every,
+        )
+        for barrier_every in (1, 2, 8)
+        for precision in ("float32", "bfloat16")
+        for hidden, proj in ((512, 0), (256, 96))
+    )
+)  # fmt: skip
+def test_exchange(case: Case) -> None:
     """With a barrier every step, and polled in buffers that are used again."""
-    case = Case(cells.lstm, 50, 33, 64, 512, precision=precision, form="persistent", lengths=True)
-    check(sized(replace(case, barrier_every=barrier_every)))
-    check(sized(replace(case, barrier_every=barrier_every, hidden=256, proj=96)))
+    check(case)
 
 
-def test_weights_in_registers() -> None:
-    check(sized(Case(cells.lstm, 6, 16, 64, 1536, precision="tf32")))
-    check(sized(Case(cells.lstm, 6, 16, 64, 2048, precision="bfloat16")))
+@cases(
+    Case(cells.lstm, 6, 16, 64, 1536, precision="tf32"),
+    Case(cells.lstm, 6, 16, 64, 2048, precision="bfloat16"),
+)
+def test_weights_in_registers(case: Case) -> None:
+    check(case)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_same_bits_every_run(form: str) -> None:
+@cases(*(Case(cells.lstm, 30, 40, 64, 256, form=form, lengths=True) for form in FORMS))
+def test_same_bits_every_run(case: Case) -> None:
     """The stepwise form replays a graph from its second run on."""
-    case = sized(Case(cells.lstm, 30, 40, 64, 256, form=form, lengths=True))
     given = arrays(case)
     first = actual(case, given)
     for _ in range(5):
@@ -116,14 +199,15 @@ def test_same_bits_every_run(form: str) -> None:
             assert array.tobytes() == first[what].tobytes(), what
 
 
-def test_long_sequences() -> None:
-    check(sized(Case(cells.lstm, 3000, 4, 8, 64)))
+@cases(Case(cells.lstm, 3000, 4, 8, 64))
+def test_long_sequences(case: Case) -> None:
+    check(case)
 
 
-def test_another_stream_and_several_threads() -> None:
+@cases(Case(cells.lstm, 20, 16, 32, 128))
+def test_another_stream_and_several_threads(case: Case) -> None:
     """Every thread has its stream, and nothing waits for the device."""
     xp = array_module()
-    case = sized(Case(cells.lstm, 20, 16, 32, 128))
     given = arrays(case)
     wanted = expected(case, given)["y"]
     direction = CUDA().prepare(case.cell, given.weights)
@@ -153,32 +237,39 @@ def test_another_stream_and_several_threads() -> None:
         np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_take_arrays_on_the_device() -> None:
+def test_results_lie_on_the_device() -> None:
     xp = array_module()
-    rng = np.random.default_rng(0)
-    x, dy = rng.standard_normal((3, 5, 4), np.float32), rng.standard_normal((3, 5, 14), np.float32)
-    layer = fusedlstm.LSTM(4, 7, 2, bidirectional=True, backend="cuda", seed=1)
-    y, _, tape = layer.forward(xp.asarray(x), training=True)
-    assert type(y) is xp.ndarray
+    y, _, tape = fusedlstm.LSTM(2, 3, backend="cuda").forward(xp.ones((3, 4, 2), np.float32), training=True)
     assert tape is not None
-    dx, _, grads = tape.backward(xp.asarray(dy))
-    same = fusedlstm.LSTM(4, 7, 2, bidirectional=True, backend="reference", seed=1)
-    wanted, _, tape = same.forward(x, training=True)
-    assert tape is not None
-    dx_wanted, _, grads_wanted = tape.backward(dy)
-    host = (lambda array: array) if xp is np else xp.asnumpy
-    np.testing.assert_allclose(host(y), wanted, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(host(dx), dx_wanted, rtol=1e-4, atol=1e-5)
-    for key, gradient in grads.items():
-        np.testing.assert_allclose(host(gradient), grads_wanted[key], rtol=1e-4, atol=1e-5)
+    dx, dstate, gradients = tape.backward(xp.ones_like(y))
+    for array in (y, dx, *dstate, *gradients.values()):
+        assert type(array) is xp.ndarray
+
+
+@pytest.mark.parametrize("name", cuda_options.OPTIONS)
+def test_an_option_of_the_layers(name: str) -> None:
+    cuda_options.check(name, array_module())
+
+
+# --- Last, since it may take long --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool: str) -> None:
     """No access outside of arrays, and no race in shared memory, in any form."""
-    file = Path(__file__).with_name("cuda_numba_simulator.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cuda_numba_simulator.__file__]
     if not SIMULATED:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr}"
+        sanitizer = shutil.which("compute-sanitizer")
+        if sanitizer is None:
+            pytest.skip("there is no compute-sanitizer on the PATH: it comes with the toolkit of CUDA")
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *command]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool, and what it runs
+            raise
+    if "Device not supported" in said:
+        pytest.skip("compute-sanitizer refuses this device")
+    assert process.returncode == 0, said

@@ -42,3 +42,34 @@ def test_an_option_of_the_layers_in_numbas_simulator(name: str) -> None:
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_on_a_gpu_are_ready() -> None:
+    """Those that do not take minutes in the simulator."""
+    names = "test_there_is or first_kernels or results_lie"
+    done = run_pytest("tests", "-m", "gpu", "-k", names, NUMBA_ENABLE_CUDASIM="1")
+    assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr}"
+    assert "5 passed" in done.stdout
+
+
+ABSENT = (
+    *("torch", "keras", "jax", "tensorflow", "hypothesis", "expecttest", "jsonschema", "sympy", "greenlet"),
+    *("xdist", "pytest_benchmark", "safetensors", "filelock", "threadpoolctl", "tqdm", "cupy"),
+)
+ALONE = f"""
+import sys
+
+sys.modules.update(dict.fromkeys({ABSENT}))
+import pytest
+
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_the_tests_on_a_gpu_are_found_where_nothing_else_is_installed() -> None:
+    """With NumPy, Numba and pytest alone.  Without a GPU the first fails, and none is tried in vain."""
+    options = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = run_pytest("tests", "-m", "gpu", program=("-c", ALONE), **options)
+    assert "test_there_is_a_gpu_that_computes failed, as all that follow would" in done.stdout, done.stdout
+    assert "backend 'cuda' needs CuPy: in the checkout: pip install" in done.stdout
+    assert "1 failed in" in done.stdout

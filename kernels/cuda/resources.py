@@ -21,7 +21,7 @@ import numba.cuda.dispatcher
 
 from fusedlstm.cells import Cell
 
-from .launch import cached_ptx
+from .launch import cached_cubin, cached_ptx, target
 from .plan import Device, Plan
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": shared memory of a block
@@ -50,6 +50,13 @@ def without_gpu(capability: tuple[int, int]) -> Iterator[None]:
     device = SimpleNamespace(compute_capability=capability)
     with mock.patch.object(numba.cuda.dispatcher, "get_current_device", return_value=device):
         yield
+
+
+def compile_ahead(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> None:
+    """Put a kernel into the cache on disk; processes without a GPU can do it, many at once."""
+    with without_gpu(target(capability)):
+        ptx = cached_ptx(cell, plan, resets, training, target(capability))
+    cached_cubin(ptx, capability)
 
 
 def ptx_of(cell: Cell, plan: Plan, capability: tuple[int, int], resets: bool = True) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from . import LSTM, weights
+from . import LSTM, cells, layers, weights
 from .files import check_writable
 
 HIDDEN = 256  # H
@@ -145,14 +145,24 @@ class CharacterModel:
     """
 
     def __init__(self, hidden: int = HIDDEN, seed: int | None = None) -> None:
-        self.lstm = LSTM(EMBEDDING, hidden, num_layers=2, seed=seed)
+        lstm = LSTM(EMBEDDING, hidden, num_layers=2, seed=seed)
         random = np.random.default_rng(seed)
         bound = hidden**-0.5
-        arrays = {
+        drawn = {
             "embedding": random.normal(0, 0.5, (len(ALPHABET), EMBEDDING)),
-            **{f"lstm.{name}": array for name, array in self.lstm.state_dict().items()},
             "output": random.uniform(-bound, bound, (len(ALPHABET), hidden)),
             "bias": np.zeros(len(ALPHABET)),
+        }
+        self._hold(lstm, drawn)
+
+    def _hold(self, lstm: LSTM, own: Mapping[str, np.ndarray]) -> None:
+        """Take the layers, and copies of their weights and of the model's own arrays."""
+        self.lstm = lstm
+        arrays = {
+            "embedding": own["embedding"],
+            **{f"lstm.{name}": array for name, array in lstm.state_dict().items()},
+            "output": own["output"],
+            "bias": own["bias"],
         }
         self.flat = flatten(arrays)
         self.arrays = views(self.flat, arrays)
@@ -224,16 +234,23 @@ class CharacterModel:
         arrays, settings = weights.read(path)
         if "demo" not in settings:
             raise ValueError(f"{path} holds no model of this demo; make one with: fusedlstm demo --save FILE")
-        facts = dict(settings["demo"])
         try:
-            model, record = cls(facts.pop("hidden")), Record(**facts)
-            for name, array in model.arrays.items():
-                if arrays[name].shape != array.shape:
-                    raise ValueError(f"{name} is {arrays[name].shape}, not {array.shape}")
-                array[...] = arrays[name]
-        except (KeyError, TypeError, ValueError) as error:
+            facts = dict(settings["demo"])
+            hidden, record = facts.pop("hidden"), Record(**facts)
+            str(record)  # which shows whether the facts are of the kinds that they should be
+            # nothing is made before the arrays are known to have the sizes that the facts ask for
+            sizes = {"embedding": (len(ALPHABET), EMBEDDING), "output": (len(ALPHABET), hidden)}
+            for name, shape in (sizes | {"bias": (len(ALPHABET),)}).items():
+                if arrays[name].shape != shape:
+                    raise ValueError(f"{name} is {arrays[name].shape}, not {shape}")
+            named = {name[5:]: array for name, array in arrays.items() if name.startswith("lstm.")}
+            sizes_of_lstm = {"input_size": EMBEDDING, "hidden_size": hidden, "num_layers": 2}
+            lstm = layers._rebuilt(LSTM, cells.lstm, sizes_of_lstm, named)
+            assert isinstance(lstm, LSTM)
+            model = object.__new__(cls)
+            model._hold(lstm, arrays)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} does not fit this version of the demo: {error}") from error
-        model.refresh()
         return model, record
 
 

@@ -16,8 +16,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -134,47 +135,42 @@ class Recurrent:
         recurrent_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        settings = vars(self)  # attributes themselves cannot be assigned
-        settings.update(
-            cell=_cell(cell),
-            input_size=_size("input_size", input_size),
-            hidden_size=_size("hidden_size", hidden_size),
-            num_layers=_size("num_layers", num_layers),
-            bias=_flag("bias", bias),
-            batch_first=_flag("batch_first", batch_first),
-            dropout=_probability("dropout", dropout),
-            bidirectional=_flag("bidirectional", bidirectional),
-            proj_size=_size("proj_size", proj_size, minimum=0),
-            recurrent_dropout=_probability("recurrent_dropout", recurrent_dropout),
-            dtype=_dtype(dtype),
-            backend=backend,
-            precision=precision,
-            form=form,
+        self._configure(
+            {
+                "cell": cell,
+                "input_size": input_size,
+                "hidden_size": hidden_size,
+                "num_layers": num_layers,
+                "bias": bias,
+                "batch_first": batch_first,
+                "dropout": dropout,
+                "bidirectional": bidirectional,
+                "proj_size": proj_size,
+                "dtype": dtype,
+                "backend": backend,
+                "precision": precision,
+                "form": form,
+                "recurrent_dropout": recurrent_dropout,
+            }
         )
+        self._name_weights()
+        self._replace(self._drawn(self._seed(seed)))
+
+    def _configure(self, given: Mapping[str, Any]) -> None:
+        """Check the settings, and take them; the layer has no weights yet."""
+        settings = vars(self)  # attributes themselves cannot be assigned
+        settings.update({name: check(name, given[name]) for name, check in _CHECKS.items()})
         self._check_settings()
-        directions = 2 if bidirectional else 1
+        directions = 2 if self.bidirectional else 1
         outputs = self.proj_size or self.hidden_size
         settings.update(
             _directions=directions,
             _width=directions * outputs,
             _drops=self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1),
-            _sizes=(outputs, *[self.hidden_size] * (len(cell.states) - 1)),
-            _names=tuple(
-                storage.names(cell, layer, bool(d), self.bias, self.proj_size > 0)
-                for layer in range(self.num_layers)
-                for d in range(directions)
-            ),
+            _sizes=(outputs, *[self.hidden_size] * (len(self.cell.states) - 1)),
         )
-        settings["_shapes"] = self._parameter_shapes()
-        if seed is not None:
-            seed = _size("seed", seed, minimum=0)
-        for_weights, for_dropout = np.random.SeedSequence(seed).spawn(2)
-        settings["_key"] = tuple(np.uint64(word) for word in for_dropout.generate_state(2))
-        settings["_draws"] = count()
-        self._initialise(np.random.default_rng(for_weights))
 
     def _check_settings(self) -> None:
-        dispatch.check_options(backend=self.backend, precision=self.precision, form=self.form)
         if self.precision != "float32" and self.dtype != np.float32:
             raise ValueError(f"precision {self.precision!r} needs dtype 'float32', got {self.dtype.name!r}")
         if self.proj_size >= self.hidden_size:
@@ -191,22 +187,42 @@ class Recurrent:
         if self.dropout and self.num_layers == 1:
             _warn("dropout is applied after every layer but the last, and there is one layer")
 
-    def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for n, names in enumerate(self._names):
-            inputs = self.input_size if n < self._directions else self._width
-            expected = storage.shapes(self.cell, inputs, self.hidden_size, self.bias, self.proj_size)
-            shapes.update(zip(storage.flatten(names), storage.flatten(expected)))
-        return shapes
+    def _name_weights(self, arrays: Mapping[str, Any] | None = None) -> None:
+        """Fix the names and shapes of the weights, as long as `arrays` has all of these names, if given.
 
-    def _initialise(self, generator: np.random.Generator) -> None:
-        bound = self.hidden_size**-0.5
-        self._replace(
-            {
-                name: generator.uniform(-bound, bound, shape).astype(self.dtype)
-                for name, shape in self._shapes.items()
-            }
+        Raises:
+            ValueError: for the first direction of a layer that `arrays` lacks weights of.
+        """
+        places, shapes = [], {}
+        for n in range(self.num_layers * self._directions):
+            layer, reverse = divmod(n, self._directions)
+            names = storage.names(self.cell, layer, bool(reverse), self.bias, self.proj_size > 0)
+            inputs = self._width if layer else self.input_size
+            expected = storage.shapes(self.cell, inputs, self.hidden_size, self.bias, self.proj_size)
+            named = dict(zip(storage.flatten(names), storage.flatten(expected)))
+            if arrays is not None and (missing := [name for name in named if name not in arrays]):
+                raise ValueError("; ".join(f"{name} is missing" for name in missing))
+            places.append(names)
+            shapes.update(named)
+        vars(self).update(_names=tuple(places), _shapes=shapes)
+
+    def _seed(self, seed: Any) -> np.random.Generator:
+        """Seed dropout; the generator of the initial weights."""
+        if seed is not None:
+            seed = _size("seed", seed, minimum=0)
+        for_weights, for_dropout = np.random.SeedSequence(seed).spawn(2)
+        vars(self).update(
+            _key=tuple(np.uint64(word) for word in for_dropout.generate_state(2)), _draws=count()
         )
+        return np.random.default_rng(for_weights)
+
+    def _drawn(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Initial weights."""
+        bound = self.hidden_size**-0.5
+        return {
+            name: generator.uniform(-bound, bound, shape).astype(self.dtype)
+            for name, shape in self._shapes.items()
+        }
 
     def __repr__(self) -> str:
         shown = [repr(self.input_size), repr(self.hidden_size)]
@@ -756,11 +772,15 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is not one of ours, or was saved with another cell.
-        TypeError: `cell` is none.
+        ValueError: the file is damaged, is not one of ours, or was saved with another cell.  Whatever it
+            holds, no more memory is taken than a few times its size.
+        TypeError: `cell` is none, or `seed` no integer.
     """
     if cell is not None:
-        _cell(cell)
+        _cell("cell", cell)
+    dispatch.check_options(backend=backend, precision=precision, form=form)
+    if seed is not None:
+        seed = _size("seed", seed, minimum=0)
     arrays, settings = storage.read(path)
     if "demo" in settings:
         raise ValueError(f"{path} holds a model of the demo; read it with: fusedlstm demo --load {path}")
@@ -771,11 +791,14 @@ def load(
         raise ValueError(f"{path} is damaged: its settings lack {', '.join(map(repr, missing))}")
     kind, name, key = map(settings.pop, identity)
     chosen = _saved_cell(path, name, key, cell)
-    layer_class = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}.get(kind, Recurrent)
+    layer_class, own_cells = _CLASSES.get(kind, (Recurrent, None))
+    if own_cells is not None and chosen not in own_cells:
+        raise ValueError(f"{path} is damaged: its layer is {kind}, which does not have the cell {name!r}")
     # in place of what older files hold
-    settings |= {"backend": backend, "precision": precision, "form": form, "seed": seed}
+    settings |= {"backend": backend, "precision": precision, "form": form}
+    settings.pop("seed", None)
     try:
-        return _rebuilt(layer_class, chosen, settings, arrays)
+        return _rebuilt(layer_class, chosen, settings, arrays, seed=seed)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
 
@@ -785,15 +808,30 @@ def _rebuilt(
     cell: Cell,
     settings: dict[str, Any],
     arrays: Mapping[str, Any],
+    if nested := [entry for entry, value in settings.items() if isinstance(value, (dict, list))]:
+        raise ValueError(f"{path} is damaged: {', '.join(map(repr, nested))} in its settings is nested")
     key: tuple[Any, Any] | None = None,
+    if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(key, (str, type(None))):
+        raise ValueError(f"{path} is damaged: its layer, cell and key are {kind!r}, {name!r} and {key!r}")
 ) -> Recurrent:
-    """A layer with these settings, weights and, if given, this key of dropout."""
+    """A layer with these settings, weights, and key or seed of dropout."""
+    arguments = inspect.signature(Recurrent).bind(cell, **settings)
+    arguments.apply_defaults()
     layer = object.__new__(layer_class)
-    Recurrent.__init__(layer, cell, **settings)
+    layer._configure(arguments.arguments)
+    layer._name_weights(arrays)
+    layer._seed(seed)
     layer.load_state_dict(arrays)
     if key is not None:
         vars(layer)["_key"] = key
     return layer
+
+
+_CLASSES: dict[str, tuple[type[Recurrent], tuple[Cell, ...]]] = {
+    "LSTM": (LSTM, (cells.lstm,)),
+    "GRU": (GRU, (cells.gru, cells.gru_reset_before)),
+    "RNN": (RNN, (cells.rnn_tanh, cells.rnn_relu)),
+}
 
 
 def _saved_cell(path: Any, name: str, key: str | None, cell: Cell | None) -> Cell:
@@ -802,6 +840,7 @@ def _saved_cell(path: Any, name: str, key: str | None, cell: Cell | None) -> Cel
         if name not in BUILT_IN:
             raise ValueError(f"{path} was saved with the cell {name!r}, which this version does not have")
         if cell not in (None, BUILT_IN[name]):
+    seed: int | None = None,
             raise ValueError(f"{path} was saved with fusedlstm.cells.{name}, not with the cell {cell!r}")
         return BUILT_IN[name]
     if cell is None:
@@ -895,9 +934,9 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def _cell(value: Any) -> Cell:
+def _cell(name: str, value: Any) -> Cell:
     if not isinstance(value, Cell):
-        raise TypeError(f"cell must be made with @fusedlstm.cell, got {value!r}")
+        raise TypeError(f"{name} must be made with @fusedlstm.cell, got {value!r}")
     return value
 
 
@@ -925,11 +964,32 @@ def _probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def _dtype(value: Any) -> np.dtype[Any]:
+def _dtype(name: str, value: Any) -> np.dtype[Any]:
     for dtype in (np.dtype("float32"), np.dtype("float64")):
         if value is not None and value == dtype:  # NumPy takes None for float64
             return dtype
-    raise ValueError(f"dtype must be 'float32' or 'float64', got {value!r}")
+    raise ValueError(f"{name} must be 'float32' or 'float64', got {value!r}")
+
+
+def _option(name: str, value: Any) -> str:
+    dispatch.check_options(**{name: value})
+    return str(value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of the settings
+    "cell": _cell,
+    "input_size": _size,
+    "hidden_size": _size,
+    "num_layers": _size,
+    "bias": _flag,
+    "batch_first": _flag,
+    "dropout": _probability,
+    "bidirectional": _flag,
+    "proj_size": partial(_size, minimum=0),
+    "recurrent_dropout": _probability,
+    "dtype": _dtype,
+    **dict.fromkeys(dispatch.OPTIONS, _option),
+}
 
 
 def _described(value: Any) -> str:

@@ -103,8 +103,8 @@ def to_keras(gradients: Weights, flat: Sequence[Any]) -> list[Any]:
     return [gradients.ih.T, gradients.hh.T, *bias, *gradients.vectors]
 
 
-def fill(names: Weights, entry: Callable[[str], Any]) -> Weights:
-    """`names` with `entry(name)` in the place of each name."""
+def fill(names: Weights, entry: Callable[[Any], Any]) -> Weights:
+    """`names`, or other weights, with `entry(name)` in the place of each name."""
     single = [None if name is None else entry(name) for name in names[:-1]]
     return Weights._make([*single, tuple(entry(name) for name in names.vectors)])
 
@@ -140,6 +140,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     try:
         settings = json.loads(metadata["fusedlstm"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its settings are no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: its settings are no mapping but a {type(settings).__name__}")
     return arrays, settings

@@ -6,12 +6,13 @@ import sys
 from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fusedlstm import LSTM, cli, demo
+from fusedlstm import LSTM, cli, demo, weights
 
 TEXT = "".join(f"The {n}th line of a text that is easy to learn.\n\n" for n in range(200))
 RANDOM = np.random.default_rng
@@ -197,6 +198,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     model.arrays["bias"] = np.zeros(1)
     model.save(str(path), demo.Record(1, 1, 1, ""))
     with pytest.raises(ValueError, match="bias is"):
+        demo.CharacterModel.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [1, None, [], {"hidden": 10**9}, {"hidden": []}, {"bits": {}}, {"hidden": 8, "other": 1}],
+    ids=str,
+)
+def test_files_with_facts_that_do_not_fit_are_refused(tmp_path: Path, facts: Any) -> None:
+    path, model = tmp_path / "model", demo.CharacterModel(hidden=8)
+    model.save(str(path), demo.Record(1, 1, 1, ""))
+    arrays, settings = weights.read(path)
+    changed = settings["demo"] | facts if isinstance(facts, dict) else facts
+    weights.write(path, arrays, {"demo": changed})
+    with pytest.raises(ValueError, match="does not fit this version of the demo"):
         demo.CharacterModel.load(str(path))
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import os
 import pickle
 import re
+import stat
 import struct
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 from checks import BUILT_IN, OWN, name, three_states
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fusedlstm
 from fusedlstm import GRU, LSTM, RNN, Recurrent, cells, weights
@@ -296,6 +303,15 @@ def _rewrite(path: Path, **changes: Any) -> None:
     weights.write(path, arrays, settings)
 
 
+def _refusal(path: Path) -> str:
+    """Why a file cannot be loaded, or its name if it can."""
+    try:
+        layer = fusedlstm.load(path)
+    except ValueError as error:
+        return str(error)
+    return f"{path} holds {layer}"
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         fusedlstm.load(tmp_path / "none.safetensors")
@@ -310,6 +326,82 @@ def test_a_file_that_cannot_be_written_is_named_as_the_caller_does(tmp_path: Pat
         with pytest.raises(error, match=f": '{re.escape(str(path))}'$"):
             LSTM(2, 3).save(path)
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder"}
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    file, link, dangling = tmp_path / "file", tmp_path / "link", tmp_path / "dangling"
+    link.symlink_to("file")
+    dangling.symlink_to("new")
+    LSTM(2, 3, seed=1).save(file)
+    for mode in (0o600, 0o640, 0o666):
+        file.chmod(mode)
+        for path in (file, link):
+            LSTM(2, 3, seed=mode).save(path)
+            assert link.is_symlink()
+            assert not file.is_symlink()
+            assert _mode(file) == mode
+            assert np.array_equal(fusedlstm.load(file).weight_ih_l0, LSTM(2, 3, seed=mode).weight_ih_l0)
+    LSTM(2, 3).save(dangling)
+    assert dangling.is_symlink()
+    umask = os.umask(0o027)
+    LSTM(2, 3).save(tmp_path / "other")
+    os.umask(umask)
+    assert _mode(tmp_path / "other") == 0o640
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link", "dangling", "new", "other"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_nobody_may_read_a_private_file_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, modes, fchmod = tmp_path / "m.safetensors", [], os.fchmod
+    path.touch(0o600)
+
+    def watched(descriptor: int, mode: int) -> None:
+        modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        fchmod(descriptor, mode)
+
+    monkeypatch.setattr(os, "fchmod", watched)
+    LSTM(2, 3).save(path)
+    assert modes == [0o600]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_a_group_that_cannot_be_given_gets_no_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, status = tmp_path / "m.safetensors", Path.stat
+    path.touch()
+    path.chmod(0o664)
+
+    def of_another_group(self: Path, **options: Any) -> os.stat_result:
+        found = list(status(self, **options))
+        found[stat.ST_GID] += 1
+        return os.stat_result(found)
+
+    def refused(descriptor: int, owner: int, group: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "stat", of_another_group)
+    monkeypatch.setattr(os, "fchown", refused)
+    LSTM(2, 3).save(path)
+    monkeypatch.undo()
+    assert _mode(path) == 0o604
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe, layer = tmp_path / "pipe", LSTM(2, 3)
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(pipe.read_bytes)
+        layer.save(pipe)
+        (tmp_path / "file").write_bytes(reading.result())
+    assert np.array_equal(fusedlstm.load(tmp_path / "file").weight_ih_l0, layer.weight_ih_l0)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 100, -4, -1])
@@ -368,6 +460,21 @@ def test_a_model_of_the_demo_is_no_layer(tmp_path: Path) -> None:
         ({"bidirectional": True}, "cannot be loaded: .*weight_ih_l0_reverse is missing"),
         ({"bias": False}, "bias_ih_l0 is unexpected"),
         ({"something": 1}, "cannot be loaded: .*something"),
+        ({"self": 1}, "cannot be loaded: .*self"),
+        ({"layer": []}, "is damaged: 'layer' in its settings is nested"),
+        ({"cell": {}}, "is damaged: 'cell' in its settings is nested"),
+        ({"dtype": [[[]]]}, "is damaged: 'dtype' in its settings is nested"),
+        ({"layer": 1}, "is damaged: its layer, cell and key are 1, 'lstm' and None"),
+        ({"key": 1}, "is damaged: its layer, cell and key are"),
+        ({"layer": "GRU"}, "is damaged: its layer is GRU, which does not have the cell 'lstm'"),
+        ({"layer": "RNN"}, "is damaged: its layer is RNN, which does not have the cell 'lstm'"),
+        (
+            {"cell": "peephole_lstm"},
+            "is damaged: its layer is LSTM, which does not have the cell 'peephole_l",
+        ),
+        ({"dtype": "f8,f4"}, "cannot be loaded: dtype must be 'float32' or 'float64'"),
+        ({"dropout": float("nan")}, "cannot be loaded: dropout must be between 0 and 1"),
+        ({"hidden_size": 10**400}, "cannot be loaded: "),
     ],
 )
 def test_a_file_with_settings_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -376,6 +483,129 @@ def test_a_file_with_settings_that_do_not_fit(tmp_path: Path, changes: dict[str,
     _rewrite(path, **changes)
     with pytest.raises(ValueError, match=message):
         fusedlstm.load(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("1", "its settings are no mapping but a int"),
+        ("null", "its settings are no mapping but a NoneType"),
+        ('"layer cell key"', "its settings are no mapping but a str"),
+        ("[" * 100_000, "its settings are no JSON"),
+        ('{"layer": ' * 100_000, "its settings are no JSON"),
+        ('{"num_layers": ' + "9" * 5000 + "}", "its settings are no JSON"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_file_whose_settings_are_anything(tmp_path: Path, settings: str, message: str) -> None:
+    path = tmp_path / "m.safetensors"
+    safetensors.numpy.save_file(dict(LSTM(2, 3).state_dict()), path, {"fusedlstm": settings})
+    with pytest.raises(ValueError, match=f"is damaged: {message}"):
+        fusedlstm.load(path)
+    with pytest.raises(ValueError, match=f"is damaged: {message}"):
+        CharacterModel.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 10**9},
+        {"hidden_size": 30_000},
+        {"input_size": 10**9},
+        {"num_layers": 10**9},
+        {"proj_size": 10**8, "hidden_size": 10**9},
+        {"num_layers": 10**9, "bidirectional": True},
+    ],
+    ids=str,
+)
+def test_a_small_file_takes_little_memory(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    """Whatever sizes it claims."""
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    _rewrite(path, **sizes)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="cannot be loaded: weight_"):
+        fusedlstm.load(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1_000_000
+
+
+def test_large_arrays_do_not_vouch_for_others(tmp_path: Path) -> None:
+    """The first array fits the size that is claimed; of the others none is made."""
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    arrays, settings = weights.read(path)
+    arrays["weight_ih_l0"] = np.zeros((4 * 20_000, 2), np.float32)
+    weights.write(path, arrays, settings | {"hidden_size": 20_000})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="cannot be loaded: weight_hh_l0 must have the shape"):
+        fusedlstm.load(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10_000_000
+
+
+@hypothesis.settings(max_examples=300)
+@given(
+    name=st.sampled_from(["layer", "cell", "key", "input_size", "hidden_size", "num_layers", "bias", "dtype"])
+    | st.text(max_size=3),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+def test_a_setting_may_be_anything(tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    _rewrite(path, **{name: value})
+    assert "m.safetensors" in _refusal(path)
+
+
+@hypothesis.settings(max_examples=300)
+@given(place=st.integers(0, 1399), bits=st.integers(1, 255))
+def test_a_byte_may_be_anything(tmp_path: Path, place: int, bits: int) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= bits
+    path.write_bytes(data)
+    assert "m.safetensors" in _refusal(path)
+
+
+def test_options_of_load_are_not_taken_for_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    LSTM(2, 3).save(path)
+    with pytest.raises(TypeError, match=r"^seed must be an integer, got 'x'"):
+        fusedlstm.load(path, seed="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^backend must be one of"):
+        fusedlstm.load(path, backend="gpu")
+    again = [fusedlstm.load(path, seed=seed)._key for seed in (1, 1, 2)]
+    assert again[0] == again[1] == LSTM(2, 3, seed=1)._key != again[2]
+
+
+# Written before the arrays were compared with the settings; base64 of LSTM(1, 1, seed=0).save(path).
+SAVED = (
+    "SAIAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJmb3JtYXQiOiJucCIsImZ1c2VkbHN0bSI6IntcImxheWVyXCI6IFwiTFNUTVwiLCBc"
+    "ImNlbGxcIjogXCJsc3RtXCIsIFwia2V5XCI6IG51bGwsIFwiaW5wdXRfc2l6ZVwiOiAxLCBcImhpZGRlbl9zaXplXCI6IDEsIFwi"
+    "bnVtX2xheWVyc1wiOiAxLCBcImJpYXNcIjogdHJ1ZSwgXCJiYXRjaF9maXJzdFwiOiBmYWxzZSwgXCJkcm9wb3V0XCI6IDAuMCwg"
+    "XCJiaWRpcmVjdGlvbmFsXCI6IGZhbHNlLCBcInByb2pfc2l6ZVwiOiAwLCBcImR0eXBlXCI6IFwiZmxvYXQzMlwiLCBcInJlY3Vy"
+    "cmVudF9kcm9wb3V0XCI6IDAuMH0ifSwiYmlhc19oaF9sMCI6eyJkdHlwZSI6IkYzMiIsInNoYXBlIjpbNF0sImRhdGFfb2Zmc2V0"
+    "cyI6WzAsMTZdfSwiYmlhc19paF9sMCI6eyJkdHlwZSI6IkYzMiIsInNoYXBlIjpbNF0sImRhdGFfb2Zmc2V0cyI6WzE2LDMyXX0s"
+    "IndlaWdodF9oaF9sMCI6eyJkdHlwZSI6IkYzMiIsInNoYXBlIjpbNCwxXSwiZGF0YV9vZmZzZXRzIjpbMzIsNDhdfSwid2VpZ2h0"
+    "X2loX2wwIjp7ImR0eXBlIjoiRjMyIiwic2hhcGUiOls0LDFdLCJkYXRhX29mZnNldHMiOls0OCw2NF19fSAgICAgIO1cUj+Gs1c/"
+    "QkdEv1BajzzE2uy+noy3Pg+YNT/q7lG/kr4dvk2Xlz4z+2K/GEkjP7bIYj8dEry+x63jPvSwP78="
+)
+
+
+def test_files_of_earlier_versions_can_be_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(base64.b64decode(SAVED))
+    loaded, expected = fusedlstm.load(path), LSTM(1, 1, seed=0)
+    assert repr(loaded) == "LSTM(1, 1)"
+    for key, array in expected.state_dict().items():
+        assert np.array_equal(loaded.state_dict()[key], array)
 
 
 def test_an_array_that_is_missing(tmp_path: Path) -> None:

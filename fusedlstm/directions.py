@@ -12,7 +12,7 @@ import numpy as np
 
 from .cells import Cell
 from .dispatch import Direction, Engine, States
-from .weights import Weights
+from .weights import Weights, fill
 
 
 def half_states(cell: Cell, given: Sequence[Any], operand: Any, zero: Any) -> tuple[Any, ...]:
@@ -46,6 +46,44 @@ def prepare(engine: Engine, cell: Cell, weights: Weights) -> Direction:
     if cell.half is None:
         return engine.prepare(cell, weights)
     return TwoProducts(cell, cell.half, engine.prepare(cell.half, weights))
+
+
+class Nothing(NamedTuple):
+    """A direction over no steps or no sequences, whatever its engine: the state stays as it is."""
+
+    weights: Weights
+
+    def forward(
+        self,
+        x: Any,  # (T, B, I), of which T or B is 0
+        initial: States | None,  # (B, P) for the output, (B, H) for other states
+        y: Any,  # (T, B, P)
+        final: States,
+        lengths: Any | None,  # (B,)
+        reset: Any | None,  # (T, B)
+        reverse: bool,
+        training: bool,
+    ) -> Any:
+        for target, state in zip(final, (0,) * len(final) if initial is None else initial):
+            target[...] = state
+        return [part.shape for part in final] if training else None
+
+    def backward(
+        self,
+        tape: Any,
+        dy: Any,  # (T, B, P)
+        dfinal: States | None,
+        dx: Any | None,  # (T, B, I)
+        accumulate: bool,
+    ) -> tuple[States, Weights]:
+        def zeros(shape: Any) -> Any:
+            return np.zeros_like(dy, shape=shape)  # where dy lies
+
+        dinitial = map(zeros, tape) if dfinal is None else (part.copy() for part in dfinal)
+        return tuple(dinitial), fill(self.weights, lambda weight: zeros(weight.shape))
+
+    def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
+        return {"kernel": f"none: there are {steps} steps of {batch} sequences"}
 
 
 class RecurrentDropout(NamedTuple):

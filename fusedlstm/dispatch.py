@@ -43,7 +43,8 @@ _ON_GPU = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
 class Direction(Protocol):
     """One direction of one layer, ready to run.  P is the size of the output: proj_size or H.
 
-    The arrays given are valid: shapes and types have been checked, the last axis is contiguous.
+    The arrays given are valid: shapes and types have been checked, no axis is empty, the last one is
+    contiguous.
     `forward` and `backward` may be called from many threads at once.
     """
 
@@ -53,7 +54,7 @@ class Direction(Protocol):
         initial: States | None,  # (B, P) for the output, (B, H) for other states; None is zero
         y: Any,  # (T, B, P), written; may be a slice of the last axis of a wider array
         final: States,  # shaped as the initial states, written
-        lengths: Any | None,  # (B,) int64, 1 <= length <= T
+        lengths: Any | None,  # (B,) int64, 0 <= length <= T
         reset: Any | None,  # (T, B) bool
         reverse: bool,
         training: bool,

@@ -30,7 +30,7 @@ from fusedlstm.kernels.random import dropout_mask
 from . import cells, dispatch
 from . import weights as storage
 from .cells import Cell
-from .directions import RecurrentDropout, prepare
+from .directions import Nothing, RecurrentDropout, prepare
 from .dispatch import Direction
 from .weights import Weights
 
@@ -346,15 +346,16 @@ class Recurrent:
         """Run the layers over a batch of sequences, or over one.
 
         Args:
-            x: (T, B, I), or (B, T, I) if batch_first, or one sequence (T, I); an array of NumPy or CuPy
-                of the layer's dtype, or any other that has DLPack or ``__cuda_array_interface__``, which
-                is used where it lies.  Results are CuPy's on the same device for an array on a GPU,
-                NumPy's for others.
+            x: (T, B, I), or (B, T, I) if batch_first, or one sequence (T, I), where T and B may be 0; an
+                array of NumPy or CuPy of the layer's dtype, or any other that has DLPack or
+                ``__cuda_array_interface__``, which is used where it lies.  Results are CuPy's on the same
+                device for an array on a GPU, NumPy's for others.
             state: initial state, zero if None: an array (L*D, B, P) for a cell with one state, else a
                 tuple of the states, of which those after the first are (L*D, B, H).  Without the axis B
                 for one sequence.
-            lengths: (B,) integers from 1 to T: sequences end there.  Outputs past the end are zero, the
-                final state is that at the end, and the reverse direction starts there.
+            lengths: (B,) integers from 0 to T: sequences end there.  Outputs past the end are zero, the
+                final state is that at the end, and the reverse direction starts there.  The final state of
+                an empty sequence is its initial one.
             reset: booleans, shaped as x without its features: where true, the state goes back to the
                 initial one before that step.  The reverse direction goes back at the same boundary.
             training: whether to apply dropout and to keep what backward needs.
@@ -364,7 +365,7 @@ class Recurrent:
         Returns:
             y, shaped as x with D*P features; the final state, shaped as the initial one; and the
             :class:`Tape` in training, else None.  The tape refers to x and y: change neither in place
-            before backward.
+            before backward.  Everything else that it needs, it has taken by value.
 
         Raises:
             TypeError, ValueError: for an argument that is none of the above; it names the argument.
@@ -373,6 +374,7 @@ class Recurrent:
             training = _flag("training", training)
         if draw is not None:
             draw = _size("draw", draw, minimum=0)
+        given = x
         if type(x) is not np.ndarray:
             x = dispatch.taken("x", x)
             if dispatch.elsewhere(device := dispatch.device_of(x)):
@@ -394,17 +396,23 @@ class Recurrent:
             final.append(empty((len(places), batch, size), dtype))
         tape = None
         if training:
-            tape = Tape(self, x, (steps, batch), batched)
+            x = x.view()  # whose shape nobody changes
+            tape = Tape(self, given, x, batched)
             if self._drops:
                 tape.draw = next(self._draws) if draw is None else draw
+        runs = steps > 0 and batch > 0
+        if not runs:
+            dispatch.engine(self.backend, x, self.precision, self.form)  # refuses what it would of others
         y = x
         for n, place in enumerate(places):
             reverse = n % directions == 1
             if not reverse:
                 x = tape.dropped(y, n // directions - 1, xp) if tape is not None and n else y
                 y = empty((steps, batch, self._width), dtype)
-            if tape is not None and self.recurrent_dropout:
-                direction: Direction = self._dropping(place, x, n, tape.draw, xp)
+            if not runs:
+                direction: Direction = Nothing(place.weights)
+            elif tape is not None and self.recurrent_dropout:
+                direction = self._dropping(place, x, n, tape.draw, xp)
             else:
                 direction = place.ready.get(kind) or self._prepare(place, x)
             record = direction.forward(
@@ -423,6 +431,8 @@ class Recurrent:
             y, final = y[:, 0], [part[:, 0] for part in final]
         elif self.batch_first:
             y = y.swapaxes(0, 1)
+        elif training:
+            y = y.view()  # a view cannot be resized under the tape
         return y, final[0] if len(final) == 1 else tuple(final), tape
 
     def _prepare(self, place: _Place, x: Any, dropping: bool = False) -> Direction:
@@ -444,10 +454,10 @@ class Recurrent:
         if type(x) is not np.ndarray or x.dtype is not self.dtype or not x.flags.carray:
             x = _laid_out("x", x, self.dtype, _array_module(x))
         shape = x.shape
-        if len(shape) not in (2, 3) or shape[-1] != self.input_size or 0 in shape:
+        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
             axes = "(B, T, {0})" if self.batch_first else "(T, B, {0})"
             expected = f"{axes} or (T, {{0}})".format(self.input_size)
-            raise ValueError(f"x must have the shape {expected}, no axis of them empty, got {shape}")
+            raise ValueError(f"x must have the shape {expected}, got {shape}")
         if len(shape) == 2:
             return x[:, None], False
         return x.swapaxes(0, 1) if self.batch_first else x, True
@@ -489,7 +499,7 @@ class Recurrent:
         return f"({', '.join(self.cell.states)})"
 
     def _reset(self, reset: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
-        """reset as (T, B)."""
+        """reset as (T, B), in memory that nobody else writes."""
         on_gpu = dispatch.lies_on_gpu(reset)
         flags = xp.asarray(_beside_x("reset", reset, xp) if on_gpu else dispatch.on_host("reset", reset))
         expected: tuple[int, ...] = (steps,)
@@ -505,7 +515,7 @@ class Recurrent:
             flags = flags[:, None]
         elif self.batch_first:
             flags = flags.T
-        return xp.ascontiguousarray(flags)
+        return xp.array(flags, order="C")
 
 
 class Tape:
@@ -515,11 +525,14 @@ class Tape:
         draw: number of the dropout masks of this pass, None if there was no dropout.
     """
 
-    __slots__ = ("batched", "device", "draw", "layer", "runs", "sizes")
+    __slots__ = ("batched", "device", "draw", "given", "layer", "memory", "runs", "sizes")
 
-    def __init__(self, layer: Recurrent, x: Any, sizes: tuple[int, int], batched: bool) -> None:
-        self.layer, self.sizes, self.batched = layer, sizes, batched
-        self.device = dispatch.device_of(x)
+    def __init__(self, layer: Recurrent, given: Any, x: Any, batched: bool) -> None:
+        self.layer, self.batched = layer, batched
+        self.sizes: tuple[int, int] = x.shape[:2]
+        self.device, self.memory = dispatch.device_of(x), _memory(x)
+        # an x that was copied may change
+        self.given = given if _memory(dispatch.taken("x", given)) == self.memory else None
         self.runs: list[tuple[Direction, Any]] = []  # what ran for each place, and the engine's tape
         self.draw: int | None = None
 
@@ -544,10 +557,13 @@ class Tape:
 
         Raises:
             TypeError, ValueError: for a gradient that is not shaped as what it belongs to.
+            RuntimeError: if the memory of x has been given away since the forward pass.
         """
         if dispatch.elsewhere(self.device):
             with self.device:
                 return self.backward(dy, dstate)
+        if self.given is not None and _memory(dispatch.taken("x", self.given)) != self.memory:
+            raise RuntimeError("x has been resized since the forward pass; backward needs what was in it")
         layer, (steps, batch) = self.layer, self.sizes
         xp = np if self.device is None else sys.modules["cupy"]
         d_output = self._output_gradient(dy, xp)
@@ -789,7 +805,11 @@ def load(
         if len(missing) == len(identity):
             raise ValueError(f"{path} holds no layer")
         raise ValueError(f"{path} is damaged: its settings lack {', '.join(map(repr, missing))}")
+    if nested := [entry for entry, value in settings.items() if isinstance(value, (dict, list))]:
+        raise ValueError(f"{path} is damaged: {', '.join(map(repr, nested))} in its settings is nested")
     kind, name, key = map(settings.pop, identity)
+    if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(key, (str, type(None))):
+        raise ValueError(f"{path} is damaged: its layer, cell and key are {kind!r}, {name!r} and {key!r}")
     chosen = _saved_cell(path, name, key, cell)
     layer_class, own_cells = _CLASSES.get(kind, (Recurrent, None))
     if own_cells is not None and chosen not in own_cells:
@@ -803,16 +823,20 @@ def load(
         raise ValueError(f"{path} cannot be loaded: {error}") from error
 
 
+_CLASSES: dict[str, tuple[type[Recurrent], tuple[Cell, ...]]] = {
+    "LSTM": (LSTM, (cells.lstm,)),
+    "GRU": (GRU, (cells.gru, cells.gru_reset_before)),
+    "RNN": (RNN, (cells.rnn_tanh, cells.rnn_relu)),
+}
+
+
 def _rebuilt(
     layer_class: type[Recurrent],
     cell: Cell,
     settings: dict[str, Any],
     arrays: Mapping[str, Any],
-    if nested := [entry for entry, value in settings.items() if isinstance(value, (dict, list))]:
-        raise ValueError(f"{path} is damaged: {', '.join(map(repr, nested))} in its settings is nested")
     key: tuple[Any, Any] | None = None,
-    if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(key, (str, type(None))):
-        raise ValueError(f"{path} is damaged: its layer, cell and key are {kind!r}, {name!r} and {key!r}")
+    seed: int | None = None,
 ) -> Recurrent:
     """A layer with these settings, weights, and key or seed of dropout."""
     arguments = inspect.signature(Recurrent).bind(cell, **settings)
@@ -827,20 +851,12 @@ def _rebuilt(
     return layer
 
 
-_CLASSES: dict[str, tuple[type[Recurrent], tuple[Cell, ...]]] = {
-    "LSTM": (LSTM, (cells.lstm,)),
-    "GRU": (GRU, (cells.gru, cells.gru_reset_before)),
-    "RNN": (RNN, (cells.rnn_tanh, cells.rnn_relu)),
-}
-
-
 def _saved_cell(path: Any, name: str, key: str | None, cell: Cell | None) -> Cell:
     """The cell of a file: named `name`, with the mathematics `key` if it is not built in."""
     if key is None:
         if name not in BUILT_IN:
             raise ValueError(f"{path} was saved with the cell {name!r}, which this version does not have")
         if cell not in (None, BUILT_IN[name]):
-    seed: int | None = None,
             raise ValueError(f"{path} was saved with fusedlstm.cells.{name}, not with the cell {cell!r}")
         return BUILT_IN[name]
     if cell is None:
@@ -914,8 +930,11 @@ def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
     for n, place in enumerate(layer._places):
         level, d = divmod(n, layer._directions)
         dropping = training and layer.recurrent_dropout > 0
-        ready = (place.dropping if dropping else place.ready).get(type(x))
-        direction = ready or layer._prepare(place, x, dropping)
+        direction: Direction | None = (place.dropping if dropping else place.ready).get(type(x))
+        if not (steps and batch):
+            direction = Nothing(place.weights)
+        elif direction is None:
+            direction = layer._prepare(place, x, dropping)
         label = f"layer {level}, reverse" if d else f"layer {level}"
         places[label] = direction.explain(steps, batch, training)
     purpose = "forward and backward" if training else "forward"
@@ -1011,6 +1030,12 @@ def _array_module(array: Any) -> Any:
     return np if dispatch.device_of(array) is None else sys.modules["cupy"]
 
 
+def _memory(array: Any) -> tuple[int, int]:
+    """The address and the bytes of an array."""
+    address = array.ctypes.data if dispatch.device_of(array) is None else array.data.ptr
+    return address, array.nbytes
+
+
 def _beside_x(name: str, value: Any, xp: Any) -> Any:
     """Any array as one of the module of x, if it lies where x does."""
     array = dispatch.taken(name, value)
@@ -1038,14 +1063,14 @@ def _laid_out(name: str, value: Any, dtype: np.dtype[Any], xp: Any) -> Any:
 
 
 def _lengths(lengths: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
-    """lengths as (B,) int64."""
+    """lengths as (B,) int64, in memory that nobody else writes: what has been checked is what is used."""
     if not batched:
         raise ValueError("lengths needs an input with a batch axis; cut one sequence to its length instead")
-    host = dispatch.on_host("lengths", lengths)
-    if host.dtype.kind not in "iu":
+    host = np.array(dispatch.on_host("lengths", lengths))
+    if host.size and host.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {host.dtype}")
     if host.shape != (batch,):
         raise ValueError(f"lengths must have the shape ({batch},), one for each sequence, got {host.shape}")
-    if host.min() < 1 or host.max() > steps:
-        raise ValueError(f"lengths must be from 1 to {steps}, got {host.min()} to {host.max()}")
+    if host.size and (host.min() < 0 or host.max() > steps):
+        raise ValueError(f"lengths must be from 0 to {steps}, got {host.min()} to {host.max()}")
     return xp.asarray(np.ascontiguousarray(host, np.int64))

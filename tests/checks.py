@@ -32,7 +32,7 @@ def error(actual: Any, expected: Any) -> float:
     """|actual - expected| / |expected|, where numbers are taken to be of the size 0.01 at least."""
     expected = np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
-    scale = max(np.linalg.norm(expected), 0.01 * np.sqrt(expected.size))
+    scale = max(np.linalg.norm(expected), 0.01 * np.sqrt(max(expected.size, 1)))
     return float(np.linalg.norm(np.asarray(actual, np.float64) - expected) / scale)
 
 

@@ -97,7 +97,7 @@ def arrays(case: Case) -> Arrays:
         weights,
         uniform(case.steps, case.batch, case.inputs),
         tuple(uniform(*shape) / 2 for shape in shapes) if case.initial else None,
-        rng.integers(1, case.steps + 1, case.batch) if case.lengths else None,
+        rng.integers(0, case.steps + 1, case.batch) if case.lengths else None,
         rng.random((case.steps, case.batch)) < 0.4 if case.reset else None,
         uniform(case.steps, case.batch, outputs),
         tuple(uniform(*shape) for shape in shapes),

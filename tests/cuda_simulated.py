@@ -382,6 +382,38 @@ def test_inference_gives_the_bits_of_training(form: str) -> None:
         np.testing.assert_array_equal(with_tape, without)
 
 
+@pytest.mark.parametrize("lengths", [[0, 3, 0, 2, 1], [0] * 5], ids=["some", "all"])
+@pytest.mark.parametrize("proj", [0, 5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_empty_sequences(form: str, proj: int, lengths: list[int], reverse: bool) -> None:
+    """Their outputs are zero, their final state is the initial one, as is its gradient."""
+    case = Case(three_states, 3, 5, 2, 7, proj, form=form, reverse=reverse, lengths=True, reset=True)
+    given_arrays = replace(arrays(case), lengths=np.array(lengths))
+    wanted, found = expected(case, given_arrays), actual(case, given_arrays)
+    for what in wanted:
+        assert error(found[what], wanted[what]) < 2 * TOLERANCE["float32"], what
+    empty = given_arrays.lengths == 0
+    assert (found["y"][:, empty] == 0).all()
+    assert (found["dx"][:, empty] == 0).all()
+    assert given_arrays.initial is not None
+    for n, (state, gradient) in enumerate(zip(given_arrays.initial, given_arrays.dfinal)):
+        assert np.array_equal(found[f"final {n}"][empty], state[empty])
+        assert np.array_equal(found[f"dinitial {n}"][empty], gradient[empty])
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)], ids=str)
+def test_no_steps_or_no_sequences(shape: tuple[int, int]) -> None:
+    layer = fusedlstm.LSTM(4, 7, 2, bidirectional=True, backend="cuda", seed=1)
+    state = tuple(np.full((4, shape[1], 7), value, np.float32) for value in (1, 2))
+    y, final, tape = layer.forward(np.zeros((*shape, 4), np.float32), state, training=True)
+    assert tape is not None
+    dx, dstate, grads = tape.backward(y, final)
+    assert (y.shape, dx.shape) == ((*shape, 14), (*shape, 4))
+    assert all(np.array_equal(a, b) for a, b in zip((*final, *dstate), (*state, *state)))
+    assert not any(gradient.any() for gradient in grads.values())
+
+
 def test_a_tape_may_be_used_again() -> None:
     case = Case(cells.peephole_lstm, 3, 5, 2, 7, lengths=True, reset=True)
     given_arrays = arrays(case)

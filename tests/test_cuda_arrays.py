@@ -50,6 +50,7 @@ class Array(np.ndarray):
     __module__ = "cupy"
     gpu: GPU
     device = property(lambda self: self.gpu)
+    data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
     __cuda_array_interface__ = property(lambda self: self.__array_interface__)
 
     def __array_finalize__(self, parent: Any) -> None:
@@ -104,7 +105,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     module: Any = types.ModuleType("cupy")
     module.asarray, module.from_dlpack = asarray, from_dlpack
-    for function in ("ascontiguousarray", "empty", "zeros"):
+    for function in ("array", "empty", "zeros"):
         setattr(module, function, made(getattr(np, function)))
     stream = types.SimpleNamespace(synchronize=lambda: None)
     module.cuda = types.SimpleNamespace(Device=GPU, get_current_stream=lambda: stream)

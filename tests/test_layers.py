@@ -7,6 +7,7 @@ import itertools
 import pickle
 import sys
 import types
+import warnings
 from functools import partial
 from typing import Any, ClassVar
 
@@ -183,7 +184,7 @@ def check_against_oracle(
     zeros = [np.zeros((count, rows, size), dtype) for size in layer._sizes]
     initial = [normal(*part.shape) for part in zeros] if state else zeros
     dfinal = [normal(*part.shape) for part in zeros] if dstate else zeros
-    ends = generator.integers(1, steps + 1, rows) if lengths and batch else None
+    ends = generator.integers(0, steps + 1, rows) if lengths and batch else None
     marks = generator.random((steps, rows)) < 0.25 if reset else None
 
     def given(array: Any) -> Any:
@@ -321,6 +322,155 @@ def test_results_do_not_share_memory_with_arguments(backend: str) -> None:
     assert all((array == 1).all() for array in (x, h, dy, dh))
 
 
+# --- What changes between forward and backward ------------------------------------------------------------
+
+
+def gradients(tape: Any, y: np.ndarray) -> list[np.ndarray]:
+    dx, dstate, grads = tape.backward(np.ones_like(y))
+    return [dx, *as_tuple(dstate), *grads.values()]
+
+
+def test_arguments_other_than_x_may_be_written_after_forward(backend: str) -> None:
+    layer = LSTM(3, 5, 2, bidirectional=True, backend=backend, seed=1)
+    generator = np.random.default_rng(1)
+    x, h = (generator.normal(size=shape).astype(np.float32) for shape in ((6, 2, 3), (4, 2, 5)))
+    lengths, reset = np.array([6, 4]), generator.random((6, 2)) < 0.4
+    y, _, tape = layer.forward(x, (h, h), lengths, reset, training=True)
+    before = gradients(tape, y)
+    h[:], lengths[:], reset[:] = 9, 10**9, ~reset
+    for array, expected in zip(gradients(tape, y), before):
+        assert np.array_equal(array, expected)
+
+
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru_reset_before, three_states], ids=name)
+def test_the_tape_has_the_weights_of_its_forward_pass(backend: str, cell: Cell) -> None:
+    """Also if they are replaced before the first backward pass."""
+    layers = [Recurrent(cell, 3, 5, 2, bidirectional=True, backend=backend, seed=1) for _ in range(2)]
+    x = np.random.default_rng(1).normal(size=(4, 2, 3)).astype(np.float32)
+    (y, _, tape), (_, _, expected) = [layer.forward(x, training=True) for layer in layers]
+    layers[0].load_state_dict({name: 2 * array for name, array in layers[0].state_dict().items()})
+    for ours, theirs in zip(gradients(tape, y), gradients(expected, y)):
+        assert np.array_equal(ours, theirs)
+
+
+def test_x_that_is_resized_before_backward_is_refused(backend: str) -> None:
+    layer = LSTM(3, 5, backend=backend, seed=1)
+    for steps in (1, 4000):
+        x = np.ones((4, 2, 3), np.float32)
+        y, _, tape = layer.forward(x, training=True)
+        x.resize((steps, 2, 3), refcheck=False)
+        with pytest.raises(RuntimeError, match="x has been resized since the forward pass"):
+            gradients(tape, y)
+    tensor = torch.ones(4, 2, 3)
+    y, _, tape = layer.forward(tensor, training=True)
+    assert gradients(tape, y)
+    tensor.resize_(4000, 2, 3)
+    with pytest.raises(RuntimeError, match="x has been resized since the forward pass"):
+        gradients(tape, y)
+
+
+def test_a_copied_x_may_be_resized_before_backward(backend: str) -> None:
+    layer, x = LSTM(3, 5, backend=backend, seed=1), np.ones((4, 2, 3), ">f4")
+    y, _, tape = layer.forward(x, training=True)
+    expected = gradients(tape, y)
+    x.resize((1, 2, 3), refcheck=False)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(gradients(tape, y), expected))
+
+
+def test_the_shapes_of_x_and_y_may_change_before_backward(backend: str) -> None:
+    """Of the caller's arrays, whose numbers stay where they are."""
+    layer = LSTM(3, 5, backend=backend, seed=1)
+    x = np.random.default_rng(1).normal(size=(4, 2, 3)).astype(np.float32)
+    y, _, tape = layer.forward(x, training=True)
+    dy, dx = np.ones_like(y), tape.backward(np.ones_like(y))[0]
+    with pytest.raises(ValueError, match="cannot resize this array"):
+        y.resize((1000, 2, 5), refcheck=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        x.shape, y.shape = (24,), (40,)
+    assert np.array_equal(tape.backward(dy)[0], dx)
+
+
+# --- Empty sequences, no sequences, no steps --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[0, 3, 0, 5, 1], [0] * 5], ids=["some", "all"])
+@pytest.mark.parametrize(
+    ("cell", "proj_size"),
+    [*((cell, 0) for cell in (*ALL, cells.gru_reset_before)), *((cell, 4) for cell in PROJECTED)],
+    ids=name,
+)
+def test_empty_sequences(backend: str, cell: Cell, lengths: list[int], proj_size: int) -> None:
+    """Their outputs are zero, their final state is the initial one, as is its gradient."""
+    options: dict[str, Any] = {"bidirectional": True, "proj_size": proj_size, "dtype": "float64"}
+    layer = Recurrent(cell, 3, 17, backend=backend, seed=1, **options)
+    generator = np.random.default_rng(1)
+    x, initial, dfinal = generator.normal(size=(5, 5, 3)), [], []
+    for size in layer._sizes:
+        initial.append(generator.normal(size=(2, 5, size)))
+        dfinal.append(generator.normal(size=(2, 5, size)))
+    empty = np.array(lengths) == 0
+    x[:, empty] = np.nan
+    reset = generator.random((5, 5)) < 0.4
+
+    def both(keep: Any) -> Any:
+        """Forward and backward, of some of the sequences."""
+        state, dstate = (as_state([part[:, keep] for part in parts]) for parts in (initial, dfinal))
+        arguments = x[:, keep], state, np.array(lengths)[keep], reset[:, keep]
+        y, final, tape = layer.forward(*arguments, training=True)
+        assert tape is not None
+        assert_close(layer(*arguments)[0], y, 5)
+        return y, as_tuple(final), *tape.backward(np.cos(y), dstate)
+
+    y, final, dx, dinitial, grads = both(slice(None))
+    assert (y[:, empty] == 0).all()
+    assert (dx[:, empty] == 0).all()
+    for n, (part, gradient) in enumerate(zip(final, as_tuple(dinitial))):
+        assert np.array_equal(part[:, empty], initial[n][:, empty])
+        assert np.array_equal(gradient[:, empty], dfinal[n][:, empty])
+    _, _, _, _, others = both(~empty)
+    for key, gradient in grads.items():
+        assert_close(gradient, others[key], 5, key, gradient=True)
+
+
+@pytest.mark.parametrize("dropped", [{}, {"dropout": 0.5, "recurrent_dropout": 0.5}], ids=["plain", "drop"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("state", [False, True], ids=["no-state", "state"])
+@pytest.mark.parametrize("shape", [(0, 2), (4, 0), (0, 0), (0,)], ids=str)
+def test_no_steps_or_no_sequences(
+    backend: str, shape: tuple[int, ...], state: bool, batch_first: bool, dropped: dict[str, float]
+) -> None:
+    """Outputs are empty, the final state is the initial one, weights have a gradient of zero."""
+    options: dict[str, Any] = {"bidirectional": True, "batch_first": batch_first, **dropped}
+    layer = Recurrent(three_states, 3, 5, 2, backend=backend, seed=1, **options)
+    generator = np.random.default_rng(1)
+    axes = shape[::-1] if batch_first else shape
+    x = np.zeros((*axes, 3), np.float32)
+    given, dfinal = generator.normal(size=(2, 3, 4, *shape[1:], 5)).astype(np.float32)
+    initial = given if state else np.zeros_like(given)
+    rest = (None if len(shape) == 1 else [0] * shape[1], np.zeros(axes, bool))
+    for arguments in ((), rest):
+        y, final, tape = layer.forward(x, tuple(given) if state else None, *arguments, training=True)
+        assert tape is not None
+        dx, dinitial, grads = tape.backward(y, tuple(dfinal))
+        assert y.shape == (*axes, 10)
+        assert dx.shape == x.shape
+        for found, expected in zip((*final, *dinitial), (*initial, *dfinal), strict=True):
+            assert np.array_equal(found, expected)
+            assert not np.shares_memory(found, expected)
+        assert all((part == 0).all() and part.dtype == np.float32 for part in tape.backward(None)[1])
+        assert list(grads) == list(layer.state_dict())
+        for key, gradient in grads.items():
+            assert gradient.shape == layer.state_dict()[key].shape
+            assert (gradient == 0).all()
+    assert "none: there are" in str(fusedlstm.explain(layer, x, training=True))
+
+
+def test_no_sequences_are_refused_where_others_are(cupy: Any) -> None:
+    with pytest.raises(TypeError, match="backend 'cpu' takes NumPy arrays, got a CuPy array"):
+        LSTM(3, 5, backend="cpu")(cupy.asarray(X[:, :0]))
+
+
 # --- Dropout ----------------------------------------------------------------------------------------------
 
 
@@ -411,7 +561,7 @@ def test_gru_that_resets_before_the_product(backend: str, rate: float) -> None:
     layer = GRU(inputs, hidden, reset_after=False, backend=backend, seed=1, **options)
     x, h = generator.normal(size=(steps, batch, inputs)), generator.normal(size=(2, batch, hidden))
     dy, dh = generator.normal(size=(steps, batch, 2 * hidden)), generator.normal(size=h.shape)
-    lengths, reset = np.array([5, 2, 4]), generator.random((steps, batch)) < 0.4
+    lengths, reset = np.array([5, 0, 4]), generator.random((steps, batch)) < 0.4
     masks = np.ones((2, batch, hidden))
     if rate:
         masks = np.stack(
@@ -616,6 +766,10 @@ class DeviceArray(np.ndarray):
 
     __cuda_array_interface__: ClassVar[dict[str, Any]] = {}
 
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
     def get(self) -> np.ndarray:
         return np.asarray(self)
 
@@ -632,7 +786,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     module: Any = types.ModuleType("cupy")
     module.ndarray = DeviceArray
-    for function in ("asarray", "ascontiguousarray", "empty", "zeros", "arange", "stack"):
+    for function in ("array", "asarray", "empty", "zeros", "arange", "stack"):
         setattr(module, function, on_device(getattr(np, function)))
     module.cuda = types.SimpleNamespace(Device=lambda: "cpu")  # NumPy's arrays say that they lie there
     monkeypatch.setitem(sys.modules, "cupy", module)
@@ -703,9 +857,8 @@ class FakeTensor:
         (np.array(1, np.float32), ValueError, r"got \(\)"),
         (np.zeros((1, 4, 2, 3), np.float32), ValueError, r"got \(1, 4, 2, 3\)"),
         (np.zeros((4, 2, 4), np.float32), ValueError, r"got \(4, 2, 4\)"),
-        (np.zeros((0, 2, 3), np.float32), ValueError, r"got \(0, 2, 3\)"),
-        (np.zeros((4, 0, 3), np.float32), ValueError, r"got \(4, 0, 3\)"),
-        (np.zeros((0, 3), np.float32), ValueError, r"got \(0, 3\)"),
+        (np.zeros((4, 2, 0), np.float32), ValueError, r"got \(4, 2, 0\)"),
+        (np.zeros((0, 2, 4), np.float32), ValueError, r"got \(0, 2, 4\)"),
         (
             X.astype(np.int64),
             TypeError,
@@ -768,8 +921,7 @@ def test_bad_single_state(backend: str) -> None:
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
-        ([4, 5], ValueError, "lengths must be from 1 to 4, got 4 to 5"),
-        ([0, 4], ValueError, "lengths must be from 1 to 4, got 0 to 4"),
+        ([4, 5], ValueError, "lengths must be from 0 to 4, got 4 to 5"),
         ([-1, 4], ValueError, "got -1 to 4"),
         ([4], ValueError, r"lengths must have the shape \(2,\), one for each sequence, got \(1,\)"),
         ([[4, 4]], ValueError, r"got \(1, 2\)"),
@@ -777,7 +929,8 @@ def test_bad_single_state(backend: str) -> None:
         ([4.0, 2.0], TypeError, "lengths must be integers, got float64"),
         ([True, True], TypeError, "lengths must be integers, got bool"),
         (["4", "2"], TypeError, "lengths must be integers, got <U1"),
-        (np.array([2**63, 1], np.uint64), ValueError, "lengths must be from 1 to 4"),
+        (np.array([2**63, 1], np.uint64), ValueError, "lengths must be from 0 to 4"),
+        ([], ValueError, r"got \(0,\)"),
         ([[4, 2], [1]], TypeError, r"lengths must be an array or regular lists, got \[\[4, 2\], \[1\]\]"),
     ],
 )

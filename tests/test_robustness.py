@@ -136,6 +136,40 @@ def test_a_forked_child_after_use(first: str, threads: str) -> None:
     python(FORK.format(first=first, use=use), OMP_NUM_THREADS=threads)
 
 
+WRITTEN = """
+    import threading
+    import numpy as np
+    import fusedlstm
+
+    layer = fusedlstm.RNN(2, 8, 4, backend="cpu", seed=0)
+    x, lengths, done = np.zeros((500, 3, 2), "f4"), np.full(3, 500), threading.Event()
+
+    def write():
+        while not done.is_set():
+            lengths[:] = 10_000_000
+            done.wait(1e-4)
+            lengths[:] = 500
+            done.wait(1e-4)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    passed = 0
+    while passed < 100:
+        try:
+            layer(x, lengths=lengths)
+            passed += 1
+        except ValueError:
+            pass
+    done.set()
+    thread.join()
+"""
+
+
+def test_lengths_that_are_written_while_the_layer_runs() -> None:
+    """Lengths that reach far beyond the arrays; a call has taken what it has checked."""
+    python(WRITTEN)
+
+
 GROWTH = """
     import gc, os
     import numpy as np

@@ -356,14 +356,16 @@ def step_back(given, mine, own, table, step, base, sync, threads):
         spec, active, own.first, given.weights.recurrent, depth, mine.low_output, mine.high_output,
         own.second, parts.output_width // spec.size, spec.reads_operand, table.scratch,
     )  # fmt: skip
+    # empty sequences, the last rows, start with the others, and hand on the gradient of their final state
+    starting = batch if step == 0 else active
     start_anew(
-        spec, step, active, mine.low_output, mine.high_output, parts.output_width, sequences, work.carried,
+        spec, step, starting, mine.low_output, mine.high_output, parts.output_width, sequences, work.carried,
         work.initial,
     )  # fmt: skip
     for n in range(spec.further):
         plane = n * batch * parts.width
         start_anew(
-            spec, step, active, mine.low * spec.units, mine.high * spec.units, parts.width, sequences,
+            spec, step, starting, mine.low * spec.units, mine.high * spec.units, parts.width, sequences,
             work.states + plane, work.initial_states + plane,
         )  # fmt: skip
 

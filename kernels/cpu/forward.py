@@ -24,11 +24,11 @@ from .memory import (
     note_rows,
     note_states,
     round_up,
+    row_address,
     rows_before,
     set_rows,
     state_rows,
     tables,
-    time_of,
     zero_padding,
 )
 from .shares import Shares, close_queues, each, share
@@ -180,17 +180,22 @@ def set_initial(spec, initial, given, sequences, memory, parts):
 
 @part
 def get_final(spec, y, final, sequences, memory, parts, taped):
-    """Copy the states after each sequence's last step."""
-    for row in range(sequences.order.size):
+    """Copy the states after each sequence's last step; of an empty one, the initial states."""
+    batch = sequences.order.size
+    for row in range(batch):
         sequence, last = sequences.order[row], sequences.lengths[row] - 1
-        time = time_of(sequences, last, row)
+        if last < 0:
+            output = memory + parts.initial + row * parts.output_width
+            states, stride = memory + parts.initial_states + row * parts.width, batch * parts.width
+        else:
+            output = row_address(y, sequences, last, row)
+            place = first_row(spec, last, taped, sequences) + row
+            states, stride = memory + parts.states + place * parts.width, parts.rows * parts.width
         for k in range(y.shape[2]):
-            final[0][sequence, k] = y[time, sequence, k]
-        place = first_row(spec, last, taped, sequences) + row
+            final[0][sequence, k] = read(spec, output + k * spec.size)
         for n in range(spec.further):
-            start = memory + parts.states + (n * parts.rows + place) * parts.width
             for k in range(final[n + 1].shape[1]):
-                final[n + 1][sequence, k] = read(spec, start + k * spec.size)
+                final[n + 1][sequence, k] = read(spec, states + n * stride + k * spec.size)
 
 
 def forward(

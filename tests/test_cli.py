@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from numba import config, njit
 
 import fusedlstm
-from fusedlstm import check, cli, dispatch, info, second_order
+from fusedlstm import Recurrent, check, cli, dispatch, info, second_order
 from fusedlstm.benchmarks import limits
 from fusedlstm.kernels.cpu import engine
 
@@ -156,11 +158,26 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_cases")
 def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check"]) == 0
-    shown = capsys.readouterr().out
-    assert "24 of 24 passed" in shown
+    assert cli.main(["check", "--all"]) == 0
+    shown, bar = capsys.readouterr()
+    assert "22 of 22 passed" in shown
     assert "FAIL" not in shown
     assert all(f"\n{option} " in shown for option in check.OPTIONS)
+    assert "--all" not in shown
+    assert re.search(r"100%\|\S*\| \d\d:\d\d<\d\d:\d\d lstm, float32, all of these", bar)
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_check_without_all_is_a_part_of_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "REPRESENTATIVES", {("lstm", "float32"): ("plain", "reset")})
+    assert cli.main(["check"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 of 4 passed" in shown
+    assert "\nplain " in shown
+    assert "\nlengths " not in shown
+    assert "Every cell with every option: fusedlstm check --all" in shown
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -175,7 +192,7 @@ def test_check_finds_a_wrong_gradient(
         return states, weights._replace(hh=weights.hh * np.float32(wrong))
 
     monkeypatch.setattr(engine.CPUDirection, "backward", backward)
-    assert cli.main(["check"]) == 1
+    assert cli.main(["check", "--all"]) == 1
     shown = capsys.readouterr().out
     assert "FAILED lstm, plain, float32, T=7, B=13, I=1, H=33: gradient of weight_hh_l0" in shown
 
@@ -204,6 +221,48 @@ def test_check_covers_every_cell_option_and_precision() -> None:
             refused = option == "projection" and bool(cell.unprojectable)
             for dtype in ("float32", "float64"):
                 assert ((cell.name, option, dtype) in covered) != refused
+
+
+def test_the_cases_of_check_without_all_are_of_each_kind_and_need_few_kernels() -> None:
+    every, few = list(check.cases()), list(check.cases(every=False))
+    assert set(few) < set(every)
+    assert {case.option for case in few} == set(check.OPTIONS)
+    assert {case.dtype for case in few} == {"float32", "float64"}
+    assert {len(case.cell.states) for case in few} == {1, 2}
+    assert any(case.cell.weights for case in few)
+    assert sum(cost > 1 for cost in check.costs(few)) == 4
+    # in both precisions, plain, with recurrent dropout, and with a projection where there can be one
+    cells = check.BUILT_IN.values()
+    kernels = 2 * len(cells) + sum(not cell.unprojectable for cell in cells)
+    assert sum(cost > 1 for cost in check.costs(every)) == 2 * kernels
+
+
+def test_an_error_is_measured_by_the_terms_of_a_result() -> None:
+    """Not by what is left of them: 1 + 1e-8 - 1 is not 1e-8 in float32."""
+    exact = np.array([1e-8])
+    rounded = np.array([1 + 1e-8 - 1], np.float32) * 0
+    assert check.error(rounded, exact, terms=1.0) == pytest.approx(1e-8)
+    assert check.error(rounded, exact, terms=0.0) == 1
+    assert check.error(np.zeros(1), np.zeros(1), terms=0.0) == 0
+    assert check.error(np.ones(1), np.zeros(1), terms=0.0) > 1e300
+    assert np.isnan(check.error(np.array([np.nan]), exact, terms=1.0))
+
+
+@pytest.mark.parametrize("cell", ["gru", "gru_reset_before", "rnn_tanh"])
+def test_results_that_cancel_pass_the_check(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers of one unit, dx is the sum of what both directions give, and may be next to nothing of it."""
+    shares = []
+    for seed in range(40):
+        monkeypatch.setattr(check, "Recurrent", partial(_seeded, seed))
+        outcome = check.run(
+            check.Case(check.BUILT_IN[cell], "all of these", "float32", (1, 1, 1, 1)), "reference"
+        )
+        shares.append(outcome.error / outcome.limit)
+    assert max(shares) < 0.6
+
+
+def _seeded(number: int, *arguments: Any, **options: Any) -> Recurrent:
+    return Recurrent(*arguments, **options | {"seed": number})
 
 
 def test_the_reference_in_float32_passes_the_check() -> None:

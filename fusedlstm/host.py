@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from fusedlstm.kernels.cpu.engine import CPUDirection
 
 
+# Of the calls, where a framework that would run them elsewhere says what it cannot run.
+NAME = "fusedlstm.in_this_process_only.see_fusedlstm.keras.restore"
+
+
 class Run(NamedTuple):
     """What is the same in every call of a layer."""
 
@@ -192,31 +196,52 @@ def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> CPU
 class _Arguments:
     """The arguments of both functions, in the order of the run.
 
+    Kernels are given addresses, so this is where everything is checked: a graph may know sizes only when it
+    is run.
+
     Raises:
-        ValueError: if sizes do not fit, which a graph may know only when it is run.
+        ValueError: if sizes do not fit.
+        TypeError: if types do not.
     """
 
     def __init__(self, run: Run, flat: Sequence[Any]) -> None:
-        x, *rest = [np.asarray(array) for array in flat]
-        mask = rest.pop(0) if run.masked else None
+        x, *rest = flat
+        x = _rows(x)
+        # a copy, since it is read more than once, and may be memory that others write
+        mask = np.array(rest.pop(0)) if run.masked else None
         states = len(run.cell.states)
-        self.initial = tuple(rest[:states])  # (B, H) each
-        self.weights = rest[states:]
-        (batch, steps, _), (inputs, _), (units, _) = x.shape, self.weights[0].shape, self.weights[1].shape
-        _check_shape("the input", x, (batch, steps, inputs))
-        for state in self.initial:
-            _check_shape("initial_state", state, (batch, units))
-        if mask is not None:
-            _check_shape("mask", mask, (batch, steps))
+        self.initial = tuple(map(_rows, rest[:states]))  # (B, H) each
+        self.weights = list(map(_aligned, rest[states:]))
+        self._check_all(run.cell, x, mask)
         if run.backwards:
             x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
-        self.x = x  # (B, T, I)
+        self.x, self.sequences = x, run.sequences  # (B, T, I)
         self.steps = None if mask is None else Steps(mask)
+
+    def _check_all(self, cell: Cell, x: np.ndarray, mask: np.ndarray | None) -> None:
+        kernel, recurrent, *others = self.weights
+        batch, steps, inputs, units = *x.shape[:2], len(kernel), len(recurrent)
+        self.dtype = kernel.dtype
+        _check("the input", x, (batch, steps, inputs), self.dtype)
+        if not steps:
+            raise ValueError(f"the input must have one time step at least, got the shape {x.shape}")
+        for state in self.initial:
+            _check("initial_state", state, (batch, units), self.dtype)
+        if mask is not None:
+            _check("mask", mask, (batch, steps), _BOOL)
+        expected = _weight_shapes(cell, inputs, units, bias=len(others) > len(cell.weights))
+        for (name, shape), weight in zip(expected.items(), self.weights):
+            _check(name, weight, shape, self.dtype)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the outputs."""
         return (*self.x.shape[:2], self.initial[0].shape[1])
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The shape of what Keras is shown of the outputs."""
+        return self.shape if self.sequences else self.initial[0].shape
 
     @property
     def run_steps(self) -> np.ndarray:
@@ -225,9 +250,36 @@ class _Arguments:
         return np.swapaxes(x, 0, 1)
 
 
-def _check_shape(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise ValueError(f"{name} must have the shape {expected}, got {array.shape}")
+def _rows(array: Any) -> np.ndarray:
+    """The array itself if its last axis is contiguous, as kernels take it to be; else a copy."""
+    rows: np.ndarray = np.asarray(array)
+    contiguous: bool = rows.flags.aligned and rows.strides[-1] == rows.itemsize
+    return rows if contiguous else rows.copy()
+
+
+def _aligned(weight: Any) -> np.ndarray:
+    """The array itself if each number lies where a processor wants it, else a copy; any order will do."""
+    numbers: np.ndarray = np.asarray(weight)
+    return numbers if numbers.flags.aligned else numbers.copy()
+
+
+def _weight_shapes(cell: Cell, inputs: int, units: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Of the weights by name, as :func:`fusedlstm.weights.from_keras` takes them."""
+    rows = len(cell.gates) * units
+    shapes: dict[str, tuple[int, ...]] = {"kernel": (inputs, rows), "recurrent_kernel": (units, rows)}
+    if bias:
+        shapes["bias"] = (2, rows) if cell.split else (rows,)
+    return shapes | dict.fromkeys(cell.weights, (units,))
+
+
+_BOOL = np.dtype(bool)
+
+
+def _check(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {array.shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
 
 
 def forward(
@@ -252,10 +304,15 @@ def forward(
 def _forward(
     run: Run, training: bool, given: _Arguments, out: Sequence[np.ndarray] | None = None
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], _Record | None]:
-    """The outputs (B, T, H) of the steps that count, the final states, and the record if training."""
+    """The outputs (B, T, H) of the steps that count, the final states, and the record if training.
+
+    There is no record of a batch of no sequences.
+    """
     x, steps = given.run_steps, given.steps
     y = out[0] if out else np.empty(given.shape, x.dtype)
-    finals = tuple([np.empty_like(state) for state in given.initial])
+    finals = tuple([np.empty(state.shape, x.dtype) for state in given.initial])
+    if not x.shape[1]:
+        return y, finals, None
     # in training the weights are others at each call
     cell, weights = run.cell, given.weights
     direction = _pack(cell, weights, True) if training else _packed_direction(cell, weights)
@@ -297,13 +354,20 @@ def backward(
     """
     states = len(run.cell.states)
     given = _Arguments(run, flat[: -1 - states])
-    dshown, *dfinals = [np.asarray(gradient) for gradient in flat[-1 - states :]]
-    record = _records.take(int(number)) or _forward(run, True, given)[2]
-    assert record is not None
-    dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
+    dshown, *dfinals = map(_rows, flat[-1 - states :])
+    _check("the gradient of the output", dshown, given.shown, given.dtype)
+    for gradient, state in zip(dfinals, given.initial):
+        _check("the gradient of a final state", gradient, state.shape, given.dtype)
     if out is None:
         wanted = ([given.x] if wants_dx else []) + [*given.initial, *given.weights]
         out = [np.empty(array.shape, array.dtype) for array in wanted]
+    if not given.shape[0]:
+        for target in out:
+            target.fill(0)
+        return list(out)
+    record = _records.take(int(number)) or _forward(run, True, given)[2]
+    assert record is not None
+    dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
     x, steps = given.run_steps, given.steps
     dx = out[0][:, :: -1 if run.backwards else 1] if wants_dx else None  # (B, T, I)
     dinitial, dweights = record.direction.backward(

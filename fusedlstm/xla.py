@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from .host import NAME
+
 Function = Callable[..., Sequence[np.ndarray]]
 
-_TARGET = "fusedlstm.call"
 _MAJOR = 0  # the version of the interface that is stated here
 _METADATA = 1  # the extension by which XLA asks for the version of the interface
 _EXECUTE = 3  # the stage in which a function is run
@@ -111,7 +112,9 @@ def _arrays(buffers: _Buffers) -> list[np.ndarray]:
     for n in range(buffers.size):
         buffer = buffers.entries[n].contents
         shape, dtype = buffer.dims[: buffer.rank], _DTYPES[buffer.dtype]
-        memory = _memory(buffer.data, math.prod(shape) * dtype.itemsize, _WRITABLE)
+        size = math.prod(shape) * dtype.itemsize
+        # where there is nothing, the address may be none
+        memory = _memory(buffer.data, size, _WRITABLE) if size else bytearray()
         arrays.append(np.ndarray(shape, dtype, memory))
     return arrays
 
@@ -147,7 +150,7 @@ def _handler(pointer: Any) -> int | None:
 @cache
 def _register() -> None:
     capsule: Any = jax.ffi.pycapsule  # without types
-    jax.ffi.register_ffi_target(_TARGET, capsule(_handler), platform="cpu")
+    jax.ffi.register_ffi_target(NAME, capsule(_handler), platform="cpu")
 
 
 @cache
@@ -176,7 +179,7 @@ def call(function: Function, results: Sequence[jax.ShapeDtypeStruct], *arguments
     number = _number(function)
 
     def on_cpu(*arguments: Any) -> Any:
-        return jax.ffi.ffi_call(_TARGET, list(results), vmap_method="sequential")(*arguments, number=number)
+        return jax.ffi.ffi_call(NAME, list(results), vmap_method="sequential")(*arguments, number=number)
 
     def elsewhere(*arguments: Any) -> Any:
         return jax.pure_callback(function, list(results), *arguments, vmap_method="sequential")

@@ -1,7 +1,7 @@
 """Keras 3: layers with the arguments, weights and results of ``keras.layers``', run by our kernels.
 
 :class:`LSTM`, :class:`GRU` and :class:`SimpleRNN` take the place of the layers of the same names;
-:class:`Recurrent` runs any cell; :func:`accelerate` clones a model with its layers replaced by these.
+:class:`Recurrent` runs any cell; :func:`accelerate` turns the layers inside a model into these.
 
 Each is a layer of Keras whose run over time, and nothing else, is ours.  On the PyTorch backend it is the
 operator of :mod:`fusedlstm.torch`; on JAX, TensorFlow and NumPy it is a call of the host, which
@@ -13,15 +13,16 @@ operator of :mod:`fusedlstm.torch`; on JAX, TensorFlow and NumPy it is a call of
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from types import FrameType
 from typing import Any, cast
 
 import keras
 from keras import activations, layers, ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
-from keras.src.models.functional import Functional
 
 from . import cells, host, math
 from . import weights as storage
@@ -31,7 +32,7 @@ from .directions import half_states, second_halves
 from .host import Run
 from .weights import GATE_ORDERS
 
-__all__ = ["GRU", "LSTM", "Recurrent", "RecurrentCell", "SimpleRNN", "accelerate"]
+__all__ = ["GRU", "LSTM", "Recurrent", "RecurrentCell", "SimpleRNN", "accelerate", "restore"]
 
 _BACKEND = keras.backend.backend()
 _PACKAGE = "fusedlstm"  # under which the layers are registered in files
@@ -122,8 +123,7 @@ class _Fused(layers.RNN):  # type: ignore[misc]
                 f"fusedlstm.keras runs on the Keras backends {', '.join(_CORES)}, not on {_BACKEND!r}: set "
                 "the environment variable KERAS_BACKEND before Keras is imported"
             )
-        self._fused_cell = self._mathematics()
-        self.supports_jit = _BACKEND != "tensorflow"  # XLA compiles no calls of the host there
+        self._adopt(self._mathematics())
 
     def _mathematics(self) -> Cell:
         """The cell of ours that computes what Keras's does.
@@ -133,12 +133,23 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         """
         raise NotImplementedError
 
+    def _adopt(self, cell: Cell) -> None:
+        """Compute this cell from now on; for :func:`accelerate`, where a layer of Keras becomes this one."""
+        self._fused_cell = cell
+        self._kerass_jit: bool = self.supports_jit
+        if _BACKEND == "tensorflow":
+            self.supports_jit: bool = False  # XLA compiles no calls of the host there
+
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
         """The last output (B, H), the outputs (B, T, H), and the final states (B, H), as Keras asks for them.
 
         Where only the last output is asked for, the outputs are that one; where all of them are, Keras has no
-        use for the last one, and it is the final state, which a mask may set apart from it.
+        use for the last one, and it is the final state, which a mask may set apart from it.  What is exported
+        is Keras's own loop.
         """
+        if _exported(sequences):
+            first = mask[0] if keras.tree.is_nested(mask) else mask
+            return super().inner_loop(sequences, initial_state, first, training)
         given = self._given_states(initial_state, sequences)
         mask = _given_mask(mask, sequences)
         cell, dtype = self._fused_cell, self._computes
@@ -201,7 +212,7 @@ class _Fused(layers.RNN):  # type: ignore[misc]
             self.go_backwards,
             self.return_sequences,
             self.zero_output_for_mask,
-            carries=_BACKEND == "jax",
+            carries=_BACKEND in ("jax", "numpy") and not self.unroll,
             masked=mask is not None,
         )
         shown, *finals = _CORES[_BACKEND](run, training, x, mask, states, self._weights())
@@ -437,64 +448,103 @@ class Recurrent(_Fused):
 
 # --- Models that exist -----------------------------------------------------------------------------------
 
-_OURS = {"LSTM": LSTM, "GRU": GRU, "SimpleRNN": SimpleRNN}
+_OURS = {layers.LSTM: LSTM, layers.GRU: GRU, layers.SimpleRNN: SimpleRNN}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def accelerate(model: keras.Model) -> keras.Model:
-    """A clone of a model whose LSTM, GRU and SimpleRNN layers our kernels run, with the same weights.
+def accelerate(model: Any) -> Any:
+    """Let our kernels run every LSTM, GRU and SimpleRNN layer of a model, in place; returns the model.
 
-    Layers inside of wrappers (``Bidirectional``, ``TimeDistributed``) and of models are replaced too.  The
-    clone of a compiled model is compiled alike; the state of its optimizer is new.  A warning names each
-    recurrent layer that stays as it is, and why.
+    It may be a model or layer of any kind, also a class of your own.  The layers stay the objects that they
+    are and change their class: weights, optimizer, losses, metrics, wrappers and everything that refers to
+    them go on working.  A warning names each recurrent layer that stays as it is, and why.  :func:`restore`
+    undoes it.  For a model that keeps Keras's layers, accelerate ``keras.models.clone_model(model)``.
 
     Raises:
-        TypeError: for a model that is neither sequential nor functional.
+        TypeError: if it is no model or layer.
 
     Example:
         >>> model = keras.Sequential([keras.Input((7, 3)), layers.Bidirectional(layers.LSTM(5))])
         >>> accelerate(model).layers[0].forward_layer
         <LSTM name=forward_lstm, built=True>
     """
-    if not isinstance(model, (keras.Sequential, Functional)):
-        raise TypeError(
-            f"model must be sequential or functional, got {type(model).__name__}: in a class of your own, "
-            "take the layers from fusedlstm.keras"
-        )
-    reasons: dict[str, str] = {}
-
-    def convert(layer: Any) -> Any:
-        config = keras.saving.serialize_keras_object(layer)
-        changed = _replace(config, reasons)
-        if changed == config:
-            return type(layer).from_config(layer.get_config())
-        return keras.saving.deserialize_keras_object(changed, safe_mode=False)
-
-    clone = keras.models.clone_model(model, clone_function=convert, recursive=True)
-    clone.set_weights(model.get_weights())
-    if model.compiled:
-        clone.compile_from_config(model.get_compile_config())
-    for layer in clone._flatten_layers():
-        if isinstance(layer, layers.RNN) and not isinstance(layer, _Fused):
-            reason = reasons.get(layer.name, f"{type(layer).__name__} runs cells that are not ours")
+    found = _recurrent_layers(model)
+    if not found:
+        hint = "" if model.built else ": it is not built, so call it once, or build it, before"
+        warnings.warn(f"the model {model.name} has no recurrent layers{hint}", stacklevel=2)
+    for layer in found:
+        if isinstance(layer, _Fused):
+            continue
+        if reason := _obstacle(layer):
             warnings.warn(f"the layer {layer.name} is left as it is: {reason}", stacklevel=2)
-    return clone
+            continue
+        ours = _OURS[type(layer)]
+        cell = ours._mathematics(layer)
+        _change_class(layer, ours)
+        layer._adopt(cell)
+    _forget_compiled(model)
+    return model
 
 
-def _replace(config: Any, reasons: dict[str, str]) -> Any:
-    """The configuration with Keras's layers replaced by ours; why not, for those that stay."""
-    if isinstance(config, (list, tuple)):
-        return type(config)(_replace(entry, reasons) for entry in config)
-    if not isinstance(config, dict):
-        return config
-    name = config.get("class_name")
-    if name in _OURS and config.get("module") == "keras.layers":
+def restore(model: Any) -> Any:
+    """Put layers of ``keras.layers`` in the place of ours, in place; returns the model.
+
+    What :func:`accelerate` did is undone, and layers that were ours from the start become Keras's too, with
+    the same weights.  A warning names each layer that has no counterpart there.
+
+    Raises:
+        TypeError: if it is no model or layer.
+
+    Example:
+        >>> restore(keras.Sequential([keras.Input((7, 3)), LSTM(5)])).layers[0].__class__.__module__
+        'keras.src.layers.rnn.lstm'
+    """
+    for layer in _recurrent_layers(model):
+        if type(layer) in _THEIRS:
+            _change_class(layer, _THEIRS[type(layer)])
+            layer.supports_jit = layer._kerass_jit
+        elif isinstance(layer, _Fused):
+            warnings.warn(
+                f"the layer {layer.name} is left as it is: keras.layers has no {type(layer).__name__}",
+                stacklevel=2,
+            )
+    _forget_compiled(model)
+    return model
+
+
+def _recurrent_layers(model: Any) -> list[Any]:
+    if not isinstance(model, layers.Layer):
+        raise TypeError(f"model must be a model or layer of Keras, got {type(model).__name__}")
+    return [layer for layer in model._flatten_layers() if isinstance(layer, layers.RNN)]
+
+
+def _obstacle(layer: Any) -> str | None:
+    """Why a recurrent layer of Keras cannot be run by our kernels, if it cannot."""
+    if type(layer) in _OURS:
         try:
-            _OURS[name].from_config(config["config"])
+            _OURS[type(layer)]._mathematics(layer)
         except ValueError as error:
-            reasons[config["config"]["name"]] = str(error)
-            return config
-        return {**config, "module": __name__, "registered_name": f"{_PACKAGE}>{name}"}
-    return {key: _replace(value, reasons) for key, value in config.items()}
+            return str(error)
+        return None
+    if isinstance(layer, tuple(_OURS)):
+        return f"{type(layer).__name__} is a class of its own, which may do something else"
+    return f"{type(layer).__name__} runs cells that are not ours"
+
+
+def _change_class(layer: Any, new: type) -> None:
+    object.__setattr__(layer, "__class__", new)  # Keras and its backends track what is set otherwise
+
+
+def _forget_compiled(model: Any) -> None:
+    """Compile anew what runs the layers of a model, at the next call."""
+    for part in model._flatten_layers():
+        if isinstance(part, keras.Model):
+            part.train_function = part.test_function = part.predict_function = None
+            able = all(layer.supports_jit for layer in part._flatten_layers())
+            if part.jit_compile and not able:
+                part.jit_compile, part._jit_turned_off = False, True
+            elif able and getattr(part, "_jit_turned_off", False):
+                part.jit_compile, part._jit_turned_off = True, False
 
 
 # --- The run over time, on each backend ------------------------------------------------------------------
@@ -580,6 +630,33 @@ def _traced(array: Any) -> bool:
     return False
 
 
+# Under which a function is traced in order to be run elsewhere, without Python.
+_EXPORTERS = (
+    "keras.src.export.",
+    "tensorflow.python.saved_model.",
+    "jax._src.export.",
+    "jax.experimental.jax2tf.",
+)
+
+
+def _exported(array: Any) -> bool:
+    """Whether what is done with the array is traced for a file or another program, without our kernels."""
+    if _BACKEND == "torch":
+        import torch
+
+        jit: Any = torch.jit  # without types
+        return torch.compiler.is_exporting() or jit.is_tracing()
+    if not _traced(array):
+        return False
+    # TensorFlow and JAX do not tell what they trace for, but whoever asked is among the callers
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _filled(gradient: Any) -> Any:
     """An array of JAX in the place of what stands for zeros."""
     import jax
@@ -638,7 +715,8 @@ def _tensorflow(
     def call(function: Any, given: Sequence[Any], shapes: list[Any], *more: Any) -> list[Any]:
         if tf.executing_eagerly():
             return [tf.convert_to_tensor(result) for result in function(*given)]
-        results = tf.numpy_function(function, given, [x.dtype] * len(shapes) + list(more), stateful=False)
+        types = [x.dtype] * len(shapes) + list(more)
+        results = tf.numpy_function(function, given, types, stateful=False, name=host.NAME)
         for result, shape in zip(results, shapes):
             result.set_shape(shape)
         return list(results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from keras import layers, ops
 
 import fusedlstm.keras
 from fusedlstm import cells, host
-from fusedlstm.keras import _ACTIVATIONS, GRU, LSTM, Recurrent, SimpleRNN, accelerate
+from fusedlstm.keras import _ACTIVATIONS, GRU, LSTM, Recurrent, SimpleRNN, accelerate, restore
 
 BACKEND = keras.backend.backend()
 B, T, D, H = 4, 6, 3, 5
@@ -30,7 +32,9 @@ MASKS = {
     "starts": np.array([[0], [5], [2], [1]]) <= NUMBERS,
     "empty": np.array([[6], [0], [4], [5]]) > NUMBERS,
     "any": np.array([[0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool),
+    "all": np.zeros((B, T), bool),
 }
+trains = pytest.mark.skipif(BACKEND == "numpy", reason="Keras does not train on NumPy")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +48,12 @@ def numpy(value: Any) -> np.ndarray:
 
 
 def gradients(function: Any, given: list[np.ndarray], jit: bool = False) -> tuple[list[Any], list[Any]]:
-    """What `function` returns for these arrays, and the gradients of the sum of it times random seeds."""
+    """What `function` returns for these arrays, and the gradients of the sum of it times random seeds.
+
+    On NumPy there are no gradients.
+    """
+    if BACKEND == "numpy":
+        return list(function(*given)), []
 
     def loss(*tensors: Any) -> Any:
         results = function(*tensors)
@@ -162,6 +171,181 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert ours(x).dtype == theirs(x).dtype
     found, expected = (numpy(ops.cast(layer(x), "float32")) for layer in (ours, theirs))
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+@pytest.mark.parametrize("mask", ["starts", "empty", "any", "all"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_outputs_before_the_first_step_that_counts(mask: str, sequences: bool, unroll: bool) -> None:
+    """The initial state on some backends, zero on others, and zero on all of them if unrolled."""
+    options = {"return_sequences": sequences, "return_state": True, "unroll": unroll}
+    ours, theirs = (built(make, H, **options) for make in PAIRS["LSTM"])
+    alike(ours, theirs, mask=MASKS[mask], states=2)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_no_step_counts(kind: str) -> None:
+    ours = built(PAIRS[kind][0], H, return_state=True, zero_output_for_mask=True)
+    states = [normal(B, H, seed=n) for n in range(len(ours.state_size))]
+    mask = ops.convert_to_tensor(MASKS["all"])
+    x = np.full((B, T, D), np.nan, "float32")  # nobody looks at it
+    y, *finals = map(numpy, ours(x, initial_state=list(map(ops.convert_to_tensor, states)), mask=mask))
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(finals, states)
+
+
+# --- Batches and sequences of none ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_batch_of_no_rows(kind: str, mask: bool, jit: bool) -> None:
+    layer = built(PAIRS[kind][0], H, return_sequences=True, return_state=True, go_backwards=True)
+    states, weights = len(layer.state_size), layer.get_weights()
+
+    def function(x: Any, *rest: Any) -> list[Any]:
+        given = {"mask": ops.ones((0, T), "bool")} if mask else {}
+        fixed = [variable.value for variable in layer.non_trainable_variables]
+        given["initial_state"] = list(rest[:states])
+        return list(layer.stateless_call(list(rest[states:]), fixed, x, training=True, **given)[0])
+
+    arrays = [normal(0, T, D), *[normal(0, H)] * states, *weights]
+    results, found = gradients(function, arrays, jit)
+    assert [part.shape for part in results] == [(0, T, H)] + [(0, H)] * states
+    for gradient, array in zip(found, arrays):
+        np.testing.assert_array_equal(gradient, np.zeros_like(array))
+
+
+def test_predict_for_no_rows() -> None:
+    model = keras.Sequential([keras.Input((T, D)), LSTM(H)])
+    assert model.predict_on_batch(normal(0, T, D)).shape == (0, H)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_sequences_of_no_steps_are_refused_as_keras_refuses_them(kind: str) -> None:
+    raised = []
+    for make in PAIRS[kind]:
+        with pytest.raises(Exception) as caught:  # noqa: PT011 (it is another one on each backend)
+            built(make, H)(ops.convert_to_tensor(normal(B, 0, D)))
+        raised.append(caught.type)
+    assert raised[0] is raised[1]
+
+
+# --- Memory that is not contiguous ----------------------------------------------------------------------
+
+ORDERS = {
+    "Fortran": np.asfortranarray,
+    "reversed": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    "every second": lambda x: np.repeat(x, 2, -1)[..., ::2],
+    "time first": lambda x: np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1),
+    "features first": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, -1, 0)), 0, -1),
+    "broadcast": lambda x: np.broadcast_to(x[..., :1], x.shape),
+    "reversed in time": lambda x: np.ascontiguousarray(x[:, ::-1])[:, ::-1],
+    "not aligned": lambda x: np.ndarray(x.shape, x.dtype, bytearray(b"." + x.tobytes()), 1),
+    "other bytes": lambda x: x.astype(x.dtype.newbyteorder()),
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+}
+
+
+def as_tensor(array: np.ndarray) -> Any:
+    """With the memory of the array, if the backend takes it."""
+    if BACKEND != "numpy" and not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if BACKEND == "torch":
+        import torch
+
+        usable = array.flags.writeable and min(array.strides) >= 0
+        usable &= all(stride % array.itemsize == 0 for stride in array.strides) and array.flags.aligned
+        return torch.from_numpy(array) if usable else ops.convert_to_tensor(array.copy())
+    return array if BACKEND == "numpy" else ops.convert_to_tensor(array)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_arrays_may_lie_in_any_order(order: str, masked: bool, backwards: bool) -> None:
+    """The input, the mask and the states."""
+    options = {"return_sequences": True, "return_state": True, "go_backwards": backwards}
+    layer = built(LSTM, H, **options)
+    given = [normal(B, T, D), normal(B, H), normal(B, H, seed=1), *([MASKS["any"]] if masked else [])]
+    other = [ORDERS[order](array) for array in given]
+
+    def call(x: Any, h: Any, c: Any, *mask: Any) -> list[np.ndarray]:
+        return list(map(numpy, layer(x, initial_state=[h, c], **({"mask": mask[0]} if mask else {}))))
+
+    plain = [np.array(array, array.dtype.newbyteorder("="), order="C") for array in other]
+    for found, expected in zip(call(*map(as_tensor, other)), call(*map(as_tensor, plain))):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.skipif(BACKEND != "numpy", reason="is about weights that are arrays of NumPy")
+@pytest.mark.parametrize("order", ["Fortran", "reversed", "every second", "not aligned"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_weights_may_lie_in_any_order(kind: str, order: str) -> None:
+    layer, other = (built(PAIRS[kind][0], H) for _ in range(2))
+    for ours, variable in zip(layer.weights, other.weights):
+        ours.assign(normal(*ours.shape))
+        variable._value = ORDERS[order](ours.numpy())
+    x = normal(B, T, D)
+    np.testing.assert_array_equal(other(x), layer(x))
+
+
+HOST = host.Run(cells.lstm, False, True, False, False, masked=True)
+
+
+def host_arguments(**others: np.ndarray) -> list[np.ndarray]:
+    """Those of the forward pass, by name."""
+    shapes = {"x": (B, T, D), "mask": (B, T), "h": (B, H), "c": (B, H)}
+    shapes |= {"kernel": (D, 4 * H), "recurrent": (H, 4 * H), "bias": (4 * H,)}
+    given = {name: normal(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items())}
+    return list((given | {"mask": MASKS["any"]} | others).values())
+
+
+@pytest.mark.parametrize("order", ["Fortran", "reversed", "every second", "features first", "not aligned"])
+def test_gradients_may_come_in_any_order_of_memory(order: str) -> None:
+    given = host_arguments()
+    seeds = [normal(B, T, H), normal(B, H), normal(B, H, seed=1)]
+    plain, other = (
+        host.backward(HOST, True, 0, *given, *map(layout, seeds)) for layout in (np.asarray, ORDERS[order])
+    )
+    for found, expected in zip(other, plain):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("kernel", (D, 4 * H + 1)), ("recurrent", (H, 4 * H - 4)), ("bias", (4 * H - 1,)), ("bias", (2, 4 * H))],
+)
+def test_weights_of_other_shapes_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}\w* must have the shape \(.*20,?\), got"):
+        host.forward(HOST, False, *host_arguments(**{name: normal(*shape)}))
+
+
+@pytest.mark.parametrize("name", ["x", "h", "kernel", "recurrent", "bias"])
+def test_other_types_are_refused(name: str) -> None:
+    names = ["x", "mask", "h", "c", "kernel", "recurrent", "bias"]
+    other = host_arguments()[names.index(name)].astype("float64")
+    with pytest.raises(TypeError, match=r" must be float\d\d, got float\d\d"):
+        host.forward(HOST, False, *host_arguments(**{name: other}))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ([(B, T, H + 1), (B, H), (B, H)], r"the gradient of the output must have the shape \(4, 6, 5\)"),
+        ([(B, T, H), (B, H), (B - 1, H)], r"the gradient of a final state must have the shape \(4, 5\)"),
+    ],
+)
+def test_other_gradients_are_refused(seeds: list[tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        host.backward(HOST, True, 0, *host_arguments(), *[normal(*shape) for shape in seeds])
+
+
+def test_no_steps_are_refused_where_they_are_known_at_the_run_only() -> None:
+    none = {"x": normal(B, 0, D), "mask": np.ones((B, 0), bool)}
+    with pytest.raises(ValueError, match="the input must have one time step at least, got the shape"):
+        host.forward(HOST, False, *host_arguments(**none))
 
 
 # --- Dropout ---------------------------------------------------------------------------------------------
@@ -307,6 +491,8 @@ def one_number(model: keras.Model) -> None:
     value = model.layers[0].cell.kernel.value
     if BACKEND == "torch":
         value.data.numpy()[0, 0] += 1
+    elif BACKEND == "numpy":
+        value[0, 0] += 1
     elif BACKEND == "tensorflow":
         model.layers[0].cell.kernel._value.scatter_nd_add([[0, 0]], [1.0])
     else:
@@ -325,7 +511,7 @@ def test_weights_are_laid_out_once_for_each_change(kind: str, monkeypatch: pytes
     x = normal(B, T, D)
     for model in (ours, theirs):
         model.compile("sgd", "mse")
-    for change in (nothing, assign, set_weights, fit, one_number):
+    for change in (nothing, assign, set_weights, one_number, *([] if BACKEND == "numpy" else [fit])):
         before = numpy(ours(x))
         change(ours)
         theirs.set_weights(ours.get_weights())
@@ -371,6 +557,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return words, normal(8, 1)
 
 
+@trains
 def test_training_goes_as_with_keras() -> None:
     losses, models = [], []
     for source in (fusedlstm.keras, layers):
@@ -384,50 +571,233 @@ def test_training_goes_as_with_keras() -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def kinds(model: Any) -> list[str]:
+    """Where the classes of the recurrent layers are from."""
+    found = [type(layer) for layer in model._flatten_layers() if isinstance(layer, layers.RNN)]
+    return ["ours" if kind in (LSTM, GRU, SimpleRNN, Recurrent) else "theirs" for kind in found]
+
+
 def test_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = stack(layers)
     model.compile("adam", "mse")
-    clone = accelerate(model)
-    kinds = [type(layer).__module__ for layer in clone._flatten_layers() if isinstance(layer, layers.RNN)]
-    assert kinds == ["fusedlstm.keras"] * 4
     words, targets = data()
     expected = model.predict(words, verbose=0)
-    np.testing.assert_allclose(clone.predict(words, verbose=0), expected, atol=1e-6)
-    clone.evaluate(words, targets, verbose=0)  # compiled, as the model is
+    assert accelerate(model) is model
+    assert kinds(model) == ["ours"] * 4
+    np.testing.assert_allclose(model.predict(words, verbose=0), expected, atol=1e-6)
+    model.evaluate(words, targets, verbose=0)
 
-    clone.save(tmp_path / "ours.keras")
+    model.save(tmp_path / "ours.keras")
     again = keras.models.load_model(tmp_path / "ours.keras")
-    np.testing.assert_array_equal(again.predict(words, verbose=0), clone.predict(words, verbose=0))
+    np.testing.assert_array_equal(again.predict(words, verbose=0), model.predict(words, verbose=0))
     names = {f"fusedlstm>{name}": theirs for name, (_, theirs) in PAIRS.items()}
     for name in names:  # as where fusedlstm.keras has not been imported
         monkeypatch.delitem(keras.saving.get_custom_objects(), name)
     plain = keras.models.load_model(tmp_path / "ours.keras", custom_objects=names)
-    assert not any(isinstance(layer, LSTM) for layer in plain._flatten_layers())
+    assert kinds(plain) == ["theirs"] * 4
     np.testing.assert_allclose(plain.predict(words, verbose=0), expected, atol=1e-6)
-    model.save_weights(tmp_path / "theirs.weights.h5")
+    plain.save_weights(tmp_path / "theirs.weights.h5")
     again.load_weights(tmp_path / "theirs.weights.h5")
 
 
+def test_restore(tmp_path: Path) -> None:
+    """Layers that were ours from the start become Keras's, too."""
+    model, words = stack(fusedlstm.keras), data()[0]
+    expected = model.predict(words, verbose=0)
+    assert restore(model) is model
+    assert kinds(model) == ["theirs"] * 4
+    assert all(layer.supports_jit for layer in model._flatten_layers())
+    np.testing.assert_allclose(model.predict(words, verbose=0), expected, atol=1e-6)
+    model.save(tmp_path / "theirs.keras")
+    assert kinds(keras.models.load_model(tmp_path / "theirs.keras")) == ["theirs"] * 4
+    assert kinds(accelerate(model)) == ["ours"] * 4
+
+
+def test_restore_says_what_has_no_counterpart() -> None:
+    model = keras.Sequential([keras.Input((T, D)), Recurrent(leaky, H, name="mine")])
+    with pytest.warns(UserWarning, match=r"mine is left as it is: keras\.layers has no Recurrent"):
+        restore(model)
+    assert kinds(model) == ["ours"]
+
+
+@trains
+def test_accelerate_goes_on_with_the_training() -> None:
+    """The optimizer keeps its state."""
+    losses = []
+    for change in (accelerate, lambda model: model):
+        keras.utils.set_random_seed(3)
+        model = stack(layers)
+        model.compile(keras.optimizers.Adam(0.01), "mse")
+        model.fit(*data(), batch_size=4, epochs=2, verbose=0)
+        change(model)
+        losses.append(model.fit(*data(), batch_size=4, epochs=2, verbose=0).history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@trains
+def test_accelerate_runs_our_kernels_in_what_has_been_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedlstm.kernels.cpu.engine import CPUDirection
+
+    model, calls = keras.Sequential([keras.Input((T, D)), layers.LSTM(H)]), []
+    model.compile("sgd", "mse")
+    right = CPUDirection.forward
+    monkeypatch.setattr(CPUDirection, "forward", lambda *args: calls.append(1) or right(*args))
+    for change, expected in ((nothing, False), (accelerate, True), (restore, False)):
+        change(model)
+        calls.clear()
+        model.predict(normal(B, T, D), verbose=0)
+        fit(model)
+        assert bool(calls) is expected
+
+
+def own_function(true: Any, found: Any) -> Any:
+    return ops.mean(ops.abs(true - found))
+
+
+class OwnOptimizer(keras.optimizers.SGD):
+    pass
+
+
+class OwnSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step: Any) -> float:
+        return 0.01
+
+
+class OwnMetric(keras.metrics.Metric):
+    def __init__(self, scale: float) -> None:
+        super().__init__(name="own")
+        self.scale, self.total = scale, self.add_weight(name="total", initializer="zeros")
+
+    def update_state(self, true: Any, found: Any, sample_weight: Any = None) -> None:
+        self.total.assign_add(self.scale * ops.mean(found))
+
+    def result(self) -> Any:
+        return ops.convert_to_tensor(self.total)
+
+
+class OwnWrapper(layers.Wrapper):
+    def call(self, x: Any) -> Any:
+        return self.layer(x) * 2.0
+
+
+class OwnModel(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = [layers.LSTM(H, return_sequences=True), layers.Bidirectional(layers.GRU(H))]
+        self.named = {"last": layers.Dense(1)}
+
+    def call(self, x: Any) -> Any:
+        for layer in self.stack:
+            x = layer(x)
+        return self.named["last"](x)
+
+
+def chain(*parts: Any) -> keras.Model:
+    return keras.Sequential([keras.Input((T, D)), *(parts or [layers.LSTM(H)]), layers.Dense(1)])
+
+
+COMPILED: dict[str, Any] = {
+    "loss": lambda: {"loss": own_function},
+    "lambda as a loss": lambda: {"loss": lambda true, found: ops.mean(true - found)},
+    "metric": lambda: {"metrics": [own_function, OwnMetric(2.0)]},
+    "optimizer": lambda: {"optimizer": OwnOptimizer()},
+    "schedule": lambda: {"optimizer": keras.optimizers.SGD(OwnSchedule())},
+}
+MODELS: dict[str, Any] = {
+    "wrapper": lambda: chain(OwnWrapper(layers.LSTM(H))),
+    "wrapper in a wrapper": lambda: chain(OwnWrapper(layers.Bidirectional(layers.LSTM(H)))),
+    "Lambda": lambda: chain(layers.Lambda(lambda x: ops.tanh(x)), layers.LSTM(H)),
+    "activation": lambda: chain(layers.LSTM(H), layers.Dense(3, activation=lambda x: x * T)),
+    "regularizer": lambda: chain(layers.LSTM(H, kernel_regularizer=lambda w: 0.01 * ops.sum(w * w))),
+    "model": OwnModel,
+}
+
+
+@pytest.mark.parametrize("name", [*COMPILED, *MODELS])
+def test_accelerate_with_objects_of_ones_own(name: str) -> None:
+    """None of them is registered, or needs a configuration."""
+    model = MODELS.get(name, chain)()
+    model.compile(**{"optimizer": "sgd", "loss": "mse"} | COMPILED.get(name, dict)())
+    x, y = normal(B, T, D), normal(B, 1)
+
+    def results() -> list[Any]:
+        losses = [] if BACKEND == "numpy" else [model.evaluate(x, y, verbose=0)]  # not all there work
+        return [model.predict(x, verbose=0), *losses]
+
+    expected = results()
+    accelerate(model)
+    assert set(kinds(model)) == {"ours"}
+    for found, right in zip(results(), expected):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+    if BACKEND != "numpy":
+        model.fit(x, y, verbose=0)
+
+
+def test_accelerate_a_layer() -> None:
+    layer = accelerate(layers.Bidirectional(layers.LSTM(H)))
+    assert kinds(layer) == ["ours"] * 2
+    assert layer(normal(B, T, D)).shape == (B, 2 * H)
+
+
+class OwnLSTM(layers.LSTM):
+    pass
+
+
 def test_accelerate_says_what_it_leaves() -> None:
-    model = keras.Sequential(
-        [
-            keras.Input((T, D)),
-            layers.LSTM(H, return_sequences=True, activation="softmax", name="soft"),
-            layers.RNN([layers.LSTMCell(H)], return_sequences=True, name="stacked"),
-            layers.GRU(H, name="plain"),
-        ]
+    model = chain(
+        layers.LSTM(H, return_sequences=True, activation="softmax", name="soft"),
+        layers.RNN([layers.LSTMCell(H)], return_sequences=True, name="stacked"),
+        OwnLSTM(H, return_sequences=True, name="own"),
+        layers.GRU(H, name="plain"),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        clone = accelerate(model)
+        accelerate(model)
     told = [str(warning.message) for warning in caught if "left as it is" in str(warning.message)]
-    assert len(told) == 2
-    assert "soft is left" in told[0]
-    assert "softmax" in told[0]
-    assert "stacked is left" in told[1]
-    assert isinstance(clone.get_layer("plain"), GRU)
-    with pytest.raises(TypeError, match="must be sequential or functional"):
+    assert [message.partition(" is left")[0] for message in told] == [
+        f"the layer {name}" for name in ("soft", "stacked", "own")
+    ]
+    for message, why in zip(told, ["softmax", "RNN runs cells", "OwnLSTM is a class of its own"]):
+        assert why in message
+    assert isinstance(model.get_layer("plain"), GRU)
+    with pytest.raises(TypeError, match=r"model must be a model or layer of Keras, got list"):
+        accelerate([model])
+    with pytest.warns(UserWarning, match="has no recurrent layers: it is not built"):
         accelerate(type("Own", (keras.Model,), {})())
+
+
+# --- What is exported ------------------------------------------------------------------------------------
+
+EXPORTED = {
+    "LSTM": lambda: LSTM(H),
+    "GRU": lambda: GRU(H),
+    "SimpleRNN": lambda: SimpleRNN(H),
+    "Bidirectional": lambda: layers.Bidirectional(LSTM(H)),
+    "Recurrent": lambda: Recurrent(cells.peephole_lstm, H),
+}
+
+
+@pytest.mark.skipif(BACKEND == "numpy", reason="Keras does not export on NumPy")
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_exported_models_run_without_us(kind: str, tmp_path: Path) -> None:
+    """In the way of exporting that Keras has on each backend."""
+    model, x = chain(EXPORTED[kind]()), normal(B, T, D)
+    expected = model.predict(x, verbose=0)
+    if BACKEND == "torch":
+        import onnxruntime
+
+        model.export(str(tmp_path / "a.onnx"), format="onnx", verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+        found = session.run(None, {session.get_inputs()[0].name: x})[0]
+    else:
+        import tensorflow as tf
+
+        model.export(str(tmp_path / "a"), verbose=False)
+        loaded = tf.saved_model.load(tmp_path / "a")
+        assert "PyFunc" not in str(loaded.signatures["serve"].graph.as_graph_def())
+        found = loaded.serve(x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)  # ours again
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -617,6 +987,80 @@ def test_tensorflow_runs_models_eagerly_and_not(eager: bool) -> None:
     model.fit(*data(), verbose=0)
     assert all(np.any(a != b) for a, b in zip(before, model.get_weights()))
     assert not len(host._records)  # each has been used
+
+
+@only("tensorflow")
+def test_tensorflow_saves_models_that_run_without_us(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    model, x = chain(LSTM(H)), normal(B, T, D)
+    expected = model.predict(x, verbose=0)
+    tf.saved_model.save(model, tmp_path)
+    loaded = tf.saved_model.load(tmp_path)
+    signature = loaded.signatures["serving_default"]
+    assert "PyFunc" not in str(signature.graph.as_graph_def())
+    np.testing.assert_allclose(next(iter(signature(tf.constant(x)).values())), expected, atol=1e-5)
+
+
+@only("tensorflow")
+def test_accelerate_turns_xla_off_and_restore_on() -> None:
+    model = chain()
+    model.compile("sgd", "mse", jit_compile=True)
+    expected = model.predict(normal(B, T, D), verbose=0)
+    for change, compiled in ((accelerate, False), (restore, True)):
+        change(model)
+        assert model.jit_compile is compiled
+        np.testing.assert_allclose(model.predict(normal(B, T, D), verbose=0), expected, atol=1e-6)
+
+
+@only("jax")
+def test_jax_exports_the_loop_of_keras_and_names_what_would_do_otherwise() -> None:
+    import jax
+
+    layer, x = built(LSTM, H), normal(B, T, D)
+    found = jax.export.export(jax.jit(lambda x: layer(x)))(x).call(x)
+    np.testing.assert_allclose(found, layer(x), atol=1e-6)
+    traced = jax.jit(lambda x: layer(x))
+    traced(x)  # with a call of the host, which JAX knows now
+    with pytest.raises(ValueError, match=r"fusedlstm\.keras\.restore"):
+        jax.export.export(traced)(x)
+
+
+@only("jax")
+def test_functions_have_numbers_of_their_own() -> None:
+    """However many threads number them at once."""
+    from fusedlstm import xla
+
+    found: list[tuple[Any, Any]] = []
+
+    def number() -> None:
+        for _ in range(1000):
+            function = lambda *arrays, **options: []  # noqa: E731
+            found.append((function, xla._number(function)))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=number) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert all(xla._functions[int(number)] is function for function, number in found)
+
+
+@only("torch")
+def test_torch_traces_the_loop_of_keras() -> None:
+    import torch
+
+    layer, x = built(LSTM, H, return_sequences=True), torch.tensor(normal(B, T, D))
+    other = torch.tensor(normal(B, T, D, seed=1))
+    expected = layer(other)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    exported = torch.export.export(layer, (x,)).module()
+    for found in (traced(other), exported(other)):
+        np.testing.assert_allclose(numpy(found), numpy(expected), atol=1e-6)
+    assert "fusedlstm::" not in str(traced.inlined_graph)
 
 
 @only("torch")

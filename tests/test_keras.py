@@ -23,7 +23,7 @@ def run(backend: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow", "numpy"])
 def test_layers_on_a_backend(backend: str) -> None:
     """Every option and layer against Keras's; see keras_cases.py."""
     done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "keras_cases.py"))
@@ -42,6 +42,45 @@ def test_numpy_runs_forward() -> None:
     )
     done = run("numpy", "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+FIRST_CALLS = {
+    # each direction is a call, and TensorFlow has threads of its own
+    "tensorflow": """
+model = keras.Sequential([keras.Input((6, 3)), keras.layers.Bidirectional(k.LSTM(5))])
+model.predict(np.ones((4, 6, 3), 'float32'), verbose=0)
+""",
+    "jax": """
+import jax
+layer, other = k.LSTM(5, name="a"), k.LSTM(5, name="b", go_backwards=True)
+both = jax.jit(jax.grad(lambda x: layer(x, training=True).sum() + other(x, training=True).sum()))
+together(lambda: jax.block_until_ready(both(np.ones((4, 6, 3), 'float32'))))
+""",
+    "numpy": "together(lambda: k.GRU(5)(np.ones((4, 6, 3), 'float32')))",
+    "torch": """
+model = keras.Sequential([keras.Input((6, 3)), keras.layers.Bidirectional(k.LSTM(5))])
+together(lambda: model.predict_on_batch(np.ones((4, 6, 3), 'float32')))
+""",
+}
+TOGETHER = """
+import threading, numpy as np, keras, fusedlstm.keras as k
+failed = []
+threading.excepthook = failed.append
+def together(function):
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=lambda: (barrier.wait(), function())) for _ in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+"""
+
+
+@pytest.mark.parametrize("backend", FIRST_CALLS)
+def test_two_threads_make_the_first_call_of_a_process(backend: str) -> None:
+    """Kernels are compiled by the first process, and loaded by the others."""
+    code = f"{TOGETHER}\n{FIRST_CALLS[backend]}\nassert not failed, failed"
+    for _ in range(4):
+        done = run(backend, "-c", code)
+        assert done.returncode == 0, done.stderr
 
 
 def test_another_backend_is_refused() -> None:

@@ -50,6 +50,7 @@ from fusedlstm.kernels.cpu.work import captured, run_with
 from . import derive
 from .cells import Cell, rnn_tanh
 from .derive import Graph, differentiate, tangents, trace
+from .torch import Export
 from .weights import Weights
 
 ONLY = engine.ONLY
@@ -374,7 +375,7 @@ class Products:
 
     def pack(self, weight: Tensor) -> Packed:  # (m, n)
         """For products from the left with a matrix (..., m)."""
-        matrix = weight.numpy()
+        matrix = np.from_dlpack(Export(weight))
         planes = engine.empty(len(matrix) * round_up(matrix.shape[1], self.spec.lanes), matrix.dtype)
         place = planes.ctypes.data
         self._pack.entry(*self._team(matrix.size), self._pack.address, None, matrix, ONLY, len(matrix), place)
@@ -387,7 +388,7 @@ class Products:
         weight: Tensor,  # (m, n), quickest if its rows or its columns are contiguous
     ) -> None:
         """target += source @ weight"""
-        rows, matrix = len(source), weight.numpy()
+        rows, matrix = len(source), np.from_dlpack(Export(weight))
         self._product.entry(
             *self._team(rows * matrix.size / 32), self._product.address, self._table, *_memory(source),
             matrix, *_memory(target), rows,
@@ -402,9 +403,13 @@ class Products:
         entering: np.ndarray,  # (N,): the rows of both
     ) -> None:
         """target = tangent of d.T @ source"""
+        if not len(entering):  # then no row writes to it
+            target.zero_()
+            return
+        result = np.from_dlpack(Export(target))
         self._outer.entry(
             *self._team(len(entering) * target.numel() / 32), self._outer.address, self._table,
-            _sides(d[0], d[1]), _sides(source, moved), entering, int(moved is None), target.numpy(),
+            _sides(d[0], d[1]), _sides(source, moved), entering, int(moved is None), result,
         )  # fmt: skip
 
     def _team(self, work: float) -> tuple[int, int, int]:
@@ -544,6 +549,7 @@ class Rows(NamedTuple):
     first: np.ndarray  # (T + 1,): the number of rows before each step
     order: Tensor | None  # (B,): sequences in descending order of length; None if they are
     last: Any  # an index of B rows: of the states after the last step of each of these
+    batch: int  # B
 
     def enter(self, states: Tensor) -> Tensor:  # (B + N, n)
         """The rows (N, n) that enter the steps."""
@@ -560,11 +566,6 @@ class Rows(NamedTuple):
             return rows.reshape(steps, -1, rows.shape[-1])
         flat = rows.new_zeros((steps * self.batch, rows.shape[-1]))
         return flat.index_copy_(0, self.places, rows).view(steps, -1, rows.shape[-1])
-
-    @property
-    def batch(self) -> int:
-        """B: at the first step all sequences run."""
-        return int(self.first[1])
 
     def sort(self, states: Tensor) -> Tensor:  # (B, n)
         """States in the order of the rows."""
@@ -583,7 +584,7 @@ def make_rows(
         count = steps * batch
         places = torch.arange(count).view(steps, batch).flip(0).flatten() if reverse else None
         final = slice(count, count + batch)
-        return Rows(places, np.arange(count), np.arange(0, count + 1, batch), None, final)
+        return Rows(places, np.arange(count), np.arange(0, count + 1, batch), None, final, batch)
     ends = np.full(batch, steps) if lengths is None else lengths
     order = np.argsort(-ends, kind="stable")
     ends = ends[order]
@@ -595,9 +596,9 @@ def make_rows(
     if reset is not None:  # a pass in reverse starts anew on the other side of a boundary
         anew |= reset[np.where(anew, 0, time + reverse), order[row]]
     entering = np.where(anew, row, batch + first[step - 1] + row)
-    last = torch.from_numpy(batch + first[ends - 1] + np.arange(batch))
+    last = torch.from_numpy(np.where(ends == 0, 0, batch + first[ends - 1]) + np.arange(batch))
     places = None if lengths is None and not reverse else torch.from_numpy(time * batch + order[row])
-    return Rows(places, entering, first, torch.from_numpy(order), last)
+    return Rows(places, entering, first, torch.from_numpy(order), last, batch)
 
 
 # --- The gradient of the first backward pass -------------------------------------------------------------
@@ -666,8 +667,8 @@ class _Pass:
         self.spec = spec = Spec(cell, scalar, weights.hr is not None)
         self.tiles, self.rows = products(scalar), rows
         self.own, self.moved = _by_product(cell, weights), _by_product(cell, moved)
-        self.x = rows.take(x).contiguous()
-        self.moved_x = None if moved_x is None else rows.take(moved_x).contiguous()
+        self.x = rows.take(x.resolve_neg()).contiguous()
+        self.moved_x = None if moved_x is None else rows.take(moved_x.resolve_neg()).contiguous()
         self.hidden, self.wide = weights.ih.shape[0] // spec.gates, weights.ih.shape[0]
         number = len(rows.entering)
         count = rows.batch + number

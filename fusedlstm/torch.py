@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, wraps
 from itertools import count
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -53,6 +54,8 @@ __all__ = [
     "restore",
 ]
 
+_TYPE_AND_BYTES = attrgetter("dtype", "nbytes")
+_autocasting = torch._C._is_any_autocast_enabled
 _NUMPY = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}  # what kernels compute in
 # By key, since an operator takes a text, not a cell.  Entries are made before anything is traced.
 _cells: dict[str, Cell] = {cell.key: cell for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)}
@@ -61,17 +64,38 @@ _cells: dict[str, Cell] = {cell.key: cell for cell in (cells.lstm, cells.gru, ce
 # --- Weights as the kernels want them --------------------------------------------------------------------
 
 
+class Export:
+    """A tensor on the host as NumPy imports it: ``numpy.from_dlpack(Export(tensor))``, to be read.
+
+    The array keeps the storage, but not where it lies: whoever resizes the storage moves it.  `Tensor.numpy`
+    would forbid that for good, and FSDP does it after each use of a weight; PyTorch's own DLPack takes
+    three times as long.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        # a negative one has a mark that the numbers are meant with the other sign
+        self.tensor = tensor.resolve_neg() if tensor.is_neg() else tensor
+
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
+    ) -> Any:
+        return torch._C._to_dlpack(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # kDLCPU
+
+
 def _array(tensor: Tensor) -> Any:
-    """The tensor's memory as a NumPy or CuPy array; the last axis is contiguous."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.stride(-1) != 1:
+    """The tensor's memory as a NumPy or CuPy array, to be read; the last axis is contiguous."""
+    if not tensor.is_contiguous() and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     if tensor.is_cuda:
         import cupy
 
-        return cupy.asarray(tensor)
-    return tensor.numpy()
+        return cupy.asarray(tensor.detach().resolve_neg())
+    return np.from_dlpack(Export(tensor))
 
 
 def _tensor(array: Any) -> Tensor:
@@ -93,8 +117,9 @@ class _Packed(NamedTuple):
     cell: Cell
     owners: list[weakref.ref[Tensor]]  # the weights
     sizes: _Sizes
+    device: int  # number of the GPU; -1 is the host
     places: list[Any]  # where and how they lie
-    arrays: list[Any]  # their memory, so that nothing else can lie there
+    arrays: list[Any]  # their storage, so that nothing else lies there as long as nobody resizes it
     table: np.ndarray | None  # where to look at it, (n, 2); none on a GPU
     sparse: int  # for few rows one block of numbers in so many is looked at
     stamps: dict[int, list[Any]]  # by how much was looked at
@@ -106,8 +131,8 @@ _LOOKED_AT = 1 << 16  # numbers of large weights that are looked at: more would 
 _MANY_ROWS = 1024  # for so many rows all numbers are: that takes a few per cent of what the products take
 
 
-def _direction(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes, rows: int) -> Direction:
-    """One direction with these weights, as they are now, to be run on so many rows, T times B.
+def _direction(weights: Sequence[Tensor], x: Tensor, shape: _Shape, d: int) -> Direction:
+    """Direction d of a layer with these weights, as they are now, to be run on x.
 
     What was laid out is used again if the tensors are the same, or views of the same, contiguous in one of
     both orders, lie where they lay, and have the same version counters and the same bits.  The bits are for
@@ -117,14 +142,16 @@ def _direction(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes, rows: int) 
     known = _packed.get(tuple(map(id, weights))) or _packed.get(tuple(map(_identity, weights)))
     if (
         known is not None
-        and known.cell is cell
-        and known.sizes == sizes
+        and known.cell is shape.cell
+        and known.sizes == shape.layer
+        and known.device == x.get_device()
+        and weights[0].dtype is x.dtype
         and known.places == _places(weights)
-        and known.stamps.get(every := 1 if rows >= _MANY_ROWS else known.sparse)
+        and known.stamps.get(every := 1 if shape.steps * shape.batch >= _MANY_ROWS else known.sparse)
         == _stamp(known.table, weights, every)
     ):
         return known.direction
-    return _pack(cell, weights, sizes)
+    return _pack(weights, x, shape, d)
 
 
 def _owner(weight: Tensor) -> Tensor:
@@ -140,20 +167,25 @@ def _identity(weight: Tensor) -> Any:
 def _places(weights: Sequence[Tensor]) -> list[Any]:
     """Where weights lie, and how the two matrices do: they may be given other data at the same place.
 
-    With the sizes that are compared beside it, this tells a matrix from its transpose and from another one.
+    With the sizes that are compared beside it, this tells a matrix from its transpose and from another one,
+    from a part of it, and from the same bits as another type.
     """
-    return [*[weight.data_ptr() for weight in weights], weights[0].stride(), weights[1].stride()]
+    ih, hh = weights[:2]
+    return [*map(Tensor.data_ptr, weights), *map(_TYPE_AND_BYTES, weights), ih.stride(), hh.stride()]
 
 
-def _pack(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes) -> Direction:
-    _check_weights(cell, weights, sizes)
-    engine = dispatch.engine(weights[1].device.type)
+def _pack(weights: Sequence[Tensor], x: Tensor, shape: _Shape, d: int) -> Direction:
+    cell, sizes, key = shape.cell, shape.layer, tuple(map(_identity, weights))
+    _check(_named_weights(cell, weights, sizes, d), x)
+    owners, places = list(map(_owner, weights)), _places(weights)
+    weights = [weight.detach() for weight in weights]  # whose arrays do not keep the tensors themselves
+    engine = dispatch.engine(x.device.type)
     own = storage.unflatten(cell, [_array(weight.contiguous()) for weight in weights])
     dense = [weight if weight.is_contiguous() else weight.t() for weight in weights]
     if not all(weight.is_contiguous() for weight in dense):  # what would be looked at is a copy
         return prepare(engine, cell, own)
-    arrays, key = [_array(weight) for weight in dense], tuple(map(_identity, weights))
-    table = None if weights[1].is_cuda else _bits().table(arrays)
+    arrays = [_array(weight) for weight in dense]
+    table = None if x.is_cuda else _bits().table(arrays)
     sparse = 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
     stamps = {every: _stamp(table, weights, every) for every in {1, sparse}}
     direction = prepare(engine, cell, own)
@@ -162,25 +194,11 @@ def _pack(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes) -> Direction:
         if (entry := _packed.get(key)) is not None and any(owner is reference for owner in entry.owners):
             del _packed[key]
 
-    owners = [weakref.ref(_owner(weight), drop) for weight in weights]
-    _packed[key] = _Packed(cell, owners, sizes, _places(weights), arrays, table, sparse, stamps, direction)
+    references = [weakref.ref(owner, drop) for owner in owners]
+    _packed[key] = _Packed(
+        cell, references, sizes, x.get_device(), places, arrays, table, sparse, stamps, direction
+    )
     return direction
-
-
-def _check_weights(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes) -> None:
-    """Refuse weights that a parametrization or ``functional_call`` has put in the place of those that fit.
-
-    Raises:
-        RuntimeError: for the first that does not fit; the kernels would read beyond what there is.
-    """
-    own, (inputs, hidden, outputs) = storage.unflatten(cell, weights), sizes
-    bias, proj = own.bias_ih is not None, 0 if own.hr is None else outputs
-    names = storage.names(cell, 0, False, bias, proj > 0)
-    shapes = storage.shapes(cell, inputs, hidden, bias, proj)
-    for name, shape, weight in zip(storage.flatten(names), storage.flatten(shapes), weights):
-        if weight.shape != shape:
-            what = name.removesuffix("_l0")
-            raise RuntimeError(f"{what} must have the shape {shape}, got {tuple(weight.shape)}")
 
 
 def _stamp(table: np.ndarray | None, weights: Sequence[Tensor], every: int) -> list[Any]:
@@ -202,14 +220,31 @@ def _bits() -> Any:
     return fingerprint
 
 
-# --- One layer, forward and backward ---------------------------------------------------------------------
+# --- What is known of one layer ---------------------------------------------------------------------------
 
 
+class _Given(NamedTuple):
+    """What the tapes of a forward pass depend on: backward must be given the same."""
+
+    shape: _Shape
+    states: int  # initial ones; none is zero
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        shape, (inputs, hidden, outputs) = self.shape, self.shape.layer
+        sizes = f"T={shape.steps}, B={shape.batch}, I={inputs}, H={hidden}, P={outputs}"
+        return f"{sizes}, {self.states} initial states, {self.dtype} on {self.device}"
+
+
+@dataclass(eq=False)
 class _Record:
     """What backward needs of one forward pass."""
 
-    def __init__(self, directions: list[Direction], tapes: list[Any]) -> None:
-        self.directions, self.tapes = directions, tapes
+    given: _Given
+    directions: list[Direction]
+    places: list[list[Any]]  # of the weights of each direction
+    tapes: list[Any]
 
 
 class _Handle(np.ndarray):
@@ -269,53 +304,235 @@ class _Shape:
         return self.layer.outputs
 
     @property
+    def input(self) -> tuple[int, int, int]:
+        """Shape of the input."""
+        return self.steps, self.batch, self.layer.inputs
+
+    @property
     def sizes(self) -> list[int]:
         """Of the states."""
         return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
 
     @cached_property
+    def states(self) -> list[tuple[int, int, int]]:
+        """Shapes of the states."""
+        return [(self.directions, self.batch, size) for size in self.sizes]
+
+    @cached_property
     def results(self) -> list[tuple[int, int, int]]:
         """Shapes of the output and of the final states."""
-        y = (self.steps, self.batch, self.directions * self.outputs)
-        return [y, *[(self.directions, self.batch, size) for size in self.sizes]]
+        return [(self.steps, self.batch, self.directions * self.outputs), *self.states]
 
 
 def _shape(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> _Shape:
-    sizes = (x.shape, weights[0].shape, weights[1].shape, key, directions)
+    """The sizes of a layer, by which all else is measured.
+
+    Raises:
+        ValueError, RuntimeError: if these cannot be the input and the weights of a layer.
+    """
+    number = len(weights)
+    if number < 2:
+        raise ValueError(f"weights must be two matrices at least, got {number} tensors")
     try:
-        return _shape_of(*sizes)
+        return _shape_of(x.shape, weights[0].shape, weights[1].shape, number, key, directions)
     except TypeError:  # symbols, of a graph that is compiled for any size, have no hash
-        return _shape_of.__wrapped__(*sizes)
+        return _shape_of.__wrapped__(x.shape, weights[0].shape, weights[1].shape, number, key, directions)
 
 
 @lru_cache(1024)
-def _shape_of(x: torch.Size, ih: torch.Size, hh: torch.Size, key: str, directions: int) -> _Shape:
-    cell = _cells[key]
-    return _Shape(cell, directions, x[0], x[1], _Sizes(x[2], ih[0] // len(cell.gates), hh[1]))
+def _shape_of(
+    x: torch.Size, ih: torch.Size, hh: torch.Size, weights: int, key: str, directions: int
+) -> _Shape:
+    cell = _cells.get(key)
+    if cell is None:
+        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {key!r}")
+    each, more = divmod(weights, directions) if directions in (1, 2) else (0, 1)
+    if more or not 2 <= each - len(cell.weights) <= 5:
+        raise ValueError(
+            f"weights must be those of 1 or 2 directions, each 2 to 5 and {len(cell.weights)} vectors of the "
+            f"cell {cell.name}, got {weights} for {directions} directions"
+        )
+    if not len(x) - 1 == len(ih) == len(hh) == 2:
+        raise RuntimeError(
+            "input must have 3 dimensions and the matrices of weights 2, got the shapes "
+            f"{tuple(x)}, {tuple(ih)} and {tuple(hh)}"
+        )
+    sizes = _Sizes(x[2], ih[0] // len(cell.gates), hh[1])
+    if not sizes.hidden:
+        raise RuntimeError(f"weight_ih must have rows for each gate of the cell, got the shape {tuple(ih)}")
+    return _Shape(cell, directions, x[0], x[1], sizes)
 
 
 def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
     return [x.new_empty(sizes) for sizes in shape.results]
 
 
-def _host_lengths(lengths: Tensor | None, steps: int) -> np.ndarray | None:
+# --- What kernels may be given: they work on addresses, so that anything else would be a crash -------------
+
+_Named = tuple[str, Tensor, Sequence[int]]  # an argument, and the shape that it must have
+
+
+def _check_forward(x: Tensor, initial: list[Tensor], weights: list[Tensor], shape: _Shape) -> None:
+    """Refuse an input and states that do not fit the weights, which are looked at in `_direction`.
+
+    Raises:
+        RuntimeError, TypeError: for the first that does not fit; it names the argument.
+    """
+    if not shape.steps:
+        raise RuntimeError(f"input must have one time step at least, got the shape {tuple(x.shape)}")
+    dtype = x.dtype
+    fits = dtype in _NUMPY and x.is_cpu and x.data_ptr() != 0  # what `_check` would find, in little time
+    if initial:
+        for part in initial:
+            fits = fits and part.dtype is dtype and part.is_cpu and part.data_ptr() != 0
+        fits = fits and [part.shape for part in initial] == shape.states
+    if not fits:
+        _check(_named(x, initial, weights, shape), x)
+
+
+def _check_backward(
+    grads: list[Tensor],
+    y: Tensor,
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    shape: _Shape,
+    record: _Record | None,
+) -> None:
+    """Refuse arguments that do not fit each other, or the forward pass.
+
+    Raises:
+        RuntimeError, TypeError: for the first that does not fit; it names the argument.
+    """
+    now = _Given(shape, len(initial), x.dtype, x.device)
+    if record is not None and record.given != now:
+        raise RuntimeError(
+            "input, states or weights have been given other data between forward and backward: there were "
+            f"{record.given}; there are {now}"
+        )
+    tensors = [y, *grads, x, *initial, *weights]
+    _, each = _expected(shape.cell, len(weights) // shape.directions, shape.layer)
+    shapes = [
+        shape.results[0],
+        *shape.results,
+        shape.input,
+        *(shape.states if initial else ()),
+        *each * shape.directions,
+    ]
+    fits = x.dtype in _NUMPY and [tensor.shape for tensor in tensors] == shapes  # as above
+    for tensor in tensors:
+        fits = fits and tensor.dtype is x.dtype and tensor.is_cpu and tensor.data_ptr() != 0
+    if not fits:
+        _check([*_named(x, initial, weights, shape), *_named_results(y, grads, shape.results)], x)
+
+
+def _check(named: Iterable[_Named], like: Tensor) -> None:
+    """Refuse tensors of another shape than is said, or of another type or device than `like`.
+
+    Raises:
+        RuntimeError, TypeError: for the first; it names the argument.
+    """
+    for name, tensor, shape in named:
+        if tensor.shape != tuple(shape):
+            raise RuntimeError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype is not like.dtype:
+            raise RuntimeError(f"{name} must be {like.dtype}, as what it goes with, got {tensor.dtype}")
+        if tensor.dtype not in _NUMPY:
+            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+        if tensor.device != like.device:
+            raise RuntimeError(f"{name} must lie on {like.device}, as what it goes with, got {tensor.device}")
+        if not (tensor.is_cpu or tensor.is_cuda):
+            raise RuntimeError(f"{name} lies on {tensor.device}, and kernels run on CPUs and CUDA devices")
+        if tensor.numel() and not tensor.data_ptr():
+            raise RuntimeError(f"{name} has no memory: its storage has been freed, or not been allocated yet")
+
+
+def _named(x: Tensor, initial: list[Tensor], weights: Sequence[Tensor], shape: _Shape) -> list[_Named]:
+    """What a layer is given."""
+    if len(initial) not in (0, len(shape.states)):
+        names = ", ".join(shape.cell.states)
+        raise RuntimeError(f"initial must have the states {names}, or none, got {len(initial)}")
+    each = len(weights) // shape.directions
+    labels = [f"initial state {name}" for name in shape.cell.states]
+    return [
+        ("input", x, shape.input),
+        *zip(labels, initial, shape.states),
+        *_named_weights(shape.cell, weights[:each], shape.layer, 0),
+        *(_named_weights(shape.cell, weights[each:], shape.layer, 1) if shape.directions == 2 else ()),
+    ]
+
+
+def _named_weights(cell: Cell, weights: Sequence[Tensor], sizes: _Sizes, d: int) -> list[_Named]:
+    """The weights of direction d."""
+    names, shapes = _expected(cell, len(weights), sizes)
+    return [(name + d * "_reverse", weight, shape) for name, weight, shape in zip(names, weights, shapes)]
+
+
+@lru_cache(1024)
+def _expected(cell: Cell, number: int, sizes: _Sizes) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Names and shapes of the weights of one direction."""
+    own, (inputs, hidden, outputs) = storage.unflatten(cell, [True] * number), sizes
+    bias, proj = own.bias_ih is not None, 0 if own.hr is None else outputs
+    names = storage.flatten(storage.names(cell, 0, False, bias, proj > 0))
+    shapes = storage.flatten(storage.shapes(cell, inputs, hidden, bias, proj))
+    return [name.removesuffix("_l0") for name in names], shapes
+
+
+def _named_results(y: Tensor, grads: list[Tensor], expected: list[tuple[int, int, int]]) -> list[_Named]:
+    """The output of a layer, and the gradients of all its results."""
+    if len(grads) != len(expected):
+        raise RuntimeError(f"grads must be those of {len(expected)} results, got {len(grads)}")
+    named = [(f"grads[{n}]", grad, shape) for n, (grad, shape) in enumerate(zip(grads, expected))]
+    return [("y", y, expected[0]), *named]
+
+
+def _host_lengths(lengths: Tensor | None, shape: _Shape) -> np.ndarray | None:
+    """A copy on the host, which nobody else writes once it has been checked."""
     if lengths is None:
         return None
-    host = lengths.detach().to("cpu", torch.int64).contiguous().numpy()
-    if host.size and (host.min() < 1 or host.max() > steps):
-        raise ValueError(f"lengths must be from 1 to {steps}, got {host.min()} to {host.max()}")
+    if not _integral(lengths):
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (shape.batch,):
+        raise ValueError(f"lengths must have the shape ({shape.batch},), got {tuple(lengths.shape)}")
+    host: np.ndarray = lengths.to("cpu", torch.int64, copy=True).contiguous().numpy()
+    _check_range(host, shape.steps)
     return host
 
 
-def _masks(lengths: Tensor | None, reset: Tensor | None, x: Tensor) -> tuple[Any, Any]:
+def _check_range(lengths: np.ndarray, steps: int) -> None:
+    if lengths.size and (lengths.min() < 0 or lengths.max() > steps):
+        raise ValueError(f"lengths must be from 0 to {steps}, got {lengths.min()} to {lengths.max()}")
+
+
+def _flags(reset: Tensor | None, shape: _Shape, device: torch.device | str) -> Tensor | None:
+    """A copy of reset on a device."""
+    if reset is None:
+        return None
+    if reset.dtype is not torch.bool:
+        raise TypeError(f"reset must be booleans, got {reset.dtype}")
+    if reset.shape != (shape.steps, shape.batch):
+        expected = (shape.steps, shape.batch)
+        raise ValueError(f"reset must have the shape {expected}, got {tuple(reset.shape)}")
+    return reset.to(device, copy=True).contiguous()
+
+
+def _integral(values: Tensor) -> bool:
+    dtype = values.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _masks(lengths: Tensor | None, reset: Tensor | None, x: Tensor, shape: _Shape) -> tuple[Any, Any]:
     """lengths and reset as the kernels take them, in memory that nobody else writes."""
-    host = _host_lengths(lengths, x.shape[0])
-    flags = None if reset is None else reset.to(x.device, torch.bool, copy=True).contiguous()
+    host, flags = _host_lengths(lengths, shape), _flags(reset, shape, x.device)
+    marks = None if flags is None else _array(flags)
     if x.is_cuda and host is not None:
         import cupy
 
-        return cupy.asarray(host), None if flags is None else _array(flags)
-    return host, None if flags is None else _array(flags)
+        return cupy.asarray(host), marks
+    return host, marks
+
+
+# --- One layer, forward and backward ---------------------------------------------------------------------
 
 
 def _forward(
@@ -344,17 +561,15 @@ def _run(
     training: bool,
 ) -> tuple[list[Tensor], _Record | None]:
     shape = _shape(x, weights, cell, directions)
+    _check_forward(x, initial, weights, shape)
     if not shape.batch:
+        _check(_named(x, initial, weights, shape), x)
+        _masks(lengths, reset, x, shape)
         return _empty_results(x, shape), None
     if x.is_cuda:
         with _on_stream(x):
-            results = _empty_results(x, shape)
-            arrays = [_array(result) for result in results]
-            return results, _fill(x, initial, weights, lengths, reset, shape, arrays, training)
-    dtype = _NUMPY[x.dtype]
-    arrays = [np.empty(sizes, dtype) for sizes in shape.results]  # quicker than tensors
-    record = _fill(x, initial, weights, lengths, reset, shape, arrays, training)
-    return [torch.from_numpy(array) for array in arrays], record
+            return _fill(x, initial, weights, lengths, reset, shape, training)
+    return _fill(x, initial, weights, lengths, reset, shape, training)
 
 
 def _fill(
@@ -364,17 +579,16 @@ def _fill(
     lengths: Tensor | None,
     reset: Tensor | None,
     shape: _Shape,
-    results: list[Any],
     training: bool,
-) -> _Record | None:
-    ends, marks = (None, None) if lengths is None and reset is None else _masks(lengths, reset, x)
-    source, (y, *final) = _array(x), results
+) -> tuple[list[Tensor], _Record | None]:
+    ends, marks = (None, None) if lengths is None and reset is None else _masks(lengths, reset, x, shape)
+    source, (results, (y, *final)) = _array(x), _new(x, shape.results)
     given = [_array(part) for part in initial]
-    used, tapes = [], []
+    record = _Record(_Given(shape, len(initial), x.dtype, x.device), [], [], []) if training else None
     each = len(weights) // shape.directions
     for d in range(shape.directions):
         own = weights[d * each : (d + 1) * each]
-        direction = _direction(shape.cell, own, shape.layer, shape.steps * shape.batch)
+        direction = _direction(own, x, shape, d)
         tape = direction.forward(
             source,
             tuple([part[d] for part in given]) if given else None,
@@ -385,10 +599,21 @@ def _fill(
             d == 1,
             training,
         )
-        if training:
-            used.append(direction)
-            tapes.append(_bound(tape, None, None))  # whoever calls backward brings x and y
-    return _Record(used, tapes) if training else None
+        if record is not None:
+            record.directions.append(direction)
+            record.places.append(_places(own))
+            record.tapes.append(_bound(tape, None, None))  # whoever calls backward brings x and y
+    return results, record
+
+
+def _new(like: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[Any]]:
+    """New tensors, and their memory to be written."""
+    if like.is_cuda:
+        tensors = [like.new_empty(shape) for shape in shapes]
+        return tensors, [_array(tensor) for tensor in tensors]
+    dtype = _NUMPY[like.dtype]
+    arrays = [np.empty(shape, dtype) for shape in shapes]  # quicker than tensors
+    return [torch.from_numpy(array) for array in arrays], arrays
 
 
 def _bound(tape: Any, x: Any, y: Any) -> Any:
@@ -415,15 +640,18 @@ def _backward(
     wants_x: bool = True,
 ) -> list[Tensor | None]:
     """Gradients of x, of the initial states and of the weights; x's has a product of its own."""
-    if not x.shape[1]:
+    if handle.shape != (1,):
+        raise RuntimeError(
+            f"handle must have the shape (1,), as the layer gave it, got {tuple(handle.shape)}"
+        )
+    record, shape = _records.get(int(handle)), _shape(x, weights, cell, directions)
+    _check_backward(grads, y, x, initial, weights, shape, record)
+    if not shape.batch:
         return [torch.zeros_like(part) for part in (x, *initial, *weights)]
-    record = _records.get(int(handle))
     if record is None:
         (y, *_), record = _run(x, initial, weights, lengths, reset, cell, directions, True)
     with _on_stream(x):
-        return _run_backward(
-            cast(_Record, record), grads, y, x, initial, _shape(x, weights, cell, directions), wants_x
-        )
+        return _run_backward(cast(_Record, record), grads, y, x, weights, shape, wants_x)
 
 
 def _run_backward(
@@ -431,15 +659,19 @@ def _run_backward(
     grads: list[Tensor],
     y: Tensor,
     x: Tensor,
-    initial: list[Tensor],
+    weights: list[Tensor],
     shape: _Shape,
     wants_x: bool,
 ) -> list[Tensor | None]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None
-    source, output, target = _array(x), _array(y), None if dx is None else _array(dx)
+    source, output = _array(x), _array(y)
+    (dx,), (target,) = _new(x, [shape.input]) if wants_x else ([None], [None])
     dy, *dfinal = map(_array, grads)
     dinitial, dweights = [], []
+    each = len(weights) // shape.directions
     for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
+        own = weights[d * each : (d + 1) * each]
+        if record.places[d] != _places(own):  # what was laid out may lie in memory that is no longer there
+            direction = _direction(own, x, shape, d)
         part = slice(d * shape.outputs, (d + 1) * shape.outputs)
         states, gradients = direction.backward(
             _bound(tape, source, output[..., part]),
@@ -451,7 +683,7 @@ def _run_backward(
         dinitial.append([_tensor(state) for state in states])
         gradients = gradients._replace(vectors=tuple(v.copy() for v in gradients.vectors))  # may share memory
         dweights += [_tensor(array) for array in storage.flatten(gradients)]
-    if not initial:
+    if not record.given.states:
         return [dx, *dweights]
     return [dx, *[torch.stack(parts) for parts in zip(*dinitial)], *dweights]
 
@@ -628,7 +860,7 @@ def _check_ends(lengths: Tensor, steps: int) -> None:
     while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
     with torch._C._DisableFuncTorch():
-        _host_lengths(lengths, steps)
+        _check_range(lengths.cpu().numpy(), steps)
 
 
 # --- The same with PyTorch's layers, for graphs that leave Python ----------------------------------------
@@ -838,7 +1070,9 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any
     given = [seed for seed in seeds if seed is not None]
     known = x.is_cpu and shape.batch and shape.cell.half is None and shape.cell.operand == 0
     if known and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
-        ends, marks = _host_lengths(lengths, shape.steps), None if reset is None else reset.cpu().numpy()
+        _check_backward(grads, y, x, initial, weights, shape, None)
+        ends, flags = _host_lengths(lengths, shape), _flags(reset, shape, "cpu")
+        marks = None if flags is None else flags.numpy()
         dgrads, dx, dinitial, dweights = _run_second(
             grads, y, x, initial, weights, seeds, ends, marks, shape, wants_x
         )
@@ -1042,8 +1276,9 @@ class _Stack(nn.Module):
 
     Call as ``torch.nn``'s layers, with two more arguments:
 
-        lengths: (B,) integers from 1 to T, in any order and on any device: sequences end there.  Outputs past
-            the end are zero, the final state is that at the end, and a reverse direction starts there.
+        lengths: (B,) integers from 0 to T, in any order and on any device: sequences end there.  Outputs past
+            the end are zero, the final state is that at the end, and a reverse direction starts there.  That
+            of a sequence without steps is the initial one.
         reset: (T, B), or (B, T) if batch_first, or (T,), booleans: where true, the state goes back to the
             initial one before that step.  A reverse direction goes back at the same boundary.
     """
@@ -1083,8 +1318,6 @@ class _Stack(nn.Module):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        if x.size(0) == 0:
-            raise RuntimeError(f"input must have one time step at least, got the shape {tuple(input.shape)}")
         states = [] if hx is None else self._check_state(hx, x.size(1), batched, weight)
         if lengths is not None:
             lengths = self._check_lengths(lengths, x.size(1), batched)
@@ -1100,6 +1333,11 @@ class _Stack(nn.Module):
     def _weights(self) -> list[list[Tensor]]:
         """Of each layer, those of both directions one after the other."""
         names = self._all_weights
+        if len(names) != self.num_layers * (2 if self.bidirectional else 1):
+            raise RuntimeError(
+                f"num_layers={self.num_layers} and bidirectional={self.bidirectional} do not fit the weights "
+                f"that this {type(self).__name__} was made with, of {len(names)} layers and directions"
+            )
         if self.bidirectional:
             names = [there + back for there, back in zip(names[::2], names[1::2])]
         return [_parameters(self, own) for own in names]
@@ -1115,7 +1353,7 @@ class _Stack(nn.Module):
         """The output (T, B, D*P) and the final states of all layers."""
         directions = 2 if self.bidirectional else 1
         cell, results = self.cell, []
-        given = x.dtype
+        given, autocasts = x.dtype, _autocasting()
         for level, used in enumerate(weights):
             if len(weights) == 1:
                 own = states
@@ -1123,12 +1361,12 @@ class _Stack(nn.Module):
                 own = [part[level * directions : (level + 1) * directions] for part in states]
             if level and self.dropout:
                 x = nn.functional.dropout(x, self.dropout, self.training)
-            if not (x.dtype is used[0].dtype and x.dtype in _NUMPY):
-                x, own, used = _converted(x, own, used)
+            if autocasts or x.dtype is not used[0].dtype or x.dtype not in _NUMPY:
+                x, own, used = _converted(x, own, used, autocasts)
             x, *final = _apply(x, own, used, lengths, reset, cell, directions)
             results.append(final)
         final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
-        return _as_results(x, final, given, self._autocasts or x.is_cuda)
+        return _as_results(x, final, given, autocasts and (self._autocasts or x.is_cuda))
 
     def _run_packed(self, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
         if lengths is not None or reset is not None:
@@ -1160,17 +1398,19 @@ class _Stack(nn.Module):
     _autocasts = True  # whether autocast gives its type to the results, on a CPU too
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
-        if x.dim() not in (2, 3):
+        shape = x.shape
+        if len(shape) not in (2, 3):
             raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead, with the "
-                f"shape {tuple(x.shape)}"
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {len(shape)}D instead, with the "
+                f"shape {tuple(shape)}"
             )
-        if x.size(-1) != self.input_size:
+        if shape[-1] != self.input_size:
             raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]} "
-                f"in the shape {tuple(x.shape)}"
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {shape[-1]} "
+                f"in the shape {tuple(shape)}"
             )
-        _check_dtype(x, weight)
+        if x.dtype is not weight.dtype:
+            _refuse_dtype(x, weight)
 
     def _check_state(self, hx: Any, batch: int, batched: bool, weight: Tensor) -> list[Tensor]:
         """The states as (L*D, B, size) each."""
@@ -1180,33 +1420,35 @@ class _Stack(nn.Module):
             raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {_described(hx)}")
         rows = self.num_layers * (2 if self.bidirectional else 1)
         leading, size = (rows, batch) if batched else (rows,), self.proj_size or self.hidden_size
-        shape = (*leading, size)
+        shape, others, dtype = (*leading, size), (*leading, self.hidden_size), weight.dtype
         for n, part in enumerate(parts):
-            label = "hx" if len(names) == 1 else f"hidden[{n}]"
-            if not isinstance(part, Tensor):
-                raise TypeError(f"{label} must be a tensor, got {_described(part)}")
-            if part.shape != shape:
-                raise RuntimeError(f"Expected {label} size {shape}, got {tuple(part.shape)}")
-            _check_dtype(part, weight, label)
-            shape = (*leading, self.hidden_size)  # of all states but the output
+            if not isinstance(part, Tensor) or part.shape != shape or part.dtype is not dtype:
+                label = "hx" if len(names) == 1 else f"hidden[{n}]"
+                if not isinstance(part, Tensor):
+                    raise TypeError(f"{label} must be a tensor, got {_described(part)}")
+                if part.shape != shape:
+                    raise RuntimeError(f"Expected {label} size {shape}, got {tuple(part.shape)}")
+                _refuse_dtype(part, weight, label)
+            shape = others
         return list(parts) if batched else [part.unsqueeze(1) for part in parts]
 
     def _check_lengths(self, lengths: Any, batch: int, batched: bool) -> Tensor:
+        """A copy of lengths as (B,), on the host."""
         if not batched:
             raise ValueError(
                 "lengths needs an input with a batch axis; cut one sequence to its length instead"
             )
         given: Tensor = torch.as_tensor(lengths)
-        if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
+        if given.numel() and not _integral(given):
             raise TypeError(f"lengths must be integers, got {given.dtype}")
         if given.shape != (batch,):
             raise ValueError(
                 f"lengths must have the shape ({batch},), one for each sequence, got {tuple(given.shape)}"
             )
-        return given
+        return given.to("cpu", torch.int64, copy=True)
 
     def _check_reset(self, reset: Any, shape: torch.Size, batched: bool) -> Tensor:
-        """reset as (T, B)."""
+        """A copy of reset as (T, B)."""
         if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
             raise TypeError(f"reset must be a tensor of booleans, got {_described(reset)}")
         if reset.shape != shape:
@@ -1214,9 +1456,10 @@ class _Stack(nn.Module):
                 f"reset must have the shape {tuple(shape)}, as input without its features, got "
                 f"{tuple(reset.shape)}"
             )
+        own = reset.clone()
         if not batched:
-            return reset.unsqueeze(1)
-        return reset.transpose(0, 1) if self.batch_first else reset
+            return own.unsqueeze(1)
+        return own.transpose(0, 1) if self.batch_first else own
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -1228,16 +1471,13 @@ def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
     return found
 
 
-def _check_dtype(value: Tensor, weight: Tensor, label: str = "input") -> None:
-    if value.dtype is weight.dtype and value.is_cpu and weight.is_cpu:
-        return
-    if value.dtype is not weight.dtype and not torch._C._is_any_autocast_enabled():
+def _refuse_dtype(value: Tensor, weight: Tensor, label: str = "input") -> None:
+    """Refuse an argument of another type than the weights have, but under autocast."""
+    if not _autocasting():
         raise ValueError(
             f"RNN {label} dtype ({value.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert {label}: {label}.to({weight.dtype}), or convert model: model.to({value.dtype})"
         )
-    if value.device != weight.device:
-        raise RuntimeError(f"{label} lies on {value.device}, but the weights on {weight.device}")
 
 
 def _described(value: Any) -> str:
@@ -1248,11 +1488,20 @@ def _described(value: Any) -> str:
 
 
 def _converted(
-    x: Tensor, states: list[Tensor], weights: list[Tensor]
+    x: Tensor, states: list[Tensor], weights: list[Tensor], autocasts: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """All in the precision in which kernels compute: that of the weights, but float32 at least."""
-    dtype = torch.promote_types(weights[0].dtype, torch.float32)
-    return x.to(dtype), [part.to(dtype) for part in states], [weight.to(dtype) for weight in weights]
+    """All in the precision in which kernels compute: that of the weights, but float32 at least.
+
+    What autocast would not convert, or without it has another type than the weights, stays, to be refused.
+    """
+    given = weights[0].dtype
+    dtype = torch.promote_types(given, torch.float32)
+
+    def convert(part: Tensor) -> Tensor:
+        fits = part.dtype.is_floating_point if autocasts else part.dtype is given
+        return part.to(dtype) if fits else part
+
+    return convert(x), [convert(part) for part in states], [convert(weight) for weight in weights]
 
 
 def _as_results(
@@ -1261,7 +1510,7 @@ def _as_results(
     """Results of the type of the input, or of autocast's."""
     if y.dtype is torch.float64:
         return y, final
-    if autocasts and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(y.device.type):
+    if autocasts and torch.is_autocast_enabled(y.device.type):
         given = torch.get_autocast_dtype(y.device.type)
     return (y, final) if y.dtype is given else (y.to(given), [part.to(given) for part in final])
 
@@ -1469,14 +1718,16 @@ class _Single(nn.RNNCellBase):
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
         weights = _parameters(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
-        _check_dtype(input, weights[0])
+        if input.dtype is not weights[0].dtype:
+            _refuse_dtype(input, weights[0])
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input[None, None]
         states = [] if hx is None else self._check_state(hx, x.shape[1], batched, weights[0])
-        if not (x.dtype is weights[0].dtype and x.dtype in _NUMPY):
-            x, states, weights = _converted(x, states, weights)
+        autocasts = _autocasting()
+        if autocasts or x.dtype is not weights[0].dtype or x.dtype not in _NUMPY:
+            x, states, weights = _converted(x, states, weights, autocasts)
         y, *final = _apply(x, states, weights, None, None, self._cell, 1)
-        _, final = _as_results(y, final, input.dtype, y.is_cuda)
+        _, final = _as_results(y, final, input.dtype, autocasts and y.is_cuda)
         final = [part.squeeze(0) if batched else part[0, 0] for part in final]
         return tuple(final) if len(final) > 1 else final[0]
 
@@ -1508,7 +1759,8 @@ class _Single(nn.RNNCellBase):
                 raise RuntimeError(
                     f"Input batch size {batch} doesn't match hidden{n} batch size {part.shape[0]}"
                 )
-            _check_dtype(part, weight, label)
+            if part.dtype is not weight.dtype:
+                _refuse_dtype(part, weight, label)
             states.append(part.unsqueeze(0) if batched else part[None, None])
         return states
 

@@ -82,6 +82,16 @@ def test_sizes(sizes: tuple[int, int, int, int]) -> None:
     Case(cells.lstm, sizes, torch.float64, bias=sizes[0] > 1).check()
 
 
+@pytest.mark.parametrize("lengths", [[3, 0, 4, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("reset", [False, True])
+def test_sequences_without_steps(lengths: list[int], reset: bool) -> None:
+    case = Case(cells.lstm, (5, 4, 3, 9), torch.float64).cut()
+    case.lengths = np.array(lengths)
+    if not reset:
+        case.reset = None
+    case.check()
+
+
 def test_projection() -> None:
     Case(checks.three_states, (6, 3, 4, 17), torch.float64, proj_size=5).cut().check()
 

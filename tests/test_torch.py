@@ -203,10 +203,77 @@ def test_reset_is_a_new_sequence(bidirectional: bool) -> None:
     assert_same(ours(x[:, 0], reset=reset)[0], two()[:, 0])
 
 
-def test_batch_of_none() -> None:
-    theirs, ours = pair("LSTM", INPUTS, HIDDEN, 2, dtype=torch.float64)
+@pytest.mark.parametrize("given", [False, True], ids=["from zero", "from a state"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_of_none(kind: str, given: bool) -> None:
+    theirs, ours = pair(kind, INPUTS, HIDDEN, 2, bidirectional=True, dtype=torch.float64)
     x = torch.randn(STEPS, 0, INPUTS, dtype=torch.float64, requires_grad=True)
+    hx = state(kind, 4, 0, torch.float64) if given else None
+    inputs = [x, *(leaves(hx) if given else [])]
+    expected = gradients(theirs, lambda: theirs(x, hx), inputs)
+    assert_same(gradients(ours, lambda: ours(x, hx), inputs), expected)
+    reset = torch.zeros(STEPS, 0, dtype=torch.bool)
+    assert_same(gradients(ours, lambda: ours(x, hx, lengths=[], reset=reset), inputs), expected)
+    (dx,) = torch.autograd.grad(ours(x, hx)[0].sum(), x, create_graph=True)
+    assert not any(part.any() for part in torch.autograd.grad(dx.sum(), list(ours.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_batch_of_none_in_a_cell(kind: str) -> None:
+    theirs, ours = pair(kind, dtype=torch.float64)
+    x = torch.randn(0, INPUTS, dtype=torch.float64, requires_grad=True)
     assert_same(gradients(ours, lambda: ours(x), [x]), gradients(theirs, lambda: theirs(x), [x]))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, INPUTS), (0, 0, INPUTS), (0, INPUTS)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_steps_are_refused_as_by_pytorch(kind: str, shape: tuple[int, ...]) -> None:
+    for module in pair(kind):
+        with pytest.raises(RuntimeError):
+            module(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.gru_reset_before], ids=checks.name)
+def test_sequences_without_steps(cell: fusedlstm.Cell, bidirectional: bool, lengths: list[int]) -> None:
+    """Their outputs are zero, their state stays the initial one, and they touch nothing else."""
+    ours = fused.Recurrent(cell, INPUTS, HIDDEN, bidirectional=bidirectional, dtype=torch.float64)
+    x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    for n in (n for n, length in enumerate(lengths) if not length):
+        x[:, n] = torch.nan
+    x.requires_grad_()
+    hx = [
+        torch.randn(1 + bidirectional, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
+        for _ in cell.states
+    ]
+
+    def run() -> Any:
+        return ours(x, tuple(hx) if len(hx) > 1 else hx[0], lengths=lengths)
+
+    def alone() -> Any:
+        """Each sequence by itself."""
+        ys, finals = [], []
+        for n, length in enumerate(lengths):
+            own = [part[:, n : n + 1] for part in hx]
+            y, final = x.new_zeros(0, 1, (1 + bidirectional) * HIDDEN), own
+            if length:
+                y, final = ours(x[:length, n : n + 1], tuple(own) if len(own) > 1 else own[0])
+            ys.append(torch.cat([y, y.new_zeros(STEPS - length, *y.shape[1:])]))
+            finals.append(leaves(tuple(final) if isinstance(final, list) else final))
+        return torch.cat(ys, 1), tuple(torch.cat(parts, 1) for parts in zip(*finals))
+
+    inputs = [x, *hx]
+    found, expected = (outcome(ours, call, inputs) for call in (run, alone))
+    assert_same(found, expected)
+
+
+def outcome(module: nn.Module, run: Callable[[], Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Results of `run`, and their gradients, zero where nothing depends on it."""
+    results = leaves(run())
+    loss = sum(part.square().sum() + part.sum() for part in results)
+    wanted = [*inputs, *module.parameters()]
+    return [*results, *torch.autograd.grad(loss, wanted, materialize_grads=True)]
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "stepped", "one feature"])
@@ -383,10 +450,11 @@ def test_checkpointing() -> None:
     assert_same(found, gradients(theirs, lambda: theirs(x), [x]))
 
 
-def test_memory_for_backward_is_freed() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_for_backward_is_freed(frozen: bool) -> None:
     gc.collect()
-    ours = fused.LSTM(INPUTS, HIDDEN, 2)
-    x = torch.randn(STEPS, BATCH, INPUTS)
+    ours = fused.LSTM(INPUTS, HIDDEN, 2).requires_grad_(not frozen)
+    x = torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
     before = len(fused._records)
     results = [ours(x)[0].sum() for _ in range(3)]
     assert len(fused._records) == before + 6
@@ -396,6 +464,184 @@ def test_memory_for_backward_is_freed() -> None:
     number = len(fused._packed)
     del ours
     assert len(fused._packed) == number - 2
+
+
+# --- Between forward and backward ---------------------------------------------------------------------
+
+
+def swap(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+    """Give a tensor other data, which no counter tells."""
+    tensor.data = torch.randn(shape, dtype=dtype)
+
+
+SWAPS: dict[str, Callable[[nn.Module, Tensor, list[Tensor], Tensor], Any]] = {
+    "a smaller input": lambda m, x, hx, y: swap(x, 1, 1, INPUTS),
+    "a larger input": lambda m, x, hx, y: swap(x, STEPS + 1, BATCH, INPUTS),
+    "an input of another type": lambda m, x, hx, y: swap(x, *x.shape, dtype=torch.float64),
+    "a smaller state": lambda m, x, hx, y: swap(hx[1], 2, 1, HIDDEN),
+    "larger weights": lambda m, x, hx, y: swap(m.weight_hh_l0, 4 * HIDDEN + 4, HIDDEN + 1),
+    "larger weights in reverse": lambda m, x, hx, y: swap(m.weight_hh_l0_reverse, 999, HIDDEN),
+    "a smaller bias": lambda m, x, hx, y: swap(m.bias_ih_l0_reverse, 1),
+    "double": lambda m, x, hx, y: m.double(),
+    "half": lambda m, x, hx, y: m.half(),
+    "all of another type": lambda m, x, hx, y: [
+        swap(part, *part.shape, dtype=torch.float64) for part in (x, *hx, y, *m.parameters())
+    ],
+}
+
+
+@pytest.mark.parametrize("wanted", ["all", "weights"])
+@pytest.mark.parametrize("name", SWAPS)
+def test_other_data_before_backward_is_refused(name: str, wanted: str) -> None:
+    """Kernels would read, and write gradients, beyond what there is."""
+    ours = fused.LSTM(INPUTS, HIDDEN, bidirectional=True)
+    x, *hx = torch.randn(STEPS, BATCH, INPUTS), *torch.randn(2, 2, BATCH, HIDDEN).unbind()
+    for part in (x, *hx):
+        part.requires_grad_(wanted == "all")
+    y, _ = ours(x, tuple(hx))
+    loss = y.sum()
+    SWAPS[name](ours, x, hx, y)
+    with pytest.raises(RuntimeError, match=r"other data between|must have the shape|must be torch.float"):
+        loss.backward()
+
+
+def test_other_data_before_the_second_backward_is_refused() -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
+    (dx,) = torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
+    swap(x, 1, 1, INPUTS)
+    with pytest.raises(RuntimeError, match=r"y must have the shape \(1, 1, 7\), got \(5, 3, 7\)"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru_reset_before], ids=checks.name)
+def test_weights_that_moved_before_backward(cell: fusedlstm.Cell) -> None:
+    """As under FSDP, which frees them after forward, and allocates them anew for backward."""
+    ours = fused.Recurrent(cell, INPUTS, HIDDEN, bidirectional=True)
+    x = torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
+    expected = gradients(ours, lambda: ours(x), [x])
+
+    def run() -> Any:
+        results = ours(x)
+        weights = list(ours.parameters())
+        kept = [weight.detach().clone() for weight in weights]
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(weights)):
+            for weight in weights:
+                weight.untyped_storage().resize_(0)
+            others = [torch.full_like(copy, torch.nan) for copy in kept]  # in the memory that became free
+            for weight, copy in zip(weights, kept):
+                weight.untyped_storage().resize_(copy.nbytes)
+                weight.copy_(copy)
+            del others
+        return results
+
+    assert_same(gradients(ours, run, [x]), expected)
+
+
+def test_lengths_and_reset_may_be_written_after_the_call() -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN, 2), torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
+
+    def run(write: bool) -> Any:
+        lengths, reset = torch.tensor([2, 5, 3]), torch.zeros(STEPS, BATCH, dtype=torch.bool)
+        reset[2] = True
+        y, _ = ours(x, lengths=lengths, reset=reset)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        if write:
+            lengths.fill_(1)
+            reset.fill_(False)
+        return [y, dx, *torch.autograd.grad(dx.square().sum(), list(ours.parameters()), allow_unused=True)]
+
+    kept = [n for n, part in enumerate(run(False)) if part is not None]
+    assert_same([run(True)[n] for n in kept], [run(False)[n] for n in kept])
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_lengths_and_reset_may_be_written_during_the_call(
+    operator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, here before each direction: the kernels would read beyond the arrays."""
+    ours, x = (
+        fused.LSTM(INPUTS, HIDDEN, 1 if operator else 2, bidirectional=True),
+        torch.randn(STEPS, 2, INPUTS),
+    )
+    lengths, reset = torch.tensor([2, 5]), torch.zeros(STEPS, 2, dtype=torch.bool)
+    reset[1] = True
+    weights = [weight.detach() for weight in ours.parameters()]
+
+    def run() -> Any:
+        if operator:
+            return torch.ops.fusedlstm.layer(x, [], weights, lengths, reset, cells.lstm.key, 2, False)[:-1]
+        return ours(x, lengths=lengths, reset=reset)
+
+    with torch.no_grad():
+        expected = run()
+        direction = fused._direction
+
+        def write(*args: Any) -> Any:
+            lengths.fill_(1 << 40)
+            reset.fill_(False)
+            return direction(*args)
+
+        monkeypatch.setattr(fused, "_direction", write)
+        assert_same(run(), expected)
+
+
+# --- Memory that is PyTorch's -------------------------------------------------------------------------
+
+
+def test_storages_can_be_resized_after_a_call() -> None:
+    """`Tensor.numpy` forbids it for good."""
+    ours, x = fused.LSTM(INPUTS, HIDDEN, 2), torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
+    hx = torch.randn(2, 2, BATCH, HIDDEN).unbind()
+    lengths, reset = torch.tensor([2, 5, 3]), torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    dy = torch.randn(STEPS, BATCH, HIDDEN, requires_grad=True)
+    (dx,) = torch.autograd.grad(ours(x, hx, lengths=lengths, reset=reset)[0], x, dy, create_graph=True)
+    seed = torch.randn_like(dx)
+    torch.autograd.grad(dx, [dy, *ours.parameters()], seed, allow_unused=True)
+    weights = [weight.detach() for weight in ours.parameters()]
+    torch.ops.fusedlstm.layer(x, [], weights[:4], lengths, reset, cells.lstm.key, 1, False)
+    for part in (x, *hx, lengths, reset, dy, seed, *weights):
+        storage = part.untyped_storage()
+        assert storage.resizable()
+        storage.resize_(0)
+
+
+FREED = ["input", "state", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"]
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", FREED)
+def test_memory_that_was_freed_is_refused(name: str, called: bool) -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS)
+    hx = tuple(torch.randn(1, BATCH, HIDDEN) for _ in range(2))
+    with torch.no_grad():
+        if called:
+            ours(x, hx)
+        freed = {"input": x, "state": hx[1]}.get(name)
+        freed = getattr(ours, name) if freed is None else freed
+        freed.untyped_storage().resize_(0)
+        label = {"state": "initial state c"}.get(name, name.removesuffix("_l0"))
+        with pytest.raises(RuntimeError, match=f"{label} has no memory"):
+            ours(x, hx)
+
+
+def test_memory_that_was_freed_before_backward_is_refused() -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS)
+    y, _ = ours(x)
+    ours.weight_hh_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight_hh has no memory"):
+        y.sum().backward()
+
+
+def test_tensors_with_the_mark_of_the_other_sign() -> None:
+    theirs, ours = pair("LSTM", dtype=torch.float64)
+    x = torch._neg_view(torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)).requires_grad_()
+    assert x.is_neg()
+    assert_same(gradients(ours, lambda: ours(x), [x]), gradients(theirs, lambda: theirs(x), [x]))
+    results = []
+    for module in (theirs, ours):
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [x, module.weight_hh_l0]))
+    assert_same(results[1], results[0])
 
 
 # --- Compiled -----------------------------------------------------------------------------------------
@@ -544,6 +790,86 @@ def test_weights_of_a_wrong_shape_are_refused(name: str, shape: tuple[int, ...])
     own = name.partition("_l0")[0]
     with pytest.raises(RuntimeError, match=r"must have the shape \("):
         torch.func.functional_call(cell, {own: torch.randn(shape)}, x[0])
+
+
+WEIGHTS = ("weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_ih_l0_reverse", "bias_hh_l0_reverse")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_another_type_are_refused(name: str, dtype: torch.dtype) -> None:
+    """Kernels would take their bits for those of the first one's type."""
+    ours, x = fused.LSTM(INPUTS, HIDDEN, bidirectional=True), torch.randn(STEPS, BATCH, INPUTS)
+    ours(x)
+    what = name.replace("_l0", "")
+    with pytest.raises(RuntimeError, match=f"{what} must be torch.float32, .*{dtype}"):
+        torch.func.functional_call(ours, {name: getattr(ours, name).detach().to(dtype)}, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bfloat16], ids=str)
+def test_a_direction_of_another_type_is_refused(dtype: torch.dtype) -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN, bidirectional=True), torch.randn(STEPS, BATCH, INPUTS)
+    back = {name: p.detach().to(dtype) for name, p in ours.named_parameters() if "reverse" in name}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"weight_ih_reverse must be torch.float32, .*{dtype}"):
+            torch.func.functional_call(ours, back, x)
+        if dtype is torch.float64:  # such a direction has been laid out
+            own = list(back.values())
+            torch.ops.fusedlstm.layer(x.double(), [], own, None, None, cells.lstm.key, 1, False)
+
+
+def test_weights_of_another_type_in_the_same_memory_are_refused() -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN).requires_grad_(False), torch.randn(STEPS, BATCH, INPUTS)
+    ours(x)
+    ours.bias_hh_l0.data = ours.bias_hh_l0.data.view(torch.int32)
+    with pytest.raises(RuntimeError, match=r"bias_hh must be torch.float32.*int32"):
+        ours(x)
+
+
+def test_a_part_of_weights_in_the_same_memory_is_refused() -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS)
+    for name in ("bias_hh_l0", "weight_hh_l0"):
+        ours(x)
+        whole = getattr(ours, name).data
+        getattr(ours, name).data = whole[:3]
+        with pytest.raises(RuntimeError, match=r"must have the shape"):
+            ours(x)
+        getattr(ours, name).data = whole
+
+
+def test_weights_elsewhere_are_refused() -> None:
+    ours, x = fused.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS)
+    elsewhere = {"weight_hh_l0": torch.empty(4 * HIDDEN, HIDDEN, device="meta")}
+    with pytest.raises(RuntimeError, match=r"weight_hh must lie on cpu.*meta"):
+        torch.func.functional_call(ours, elsewhere, x)
+    with pytest.raises(RuntimeError, match="meta"):
+        ours(x.to("meta"))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "LSTMCell", "GRUCell", "RNNCell"])
+def test_states_that_fit_the_module_but_not_its_weights_are_refused(kind: str) -> None:
+    """Kernels would write beyond the rows of the state."""
+    ours, single = getattr(fused, kind)(INPUTS, 100), kind.endswith("Cell")
+    small = dict(getattr(nn, kind)(INPUTS, HIDDEN).named_parameters())
+    x, h = torch.ones(BATCH, INPUTS), torch.ones(BATCH, 100)
+    if not single:
+        x, h = x[None], h[None]
+    hx = (h, h) if "LSTM" in kind else h
+    with pytest.raises(RuntimeError, match=r"initial state h must have the shape \(1, 3, 7\).*\(1, 3, 100\)"):
+        torch.func.functional_call(ours, small, (x, hx))
+    ours = getattr(fused, kind)(INPUTS, HIDDEN)
+    ours.hidden_size = 100
+    with pytest.raises(RuntimeError, match=r"initial state h must have the shape \(1, 3, 7\).*\(1, 3, 100\)"):
+        ours(x, hx)
+
+
+@pytest.mark.parametrize("setting", [{"num_layers": 3}, {"num_layers": 1}, {"bidirectional": False}])
+def test_settings_that_do_not_fit_the_weights_are_refused(setting: dict[str, Any]) -> None:
+    ours = fused.GRU(HIDDEN, HIDDEN, 2, bidirectional=True)
+    for name, value in setting.items():
+        setattr(ours, name, value)
+    with pytest.raises(RuntimeError, match="do not fit the weights"):
+        ours(torch.ones(STEPS, BATCH, HIDDEN))
 
 
 def test_large_weights_written_unseen_by_counters() -> None:
@@ -697,6 +1023,17 @@ def test_autocast_types_are_pytorchs(kind: str, given: torch.dtype) -> None:
         torch.testing.assert_close(ours_part.float(), exact, rtol=1e-2, atol=1e-2)
     sum(part.float().sum() for part in found).backward()
     assert all(p.grad.dtype is torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_takes_states_of_any_type(given: torch.dtype) -> None:
+    theirs, ours = pair("LSTM")
+    x, h, c = torch.randn(STEPS, BATCH, INPUTS), *torch.randn(2, 1, BATCH, HIDDEN).unbind()
+    exact = leaves(theirs(x, (h.to(given).float(), c)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = leaves(ours(x, (h.to(given), c)))
+    for part, right in zip(found, exact):
+        torch.testing.assert_close(part.float(), right, rtol=1e-2, atol=1e-2)
 
 
 def test_weights_of_low_precision() -> None:
@@ -859,8 +1196,8 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     ),
     "lengths range": (
         ValueError,
-        r"from 1 to 2, got 0 to 3",
-        lambda m: m(X, lengths=[0, 3]),
+        r"from 0 to 2, got -1 to 3",
+        lambda m: m(X, lengths=[-1, 3]),
     ),
     "lengths dtype": (TypeError, r"integers", lambda m: m(X, lengths=[1.0, 2.0])),
     "lengths unbatched": (ValueError, r"batch axis", lambda m: m(torch.zeros(2, 4), lengths=[1])),
@@ -898,3 +1235,111 @@ def test_bad_cell() -> None:
         fused.Recurrent(torch.tanh, 2, 3)
     with pytest.raises(ValueError, match="reads its own output"):
         fused.Recurrent(cells.gru, 2, 3, proj_size=2)
+
+
+# --- The operators, which exported programs call ------------------------------------------------------
+
+
+def layer_arguments() -> dict[str, Any]:
+    """Of the operator of both directions."""
+    weights = [weight.detach() for weight in fused.LSTM(INPUTS, HIDDEN, bidirectional=True).parameters()]
+    return {
+        "x": torch.randn(STEPS, BATCH, INPUTS),
+        "initial": list(torch.randn(2, 2, BATCH, HIDDEN).unbind()),
+        "weights": weights,
+        "lengths": torch.full((BATCH,), STEPS),
+        "reset": torch.zeros(STEPS, BATCH, dtype=torch.bool),
+        "cell": cells.lstm.key,
+        "directions": 2,
+        "training": True,
+    }
+
+
+def other(name: str, n: int, tensor: Tensor) -> dict[str, Any]:
+    """The arguments with another tensor in one of the lists."""
+    entries = list(layer_arguments()[name])
+    entries[n] = tensor
+    return {name: entries}
+
+
+REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "input of a row": (RuntimeError, r"input must have 3 dim", {"x": torch.zeros(BATCH, INPUTS)}),
+    "input without steps": (RuntimeError, r"one time step", {"x": torch.zeros(0, BATCH, INPUTS)}),
+    "input features": (RuntimeError, r"weight_ih must have the sh", {"x": torch.zeros(STEPS, BATCH, 9)}),
+    "input type": (RuntimeError, r"float64", {"x": torch.zeros(STEPS, BATCH, INPUTS).double()}),
+    "one state": (RuntimeError, r"initial must have the states h, c", {"initial": [torch.zeros(2, 3, 7)]}),
+    "state of one row": (RuntimeError, r"state c.*\(2, 3, 7\)", other("initial", 1, torch.zeros(2, 1, 7))),
+    "state of a direction": (RuntimeError, r"state h.*\(2, 3", other("initial", 0, torch.zeros(1, 3, 7))),
+    "state type": (RuntimeError, r"state h.*int32", other("initial", 0, torch.zeros(2, 3, 7).int())),
+    "no weights": (ValueError, r"weights must be two", {"weights": []}),
+    "a weight less": (ValueError, r"weights must be", {"weights": layer_arguments()["weights"][1:]}),
+    "weight of one axis": (RuntimeError, r"matrices of weights 2", other("weights", 1, torch.zeros(28))),
+    "weight rows": (RuntimeError, r"weight_hh must", other("weights", 1, torch.zeros(4, 7))),
+    "no units": (RuntimeError, r"weight_ih must have rows", other("weights", 0, torch.zeros(0, 4))),
+    "weight in reverse": (RuntimeError, r"weight_hh.*must", other("weights", 5, torch.zeros(28, 9))),
+    "bias": (RuntimeError, r"bias_hh must", other("weights", 3, torch.zeros(1))),
+    "bias type": (RuntimeError, r"bias_hh.*float64", other("weights", 3, torch.zeros(28).double())),
+    "lengths shape": (ValueError, r"lengths.*\(3,\).*\(9,\)", {"lengths": torch.full((9,), 4)}),
+    "one length": (ValueError, r"lengths.*\(3,\).*\(1,\)", {"lengths": torch.tensor([4])}),
+    "lengths range": (ValueError, r"from 0 to 5, got 1 to 6", {"lengths": torch.tensor([1, 6, 2])}),
+    "lengths negative": (ValueError, r"from 0 to 5, got -1 to 2", {"lengths": torch.tensor([1, -1, 2])}),
+    "lengths type": (TypeError, r"lengths must be integers", {"lengths": torch.ones(3)}),
+    "reset shape": (ValueError, r"reset.*\(5, 3\)", {"reset": torch.zeros(1, 1, dtype=torch.bool)}),
+    "reset type": (TypeError, r"reset must be booleans", {"reset": torch.zeros(STEPS, BATCH)}),
+    "cell": (ValueError, r"cell must be the key", {"cell": "nothing"}),
+    "directions": (ValueError, r"1 or 2 directions", {"directions": 3}),
+    "no directions": (ValueError, r"1 or 2 directions", {"directions": 0}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_operator_refuses(case: str) -> None:
+    error, message, changed = REFUSED[case]
+    torch.ops.fusedlstm.layer(**layer_arguments())
+    with pytest.raises(error, match=message):
+        torch.ops.fusedlstm.layer(**layer_arguments() | changed)
+
+
+@pytest.mark.parametrize("case", [name for name in REFUSED if name != "input without steps"])
+def test_operator_of_backward_refuses(case: str) -> None:
+    """Without the record of a forward pass, which is then run again."""
+    error, message, changed = REFUSED[case]
+    given = layer_arguments()
+    del given["training"]
+    results = [torch.zeros(STEPS, BATCH, 2 * HIDDEN), *given["initial"]]
+    rest = {"grads": results, "handle": torch.zeros(1, dtype=torch.int64), "y": results[0]}
+    torch.ops.fusedlstm.layer_backward(**rest, **given)
+    with pytest.raises(error, match=f"{message}|y must have the shape"):
+        torch.ops.fusedlstm.layer_backward(**rest, **given | changed)
+
+
+BACKWARD: dict[str, tuple[str, Callable[[list[Tensor], Tensor, Tensor], dict[str, Any]]]] = {
+    "a gradient less": (r"grads must be those of 3", lambda g, h, y: {"grads": g[:-1]}),
+    "gradient shape": (r"grads\[1\] must.*\(2, 3, 7\)", lambda g, h, y: {"grads": [g[0], g[1][:1], g[2]]}),
+    "gradient type": (r"grads\[0\].*float64", lambda g, h, y: {"grads": [g[0].double(), *g[1:]]}),
+    "output shape": (r"y must have the shape", lambda g, h, y: {"y": y[:1]}),
+    "no handle": (r"handle must have the shape", lambda g, h, y: {"handle": h[:0]}),
+    "another pass": (
+        r"other data.*T=6, B=1, I=2, H=3, P=3.*T=5, B=3, I=4, H=7, P=7",
+        lambda g, h, y: {"handle": another_handle()},
+    ),
+}
+
+
+def another_handle() -> Tensor:
+    weights = [weight.detach() for weight in fused.GRU(2, 3).parameters()]
+    x = torch.zeros(6, 1, 2)
+    return torch.ops.fusedlstm.layer(x, [], weights, None, None, cells.gru.key, 1, True)[-1]
+
+
+@pytest.mark.parametrize("case", BACKWARD)
+def test_operator_of_backward_refuses_what_forward_did_not_give(case: str) -> None:
+    message, change = BACKWARD[case]
+    given = layer_arguments()
+    y, *finals, handle = torch.ops.fusedlstm.layer(**given)
+    del given["training"]
+    grads = [torch.zeros_like(part) for part in (y, *finals)]
+    rest = {"grads": grads, "handle": handle, "y": y}
+    torch.ops.fusedlstm.layer_backward(**rest, **given)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fusedlstm.layer_backward(**rest | change(grads, handle, y), **given)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from .cells import Cell
+from .once import making
 from .weights import Weights
 
 States = tuple[Any, ...]
@@ -224,7 +225,8 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
         )
     path, engine_class = _ENGINES[name]
     try:
-        module = importlib.import_module(path)
+        with making:  # no fork cuts the import in two
+            module = importlib.import_module(path)
     except ImportError as error:
         hint = f". It needs an NVIDIA GPU, numba-cuda and CuPy: {INSTALL_CUDA}" if name == "cuda" else ""
         raise ImportError(f"backend {name!r} cannot be loaded: {error}{hint}") from error

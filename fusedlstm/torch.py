@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import lru_cache
 from itertools import count
 from typing import Any, NamedTuple, cast
 
@@ -36,6 +36,7 @@ from .cells import Cell
 from .derive import compile_source
 from .directions import half_reset, half_states, prepare, second_halves
 from .dispatch import Direction
+from .once import lazy, once
 from .weights import Weights
 
 __all__ = [
@@ -192,12 +193,19 @@ def _stamp(table: np.ndarray | None, weights: Sequence[Tensor], every: int) -> l
     return stamp
 
 
-@cache
+# these import Numba, so not before it is needed
+@once
 def _bits() -> Any:
-    """Imports Numba, so not before it is needed."""
     from fusedlstm.kernels.cpu import fingerprint
 
     return fingerprint
+
+
+@once
+def _second_order() -> Any:
+    from . import second_order
+
+    return second_order
 
 
 # --- One layer, forward and backward ---------------------------------------------------------------------
@@ -264,12 +272,12 @@ class _Shape:
     def outputs(self) -> int:
         return self.layer.outputs
 
-    @cached_property
+    @lazy
     def sizes(self) -> list[int]:
         """Of the states."""
         return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
 
-    @cached_property
+    @lazy
     def results(self) -> list[tuple[int, int, int]]:
         """Shapes of the output and of the final states."""
         y = (self.steps, self.batch, self.directions * self.outputs)
@@ -490,7 +498,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-@cache
+@once
 def _step(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
     """The step of a cell on tensors."""
     step = compile_source(cell.source, _FUNCTIONS, f"<cell {cell.name} in PyTorch>").step
@@ -654,8 +662,6 @@ def _run_second(
     wants_x: bool,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
     """Gradients of `grads`, x, the initial states and the weights, by kernels."""
-    from .second_order import second_backward
-
     moved_x, *moved = seeds
     each = len(weights) // shape.directions
 
@@ -666,7 +672,7 @@ def _run_second(
     for d in range(shape.directions):
         part, own = slice(d * shape.outputs, (d + 1) * shape.outputs), slice(d * each, (d + 1) * each)
         results.append(
-            second_backward(
+            _second_order().second_backward(
                 shape.cell, x, y[..., part], of(d, initial),
                 storage.unflatten(shape.cell, weights[own]),
                 grads[0][..., part], [state[d] for state in grads[1:]],

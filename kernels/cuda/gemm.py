@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
+
+from fusedlstm.once import once
 
 from . import ptx
 from .plan import TENSOR_CORES, Precision
@@ -62,7 +63,7 @@ def _laid_out(matrix: Any) -> tuple[Any, int, int]:
     raise ValueError(f"a matrix needs one contiguous axis, got strides {matrix.strides}")
 
 
-@cache
+@once
 def _narrow(precision: Precision, xp: Any) -> Callable[[Any], Any]:
     if precision == "float16":
         return lambda x: x.astype(np.float16)

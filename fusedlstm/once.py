@@ -6,6 +6,7 @@ is kept.  :func:`functools.cache` lets two threads that ask at once make two of 
 
 from __future__ import annotations
 
+import logging  # noqa: F401, so that a fork takes its lock after ours: who imports Numba needs it
 import os
 import threading
 from collections.abc import Callable
@@ -19,15 +20,27 @@ if TYPE_CHECKING:
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def fork_lock() -> RLock:
-    """A re-entrant lock that nobody else holds in a forked child.
+PATIENCE = 60.0  # seconds for which a fork waits; whatever takes longer may be waiting for who forks
 
-    A fork waits for who holds it, so in the child what it guards is whole.  A fork takes locks that are made
-    later first: who holds one may ask for those made before it, of modules that it imports, for no others.
+
+def fork_lock() -> RLock:
+    """A re-entrant lock that nobody holds in a forked child.
+
+    A fork waits for who holds it, so in the child what it guards is whole.  Forks take the locks that are made
+    last first: who holds one may ask for those of modules that the lock's own module imports, for no others.
     """
     lock = threading.RLock()
+
+    def release() -> None:
+        if lock._is_owned():  # it may have been made, or held for too long, while another thread forked
+            lock.release()
+
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+        os.register_at_fork(
+            before=lambda: lock.acquire(timeout=PATIENCE),
+            after_in_parent=release,
+            after_in_child=lock._at_fork_reinit,
+        )
     return lock
 
 

@@ -746,10 +746,18 @@ def _transformable(name: str, save: Any, gradient: Any) -> Any:
 
 def _call(name: str, *args: Any) -> list[Tensor]:
     """The results of an operator, whatever watches."""
-    if not torch.compiler.is_compiling() and _transforming():
-        flat, spec = tree_flatten(list(args))
-        return list(_TRANSFORMABLE[name].apply(spec, *flat))
+    if not torch.compiler.is_compiling():
+        _prepare_operators()
+        if _transforming():
+            flat, spec = tree_flatten(list(args))
+            return list(_TRANSFORMABLE[name].apply(spec, *flat))
     return cast("list[Tensor]", getattr(torch.ops.fusedlstm, name)(*args))
+
+
+@once
+def _prepare_operators() -> None:
+    """Import what PyTorch imports with the first call of an operator, so that no fork cuts that in two."""
+    import torch._dynamo  # noqa: F401
 
 
 def _transforming() -> bool:

@@ -13,19 +13,18 @@ import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import numba
-from filelock import FileLock, Timeout
 from numba import njit
 from numba.core import config, registry, sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, InTreeCacheLocator
 from numba.core.ccallback import CFunc
 
-from fusedlstm.files import write_whole
+from fusedlstm.files import alone, write_whole
 from fusedlstm.folders import Store, is_private, user_cache, user_number, warn
 from fusedlstm.once import making, once
 
@@ -193,20 +192,10 @@ def _say(message: str) -> None:
     warn(message)
 
 
-@contextmanager
-def _alone(cache: _Cache) -> Iterator[None]:
+def _alone(cache: _Cache) -> AbstractContextManager[None]:
     """While another process compiles the same, wait, so that what it saves can be loaded.
 
-    Saves work where many processes start at once, such as the ranks of a training; not needed to be right.
+    As where many start at once, such as the ranks of a training.
     """
     folder = None if cache.is_there() else store().place()
-    if folder is None:
-        yield
-        return
-    lock = FileLock(folder / f"{cache.name}.lock")
-    with suppress(Timeout, OSError, NotImplementedError):  # of a folder in which nothing can be locked
-        lock.acquire(timeout=LONGEST)
-    try:
-        yield
-    finally:
-        lock.release()
+    return nullcontext() if folder is None else alone(folder / f"{cache.name}.lock", LONGEST)

@@ -16,20 +16,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    RLock = threading._RLock
-    Function = TypeVar("Function", bound=Callable[..., Any])
+    from functools import _lru_cache_wrapper as Cached
 
 
 PATIENCE = 60.0  # seconds for which a fork waits; whatever takes longer may be waiting for who forks
 
 
-def fork_lock() -> RLock:
+def fork_lock() -> Any:
     """A re-entrant lock that nobody holds in a forked child.
 
-    A fork waits for who holds it, so in the child what it guards is whole.  Forks take the locks that are made
-    last first: who holds one may ask for those of modules that the lock's own module imports, for no others.
+    A fork waits for who holds it, so in the child what it guards is whole.  Forks take the locks first that
+    were made last: who holds one may ask for those of modules that the lock's own module imports, no others.
     """
-    lock = threading.RLock()
+    lock: Any = threading.RLock()
 
     def release() -> None:
         if lock._is_owned():  # it may have been made, or held for too long, while another thread forked
@@ -47,7 +46,7 @@ def fork_lock() -> RLock:
 making = fork_lock()  # held by who compiles, loads, registers or imports what is made once
 
 
-def once(function: Function) -> Function:
+def once(function: Callable[..., T]) -> Cached[T]:
     """:func:`functools.cache`, but what it gives for equal arguments is always the same object.
 
     Others wait while it is made.  What is there already is found without the lock, as quickly as by `cache`.
@@ -57,7 +56,7 @@ def once(function: Function) -> Function:
 
     @cache
     @wraps(function)
-    def found(*args: Any, **kwargs: Any) -> Any:
+    def found(*args: Any, **kwargs: Any) -> T:
         with making:
             return made(*args, **kwargs)
 
@@ -69,7 +68,7 @@ def once(function: Function) -> Function:
 
     clear, found.cache_clear = found.cache_clear, forget  # type: ignore[method-assign]
     found.__wrapped__ = function
-    return found  # type: ignore[return-value]
+    return found
 
 
 class lazy(Generic[T]):

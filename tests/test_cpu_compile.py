@@ -113,12 +113,12 @@ def test_names_tell_what_code_depends_on(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_the_digest_is_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {source_digest.__wrapped__()}  # type: ignore[attr-defined]
+    found = {source_digest.__wrapped__()}
     read = Path.read_bytes
     for path in PACKAGE.glob("*.py"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda p, path=path: read(p) + (b" " if p == path else b""))
-            found.add(source_digest.__wrapped__())  # type: ignore[attr-defined]
+            found.add(source_digest.__wrapped__())
     assert len(found) == len(list(PACKAGE.glob("*.py"))) + 1
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(folder: Path, mode: in
     assert loads() == COMPILED
     folder.chmod(mode)
     before = files(folder)
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
     assert loads() == COMPILED
     assert files(folder) == before
     other = store().place()
@@ -227,13 +227,13 @@ def test_a_full_disk_costs_the_keeping_not_the_call(folder: Path, monkeypatch: p
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    compile_module._say.cache_clear()  # type: ignore[attr-defined]
+    compile_module._say.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(compile_module, "write_whole", full)
         with pytest.warns(UserWarning, match="cannot be kept: .*No space left on device") as said:
-            assert [loads(), loads()] == [COMPILED, COMPILED]
-            assert c_function(store_nothing, types.void(types.int64)).address
+            made = [loads(), loads()]
     assert len(said) == 1
+    assert made == [COMPILED, COMPILED]
     assert loads() == COMPILED
     assert loads() == LOADED
 
@@ -241,12 +241,14 @@ def test_a_full_disk_costs_the_keeping_not_the_call(folder: Path, monkeypatch: p
 def test_without_any_folder_kernels_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "_refusal", lambda folder, mode: "Read-only file system")
     monkeypatch.setattr(folders, "_is_closed", lambda folder: False)
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
     with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as said:
-        assert [loads(), loads()] == [COMPILED, COMPILED]
-        assert entry_point(twice, types.int64)(4) == 8
+        made = [loads(), loads()]
     assert len(said) == 1
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    assert made == [COMPILED, COMPILED]
+    assert entry_point(twice, types.int64)(4) == 8
+    assert c_function(store_nothing, types.void(types.int64)).address
+    folders._place.cache_clear()
 
 
 # --- Processes --------------------------------------------------------------------------------------------
@@ -420,11 +422,16 @@ def as_user(script: str, package: Path, **environment: str) -> tuple[str, str]:
     """What a process prints that may not write into the package, nor has a home."""
     drop: list[str] = []
     if os.getuid() == 0:
-        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+        rights = "-dac_override,-dac_read_search"
+        drop = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
     settings = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     settings |= {"HOME": "/proc/none", "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [*drop, sys.executable, "-c", script], env=settings | environment, cwd="/", capture_output=True, text=True
+        [*drop, sys.executable, "-c", script],
+        env=settings | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -470,7 +477,9 @@ def test_a_read_only_installation_without_a_home(installed: Path, tmp_path: Path
     assert "set the environment variable NUMBA_CACHE_DIR to a folder" in said
     assert place.stat().st_mode & 0o777 == 0o700
     assert as_user(script, installed, TMPDIR=str(tmp_path)) == ("(4, 1, 3) False\n", "")  # nothing to keep
-    info, _ = as_user("from fusedlstm import info; print(info.caches_on_disk()[0])", installed, TMPDIR=str(tmp_path))
+    info, _ = as_user(
+        "from fusedlstm import info; print(info.caches_on_disk()[0])", installed, TMPDIR=str(tmp_path)
+    )
     assert info.startswith(f"{place}, ")
 
 

@@ -225,7 +225,7 @@ def test_a_file_or_a_folder_that_others_may_write_to_is_not_trusted(kept: Any) -
     assert kept.ask().stat().st_mode & 0o022 == 0
     assert kept.compile.call_count == 2
     kept.folder.chmod(0o777)
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
     with pytest.warns(UserWarning, match=r"other users may write to it.*FUSEDLSTM_CACHE"):
         elsewhere = kept.ask()
     assert elsewhere.parent != kept.folder
@@ -252,10 +252,10 @@ def test_a_full_disk_costs_the_keeping_not_the_call(kept: Any, monkeypatch: pyte
 def test_without_any_folder_a_process_has_its_own(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDLSTM_CACHE", "/proc/none")
     monkeypatch.setattr(folders, "_temporary", lambda: ())
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
     with pytest.warns(UserWarning, match="Each process compiles its own"):
         assert kept.ask().parent == launch._own_folder()
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
 
 
 def test_what_cannot_be_assembled_is_said() -> None:

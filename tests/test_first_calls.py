@@ -15,7 +15,7 @@ import pytest
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 
-# What a thread does, `work(n)`, which returns arrays; and how many kinds there are: equal kinds, equal results.
+# What thread n does, `work(n)`, which returns arrays, the same for all n of a kind; and the number of kinds.
 ARRAYS = """
     cells = ["lstm", "gru", "rnn_tanh", "coupled_lstm"]
     kinds, training = {kinds}, {training}
@@ -70,7 +70,8 @@ TORCH = """
 HOST = """
     from fusedlstm import host
     kinds = 2
-    runs = [host.Run(getattr(fusedlstm.cells, name), False, True, False, False, False) for name in ("lstm", "rnn_tanh")]
+    cells = [fusedlstm.cells.lstm, fusedlstm.cells.rnn_tanh]
+    runs = [host.Run(cell, False, True, False, False, False) for cell in cells]
     normal = np.random.default_rng(0).normal
     x = normal(size=(4, 6, 3)).astype("f")
 
@@ -79,17 +80,18 @@ HOST = """
         gates, states = (4, 2) if n == 0 else (1, 1)
         rng = np.random.default_rng(1)
         initial = [rng.normal(size=(4, 5)).astype("f") for _ in range(states)]
-        weights = [rng.normal(size=shape).astype("f") for shape in ((3, 5 * gates), (5, 5 * gates), (5 * gates,))]
+        shapes = ((3, 5 * gates), (5, 5 * gates), (5 * gates,))
+        weights = [rng.normal(size=shape).astype("f") for shape in shapes]
         if BACKEND == "reference":
-            cell = runs[n].cell
-            layer = fusedlstm.Recurrent(cell, 3, 5, backend=BACKEND, batch_first=True)
-            zero = np.zeros_like(weights[2])
-            layer.load_state_dict(dict(zip(layer.state_dict(), [weights[0].T, weights[1].T, weights[2], zero])))
+            layer = fusedlstm.Recurrent(cells[n], 3, 5, backend=BACKEND, batch_first=True)
+            own = [weights[0].T, weights[1].T, weights[2], np.zeros_like(weights[2])]
+            layer.load_state_dict(dict(zip(layer.state_dict(), own)))
             state = tuple(part[None] for part in initial)
             return [layer(x, state if states > 1 else state[0])[0]]
         y, *_ = host.forward(runs[n], False, x, *initial, *weights)
         *results, number = host.forward(runs[n], True, x, *initial, *weights)
-        grads = host.backward(runs[n], True, number, x, *initial, *weights, np.cos(y), *[np.zeros_like(i) for i in initial])
+        seeds = [np.cos(y), *map(np.zeros_like, initial)]
+        grads = host.backward(runs[n], True, number, x, *initial, *weights, *seeds)
         assert all(np.isfinite(grad).all() for grad in grads)
         return [y]
 """

@@ -24,12 +24,12 @@ ME, ROOT, OTHER = os.getuid(), 0, os.getuid() + 12345
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's temporary folder, which is not there yet."""
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(place))
     yield place / f"fusedlstm-{ME}"
-    folders._place.cache_clear()  # type: ignore[attr-defined]
+    folders._place.cache_clear()
 
 
 def status(owner: int, mode: int, group: int = 5) -> Any:

@@ -1,9 +1,8 @@
 """How kernels are compiled, kept on disk, and loaded again.
 
-Numba's cache of compiled functions, with these differences.  Machine code must not outlive what it was made of:
-names tell all of that.  A file is used if it is whole and nobody else could have written it; else the function is
-compiled anew.  What cannot be kept costs a warning, not the call.  And a function is made once in a process: its
-code refers to what Numba finds by name, and holds for the last that was loaded under it.
+By Numba's cache of compiled functions, with these differences.  Machine code must not outlive what it was
+made of: names tell all of that.  A file is used if it is whole and nobody else could have written it; else the
+function is compiled anew.  And what cannot be kept costs a warning, not the call.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
     return compiled.overloads[signature].entry_point
 
 
-def c_function(function: Callable[..., None], signature: Any, **options: Any) -> CFunc:
+def c_function(function: Callable[..., None], signature: Any, **options: Any) -> Any:
     """A compiled C function, whose address holds as long as it is kept."""
     function = stamped(function, signature)
-    made = CFunc(function, sigutils.normalize_signature(signature), {}, options)
+    made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
     made._cache = _Cache(function)
     with making, _alone(made._cache):
         made.compile()
@@ -100,7 +99,7 @@ def store() -> Store:
 
 
 class _Locator(InTreeCacheLocator):  # type: ignore[misc]
-    """Tells Numba what a name on disk begins with, but no folder: :func:`store` does that, when it is asked."""
+    """Tells Numba what a name on disk begins with, but no folder: :func:`store` knows those."""
 
     @classmethod
     def from_function(cls, function: Any, file: str) -> _Locator:

@@ -34,7 +34,7 @@ class Machine(NamedTuple):
 
 @once
 def machine() -> Machine:
-    """The widest registers that Numba's code uses, on this processor or the one of NUMBA_CPU_NAME and the like."""
+    """The widest registers that Numba uses, here or on the processor of NUMBA_CPU_NAME and the like."""
     if platform.machine().lower() in ("aarch64", "arm64"):
         return Machine("NEON", 128, 32)
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):

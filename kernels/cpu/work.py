@@ -14,7 +14,6 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.ccallback import CFunc
 from numba.core.errors import NumbaTypeError
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
@@ -106,7 +105,7 @@ def launch(team, threads, patience, work, arguments):
 
 
 @once
-def _launch() -> CFunc:
+def _launch() -> Any:
     return c_function(launch, types.void(*[types.int64] * 5), error_model="numpy")
 
 

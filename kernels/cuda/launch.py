@@ -179,7 +179,7 @@ def cached_cubin(ptx: Path, capability: tuple[int, int]) -> Path:
 
 
 def _kept(stem: str, suffix: str, make: Callable[[], bytes]) -> Path:
-    """The file with what `make` gives, made anew unless one is there, whole, that nobody else can have written.
+    """The file with what `make` gives; it is called unless one is there, whole, that nobody else has written.
 
     The digest of its content stands in its name, since CuPy and others read the file itself.
     """

@@ -1,8 +1,8 @@
 """How kernels are compiled, kept on disk, and loaded again.
 
 By Numba's cache of compiled functions, with these differences.  Machine code must not outlive what it was
-made of: names tell all of that.  A file is used if it is whole and nobody else could have written it; else the
-function is compiled anew.  And what cannot be kept costs a warning, not the call.
+made of: names tell all of that.  A file is used if it is whole and nobody else could have written it; else
+the function is compiled anew.  And what cannot be kept costs a warning, not the call.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fusedlstm.kernels.cpu.compile import kept
 from fusedlstm.kernels.cpu.simd import Vector, call_ir, splat_ir
 from fusedlstm.kernels.cpu.spec import machine
 from fusedlstm.kernels.cpu.team import barrier, current, fork, set_num_threads
@@ -155,17 +156,17 @@ def _barrier_work(thread, threads, sync, count, out):
     out[8 * thread + 1] = threads
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kept
 def _run_multiply_adds(team, threads, x, turns, out):
     fork(team, threads, _multiply_add_work, (x, turns, out), 10_000)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kept
 def _run_reads(team, threads, buffer, turns, passes, out):
     fork(team, threads, _read_work, (buffer, turns, passes, out), 10_000)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kept
 def _run_barriers(team, threads, count, out):
     fork(team, threads, _barrier_work, (count, out), 10_000)
 

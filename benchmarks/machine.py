@@ -61,12 +61,13 @@ def gpu() -> str | None:
 def describe() -> dict[str, Any]:
     """The machine, for the record."""
     import llvmlite.binding as llvm
+    from numba.core.codegen import get_host_cpu_features
 
-    found = llvm.get_host_cpu_features()
+    found = get_host_cpu_features().split(",")
     return {
         "processor": processor(),
         "architecture": llvm.get_host_cpu_name(),
-        "features": [name for name in FEATURES if found.get(name) or found.get(name.replace("_", ""))],
+        "features": [name for name in FEATURES if {f"+{name}", f"+{name.replace('_', '')}"} & {*found}],
         "cores": cores(),
         "load": load(),
         "caches": cache_sizes(),

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import keyword
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +17,7 @@ from . import math
 from .derive import CellError, Graph, compile_source, differentiate, source, trace
 from .math import relu as _relu
 from .math import sigmoid, tanh, where
+from .once import lazy, once
 
 __all__ = [
     "Cell",
@@ -154,7 +154,7 @@ class Cell:
             return f"the recurrent weights multiply {self.recurrent!r}, not the output"
         return ""
 
-    @cached_property
+    @lazy
     def numpy(self) -> Any:
         """The generated functions `step` and `adjoint` over NumPy arrays."""
         import numpy as np
@@ -340,7 +340,7 @@ def _rebuilt(cell: Cell, function: Callable[..., Any], gates: Sequence[str]) -> 
     return Cell(function, gates, cell.states, cell.split, cell.weights, cell.recurrent)
 
 
-@cache
+@once
 def recurrent_dropout(cell: Cell) -> Cell:
     """A cell with dropout of what the recurrent weights multiply, one mask for all steps.
 

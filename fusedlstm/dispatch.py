@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from .cells import Cell
+from .once import making
 from .weights import Weights
 
 States = tuple[Any, ...]
@@ -244,7 +245,8 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
         )
     path, engine_class = _ENGINES[name]
     try:
-        module = importlib.import_module(path)
+        with making:  # no fork cuts the import in two
+            module = importlib.import_module(path)
     except Exception as error:  # packages whose versions do not fit raise anything
         raise ImportError(f"backend {name!r} cannot be loaded: {_explained(error, name)}") from error
     made = cast(Engine, getattr(module, engine_class)(**options))

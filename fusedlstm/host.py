@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import count
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import weights as storage
 from .cells import Cell
+from .once import fork_lock, lazy, once
 
 if TYPE_CHECKING:
     from fusedlstm.kernels.cpu.engine import CPUDirection
@@ -55,12 +54,12 @@ class Steps:
         ends_only = (mask == (np.arange(mask.shape[1]) < counts[:, None])).all()
         self.moves = bool(self.empty.any() or not ends_only)
 
-    @cached_property
+    @lazy
     def order(self) -> np.ndarray:
         """(B, T, 1): the steps, those that count first."""
         return np.argsort(~self.mask, axis=1, kind="stable")[..., None]
 
-    @cached_property
+    @lazy
     def shown(self) -> np.ndarray:
         """(B, T): which of the steps that count was the latest at each step; -1 before the first."""
         return np.cumsum(self.mask, axis=1) - 1
@@ -112,19 +111,21 @@ class Steps:
 # --- What is kept from call to call ----------------------------------------------------------------------
 
 
+_keeping = fork_lock()  # held while a table changes
+
+
 class _Table:
     """Entries by key, up to so many bytes of all of them, or one; the oldest go."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def put(self, key: Any, value: Any, size: int) -> None:
-        with self._lock:
+        with _keeping:
             self._entries[key] = value, size
             total = sum(size for _, size in self._entries.values())
             while total > self.most and len(self._entries) > 1:
@@ -132,12 +133,12 @@ class _Table:
 
     def take(self, key: Any) -> Any:
         """The entry, which is gone then; None if there is none."""
-        with self._lock:
+        with _keeping:
             return self._entries.pop(key, (None, 0))[0]
 
     def use(self, key: Any) -> Any:
         """The entry, which is the youngest then; None if there is none."""
-        with self._lock:
+        with _keeping:
             if key not in self._entries:
                 return None
             self._entries.move_to_end(key)
@@ -160,6 +161,21 @@ _records = _Table(2 << 30)  # by number; a framework does not tell when it has n
 _packed = _Table(1 << 28)  # directions, by the bits of the weights that are laid out in them
 
 
+# these import Numba, so not before it is needed
+@once
+def _engine() -> Any:
+    from fusedlstm.kernels.cpu import engine
+
+    return engine
+
+
+@once
+def _bits() -> Any:
+    from fusedlstm.kernels.cpu import fingerprint
+
+    return fingerprint
+
+
 def _keep(record: _Record) -> int:
     """The number of a record."""
     number = next(_numbers) % (1 << 31)
@@ -169,11 +185,10 @@ def _keep(record: _Record) -> int:
 
 def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> CPUDirection:
     """A direction with these weights, for inference: laid out once, as long as their bits are the same."""
-    from fusedlstm.kernels.cpu.fingerprint import fingerprint, table
-
+    bits = _bits()
     dense = [array.ravel(order="K") for array in flat]
     layout = tuple([(array.shape, array.strides) for array in flat])
-    key = (cell, flat[0].dtype, layout, fingerprint(table(dense), 1))
+    key = (cell, flat[0].dtype, layout, bits.fingerprint(bits.table(dense), 1))
     direction: CPUDirection | None = _packed.use(key)
     if direction is None:
         direction = _pack(cell, flat)
@@ -182,9 +197,7 @@ def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> CPUDirection:
 
 
 def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> CPUDirection:
-    from fusedlstm.kernels.cpu.engine import CPUDirection
-
-    direction = CPUDirection(cell, storage.from_keras(cell, flat, np.zeros_like))
+    direction: CPUDirection = _engine().CPUDirection(cell, storage.from_keras(cell, flat, np.zeros_like))
     if training:  # now, since the memory of the framework is ours during this call only
         direction.lay_out_for_backward()
     return direction
@@ -388,12 +401,10 @@ def backward(
 
 def _write(target: np.ndarray, gradient: np.ndarray) -> None:
     """``target[...] = gradient``; those of the kernels lie transposed."""
-    from fusedlstm.kernels.cpu.engine import write_transposed
-
     if gradient.flags.c_contiguous:
         target[...] = gradient
     else:
-        write_transposed(gradient.T, target)
+        _engine().write_transposed(gradient.T, target)
 
 
 def _seeds(

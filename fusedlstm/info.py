@@ -7,7 +7,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from .dispatch import INSTALL_CUDA
-from .files import cuda_kernels
+from .folders import Store, cuda_kernels
 
 PACKAGES = (
     "numpy", "numba", "llvmlite", "safetensors", "numba-cuda", "cupy", "cupy-cuda12x", "cupy-cuda13x",
@@ -67,24 +67,18 @@ def gpu() -> str:
 
 
 def caches_on_disk() -> list[str]:
-    """The folders of compiled kernels, and how many files are there."""
-    from numba import njit
+    """The folders of compiled kernels, for the CPU and for GPUs, and how many files are there."""
+    from .kernels.cpu.compile import store
 
-    from .benchmarks import machine
-    from .kernels.cpu.forward import forward
-
-    # Numba has a folder for each folder of sources that it compiles from; any function says which
-    sources = (forward, caches_on_disk, machine.describe)
-    folders = [Path(njit(cache=True)(function).stats.cache_path) for function in sources]
-    return [
-        *(_contents(folder, (".nbi", ".nbc"), "NUMBA_CACHE_DIR") for folder in folders),
-        _contents(cuda_kernels(), (".ptx", ".cubin"), "FUSEDLSTM_CACHE"),
-    ]
+    return [_contents(store(), (".nbi", ".nbc")), _contents(cuda_kernels(), (".ptx", ".cubin"))]
 
 
-def _contents(folder: Path, endings: tuple[str, ...], variable: str) -> str:
-    """How much lies in a folder that an environment variable can choose."""
+def _contents(store: Store, endings: tuple[str, ...]) -> str:
+    """How much lies in the folder that kernels are put in, which an environment variable can choose."""
+    folder = store.place()
+    if folder is None:
+        return f"none that can be written; {store.variable} may name one"
     files = [file for file in folder.glob("*") if file.suffix in endings]
     size = sum(file.stat().st_size for file in files) / 2**20
-    chosen = f" (set by {variable})" if os.environ.get(variable) else ""
+    chosen = f" (set by {store.variable})" if os.environ.get(store.variable) else ""
     return f"{folder}{chosen}, {len(files)} files, {size:.1f} MiB"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from .cells import Cell
 from .derive import compile_source
 from .directions import half_states, second_halves
 from .host import Run
+from .once import once
 from .weights import GATE_ORDERS
 
 __all__ = ["GRU", "LSTM", "Recurrent", "RecurrentCell", "SimpleRNN", "accelerate", "restore"]
@@ -100,7 +101,7 @@ def _activation_name(argument: str, function: Any) -> str:
     )
 
 
-@cache
+@once
 def _cell(kind: str, **activations: str) -> Cell:
     """A cell with its gates in Keras's order, and with activations by the names of functions of the cell."""
     standard: Cell = getattr(cells, kind)
@@ -382,7 +383,7 @@ def _kind(option: str) -> Any:
     return _KINDS[option.rpartition("_")[2]]
 
 
-@cache
+@once
 def _step(cell: Cell) -> Callable[..., tuple[Any, ...]]:
     """The step of a cell in operations of Keras."""
     functions = {name: getattr(ops, name) for name in (*math.DERIVATIVES, "full_like")}
@@ -599,7 +600,7 @@ def _torch_zeros(bias: Any) -> Any:
     return _kept_zeros(len(bias), bias.dtype, bias.device)
 
 
-@cache
+@once
 def _kept_zeros(size: int, dtype: Any, device: Any) -> Any:
     import torch
 
@@ -666,7 +667,7 @@ def _filled(gradient: Any) -> Any:
     return gradient
 
 
-@cache
+@once
 def _jax_layer() -> Any:
     import jax
 
@@ -747,12 +748,12 @@ def _present(mask: Any) -> list[Any]:
 
 
 # one object for equal arguments, so that a framework does not trace again
-@cache
+@once
 def _forward(run: Run, training: bool) -> Callable[..., list[Any]]:
     return partial(host.forward, run, training)
 
 
-@cache
+@once
 def _backward(run: Run, wants_dx: bool) -> Callable[..., list[Any]]:
     return partial(host.backward, run, wants_dx)
 

@@ -14,7 +14,6 @@ import inspect
 import operator
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +31,13 @@ from . import weights as storage
 from .cells import Cell
 from .directions import Nothing, RecurrentDropout, prepare
 from .dispatch import Direction
+from .once import fork_lock
 from .weights import Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "Recurrent", "Tape", "explain", "load"]
 
 BUILT_IN = {name: value for name in cells.__all__ if isinstance(value := getattr(cells, name), Cell)}
-_replacing = threading.Lock()
+_replacing = fork_lock()
 
 
 class _Place:
@@ -439,8 +439,7 @@ class Recurrent:
         cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
         engine = dispatch.engine(self.backend, x, self.precision, self.form)
         direction = prepare(engine, cell, place.weights)
-        (place.dropping if dropping else place.ready)[type(x)] = direction
-        return direction
+        return (place.dropping if dropping else place.ready).setdefault(type(x), direction)
 
     def _dropping(self, place: _Place, x: Any, n: int, draw: Any, xp: Any) -> Direction:
         """The direction of place n with the recurrent dropout of a draw."""

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -50,6 +49,7 @@ from fusedlstm.kernels.cpu.work import captured, run_with
 from . import derive
 from .cells import Cell, rnn_tanh
 from .derive import Graph, differentiate, tangents, trace
+from .once import once
 from .torch import Export
 from .weights import Weights
 
@@ -203,12 +203,12 @@ def _update_adjoint(cell: Cell, projected: bool) -> str:
     return f"def update_adjoint({', '.join(UPDATE)}):\n{_HEAD}" + "\n".join(lines) + "\n"
 
 
-@cache
+@once
 def _source(cell: Cell, projected: bool) -> str:
     return "\n\n".join([derived(cell), _update(cell, projected), _update_adjoint(cell, projected)])
 
 
-@cache
+@once
 def _module(cell: Cell, projected: bool) -> Any:
     return simd_module(_source(cell, projected), f"<fusedlstm second order {cell.key}>", __name__)
 
@@ -418,7 +418,7 @@ class Products:
         return team.current().address if threads > 1 else 0, threads, team.PATIENCE_US
 
 
-products = cache(Products)
+products = once(Products)
 
 
 def kernel(entry: Any, work: Any, arguments: tuple[Any, ...]) -> engine.Kernel:
@@ -524,7 +524,7 @@ def sweep(team, threads, patience, work, spec, first, entering, at, moved, plane
     run_with(team, threads, patience, work, args, memory)
 
 
-@cache
+@once
 def sweeps(spec: Spec) -> tuple[engine.Kernel, engine.Kernel]:
     """Forward and backward."""
     digest = hashlib.sha256(_source(spec.cell, spec.projected).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache, wraps
+from functools import lru_cache, wraps
 from itertools import count
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
@@ -39,6 +39,7 @@ from .cells import Cell
 from .derive import compile_source
 from .directions import half_states, prepare, second_halves
 from .dispatch import Direction
+from .once import lazy, once
 from .weights import Weights
 
 __all__ = [
@@ -212,12 +213,19 @@ def _stamp(table: np.ndarray | None, weights: Sequence[Tensor], every: int) -> l
     return stamp
 
 
-@cache
+# these import Numba, so not before it is needed
+@once
 def _bits() -> Any:
-    """Imports Numba, so not before it is needed."""
     from fusedlstm.kernels.cpu import fingerprint
 
     return fingerprint
+
+
+@once
+def _second_order() -> Any:
+    from . import second_order
+
+    return second_order
 
 
 # --- What is known of one layer ---------------------------------------------------------------------------
@@ -313,12 +321,12 @@ class _Shape:
         """Of the states."""
         return [self.outputs, *[self.hidden] * (len(self.cell.states) - 1)]
 
-    @cached_property
+    @lazy
     def states(self) -> list[tuple[int, int, int]]:
         """Shapes of the states."""
         return [(self.directions, self.batch, size) for size in self.sizes]
 
-    @cached_property
+    @lazy
     def results(self) -> list[tuple[int, int, int]]:
         """Shapes of the output and of the final states."""
         return [(self.steps, self.batch, self.directions * self.outputs), *self.states]
@@ -726,7 +734,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-@cache
+@once
 def _step(cell: Cell) -> Callable[..., tuple[Tensor, ...]]:
     """The step of a cell on tensors."""
     module = compile_source(cell.source, _FUNCTIONS, f"<cell {cell.name} in PyTorch>")
@@ -1096,8 +1104,6 @@ def _run_second(
     wants_x: bool,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
     """Gradients of `grads`, x, the initial states and the weights, by kernels."""
-    from .second_order import second_backward
-
     moved_x, *moved = seeds
     each = len(weights) // shape.directions
 
@@ -1108,7 +1114,7 @@ def _run_second(
     for d in range(shape.directions):
         part, own = slice(d * shape.outputs, (d + 1) * shape.outputs), slice(d * each, (d + 1) * each)
         results.append(
-            second_backward(
+            _second_order().second_backward(
                 shape.cell, x, y[..., part], of(d, initial),
                 storage.unflatten(shape.cell, weights[own]),
                 grads[0][..., part], [state[d] for state in grads[1:]],
@@ -1178,10 +1184,18 @@ def _transformable(name: str, save: Any, gradient: Any) -> Any:
 
 def _call(name: str, *args: Any) -> list[Tensor]:
     """The results of an operator, whatever watches."""
-    if not torch.compiler.is_compiling() and _transforming():
-        flat, spec = tree_flatten(list(args))
-        return list(_TRANSFORMABLE[name].apply(spec, *flat))
+    if not torch.compiler.is_compiling():
+        _prepare_operators()
+        if _transforming():
+            flat, spec = tree_flatten(list(args))
+            return list(_TRANSFORMABLE[name].apply(spec, *flat))
     return cast("list[Tensor]", getattr(torch.ops.fusedlstm, name)(*args))
+
+
+@once
+def _prepare_operators() -> None:
+    """Import what PyTorch imports with the first call of an operator, so that no fork cuts that in two."""
+    import torch._dynamo  # noqa: F401
 
 
 def _transforming() -> bool:

@@ -14,13 +14,13 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from functools import cache
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from .host import NAME
+from .once import once
 
 Function = Callable[..., Sequence[np.ndarray]]
 
@@ -147,13 +147,13 @@ def _handler(pointer: Any) -> int | None:
     return None
 
 
-@cache
+@once
 def _register() -> None:
     capsule: Any = jax.ffi.pycapsule  # without types
     jax.ffi.register_ffi_target(NAME, capsule(_handler), platform="cpu")
 
 
-@cache
+@once
 def _number(function: Function) -> Any:
     """The place of a function in the table; it stays there, for what XLA has compiled."""
     _functions.append(function)

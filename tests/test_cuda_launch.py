@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from fusedlstm import cells
+from fusedlstm import cells, folders
 from fusedlstm.kernels.cuda import backward, engine, forward, launch
 from fusedlstm.kernels.cuda.plan import Plan, choose
 from fusedlstm.kernels.cuda.resources import DEVICES, without_gpu
@@ -153,6 +154,21 @@ def test_a_persistent_kernel_is_launched_cooperatively(cupy: mock.MagicMock) -> 
         assert cupy.cuda.driver.cooperative == (form == "persistent")
 
 
+def test_a_graph_is_launched_by_one_thread_at_a_time(plan: Plan, cupy: mock.MagicMock) -> None:
+    """Who comes while another launches it makes a graph of its own; one of them is kept."""
+    kernel, grid = compiled(plan), plan.grid(16)
+    graphs = [mock.MagicMock(), mock.MagicMock()]
+    stream = cupy.cuda.Stream.return_value
+    stream.end_capture.side_effect = graphs
+    graphs[0].launch.side_effect = lambda stream: kernel(grid, arguments(plan, 4096), RUNS)
+    kernel(grid, arguments(plan, 4096), RUNS)
+    assert [graph.launch.call_count for graph in graphs] == [1, 1]
+    graphs[0].launch.side_effect = None
+    kernel(grid, arguments(plan, 4096), RUNS)
+    assert stream.end_capture.call_count == 2
+    assert sum(graph.launch.call_count for graph in graphs) == 3
+
+
 @pytest.mark.parametrize("compiler", ["numba", "numba_cuda"])
 def test_kernels_are_compiled_once_by_a_version_of_the_compiler(
     compiler: str, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,14 +186,76 @@ def test_kernels_are_compiled_once_by_a_version_of_the_compiler(
 
 
 def test_kernels_are_assembled_once_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path))
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(".version 7.0\n.target sm_75\n.address_size 64\n.visible .entry nothing() { ret; }\n")
     cubin = launch.cached_cubin(ptx, (9, 0))
-    assert cubin.name == "kernel.sm_90.cubin"
+    assert cubin.name.startswith("kernel.")
+    assert cubin.name.endswith(".sm_90.cubin")
     assert cubin.read_bytes().startswith(b"\x7fELF")
     assert launch.cached_cubin(ptx, (10, 0)) != cubin
     monkeypatch.setattr(launch, "assemble", None)
     assert launch.cached_cubin(ptx, (9, 0)) == cubin
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Any:
+    """A kernel on disk: the folder, what gives its file, and how often it has been compiled."""
+    compile_ptx = mock.Mock(return_value="a kernel")
+    monkeypatch.setattr(launch, "compile_ptx", compile_ptx)
+    monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path / "kernels"))
+    ask = lambda: launch.cached_ptx(cells.lstm, plan, True, True, (7, 5))  # noqa: E731
+    ask()
+    return SimpleNamespace(folder=tmp_path / "kernels", ask=ask, compile=compile_ptx)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"a ker", b"a kernfl", b"a kernel "])
+def test_a_damaged_file_is_replaced(kept: Any, damaged: bytes) -> None:
+    path = kept.ask()
+    path.write_bytes(damaged)
+    assert kept.ask().read_text() == "a kernel"
+    assert kept.compile.call_count == 2
+    kept.ask()
+    assert kept.compile.call_count == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere users are kept apart by their folders")
+def test_a_file_or_a_folder_that_others_may_write_to_is_not_trusted(kept: Any) -> None:
+    kept.ask().chmod(0o666)
+    assert kept.ask().stat().st_mode & 0o022 == 0
+    assert kept.compile.call_count == 2
+    kept.folder.chmod(0o777)
+    folders._place.cache_clear()
+    with pytest.warns(UserWarning, match=r"other users may write to it.*FUSEDLSTM_CACHE"):
+        elsewhere = kept.ask()
+    assert elsewhere.parent != kept.folder
+    assert kept.compile.call_count == 3
+    elsewhere.unlink()
+
+
+def test_a_full_disk_costs_the_keeping_not_the_call(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = launch.write_whole
+
+    def full(path: Path, *arguments: Any) -> None:
+        if path.parent == kept.folder:
+            raise OSError(28, "No space left on device")
+        write(path, *arguments)
+
+    kept.ask().unlink()
+    monkeypatch.setattr(launch, "write_whole", full)
+    with pytest.warns(UserWarning, match="cannot be kept: .*No space left on device"):
+        path = kept.ask()
+    assert path.read_text() == "a kernel"
+    assert path.parent == launch._own_folder()
+
+
+def test_without_any_folder_a_process_has_its_own(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLSTM_CACHE", "/proc/none")
+    monkeypatch.setattr(folders, "_temporary", lambda: ())
+    folders._place.cache_clear()
+    with pytest.warns(UserWarning, match="Each process compiles its own"):
+        assert kept.ask().parent == launch._own_folder()
+    folders._place.cache_clear()
 
 
 def test_what_cannot_be_assembled_is_said() -> None:

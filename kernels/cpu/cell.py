@@ -7,13 +7,13 @@ row.  Where a row ends within the vector (`valid` lanes are left), no memory bey
 from __future__ import annotations
 
 import linecache
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from numba.extending import overload
 
 from fusedlstm.derive import compile_source
 from fusedlstm.math import DERIVATIVES
+from fusedlstm.once import once
 
 from . import simd
 from .simd import OPTIONS, inlined
@@ -103,7 +103,7 @@ UPDATE_ADJOINT = (
 )
 
 
-@cache
+@once
 def _compiled(cell: Cell, projected: bool) -> Any:
     return simd_module(source(cell, projected), f"<fusedlstm kernel {cell.key}>", __name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,14 +10,16 @@ from numba import types
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_projection
 from fusedlstm.kernels import POISON
+from fusedlstm.once import lazy, once
 from fusedlstm.weights import Weights
 
 from . import memory, pack, plan, team
 from .backward import Given, Gradients, Transposed, Workspace, backward, backward_work, space, workspace
+from .compile import entry_point
 from .forward import Packed, forward, forward_work
 from .memory import layout
 from .plan import BARRIER, BYTES, FLOPS, Sequences, sequences, threads_for
-from .spec import Registers, Spec, entry_point, machine
+from .spec import Registers, Spec, machine
 from .team import LINE
 from .tile import panel_rows
 from .work import Compiled, compiled
@@ -72,7 +73,7 @@ def _ints(names: Any) -> types.Type:
     return types.NamedUniTuple(INT, len(names._fields), names)
 
 
-@cache
+@once
 def forward_kernel(spec: Spec) -> Kernel:
     """Compile, or load from Numba's cache."""
     _, _, cube, states = _arrays(spec)
@@ -86,7 +87,7 @@ def forward_kernel(spec: Spec) -> Kernel:
     )  # fmt: skip
 
 
-@cache
+@once
 def backward_kernel(spec: Spec) -> Kernel:
     """Compile, or load from Numba's cache."""
     vector, matrix, cube, states = _arrays(spec)
@@ -105,7 +106,7 @@ def backward_kernel(spec: Spec) -> Kernel:
     )  # fmt: skip
 
 
-@cache
+@once
 def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
     """The compiled `pack_panels` and `pack_planes`."""
     captured = (Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT)
@@ -116,7 +117,7 @@ def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
     return panels, planes
 
 
-@cache
+@once
 def transposer(scalar: types.Float) -> Kernel:
     """The compiled :func:`pack.write_transposed`."""
     matrix = types.Array(scalar, 2, "A")
@@ -178,11 +179,11 @@ class CPUDirection:
         planes = (made.get("_input_planes", NOTHING), *made.get("_planes", ()))
         return sum(array.nbytes for array in (*self._panels, *planes))
 
-    @cached_property
+    @lazy
     def _input_planes(self) -> np.ndarray:
         return self._pack_planes(self.weights.ih, self.layer.input_gates, self.spec.panel)
 
-    @cached_property
+    @lazy
     def _planes(self) -> tuple[np.ndarray, ...]:
         weights, panel = self.weights, self.spec.panel
         return (

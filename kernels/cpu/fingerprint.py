@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
+
+from fusedlstm.once import once
+
+from .compile import entry_point
 
 LANES = 128  # 32-bit words that are mixed side by side: enough registers for any processor
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -28,13 +32,21 @@ def _pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(types.int64), codegen
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def fingerprint(table, every):
+def fingerprint(table: np.ndarray, every: int) -> int:
     """A 64-bit number for the bits of the arrays in a :func:`table`, read at the speed of the cache.
 
     Looks at one block of LANES words in `every`, and at the words after the last whole block.  A change
     of one word that is looked at changes the number; other changes do so but for a chance of about 2^-32.
     """
+    return int(_compiled()(table, every))
+
+
+@once
+def _compiled() -> Any:
+    return entry_point(_fingerprint, types.int64[:, ::1], types.int64)
+
+
+def _fingerprint(table, every):
     lanes = np.zeros(LANES, np.uint32)
     for row in range(len(table)):
         start, count = _pointer(table[row, 0]), table[row, 1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
 
 from fusedlstm.cells import Cell
+from fusedlstm.once import once
 
 from . import team
 from .memory import layout, state_rows
@@ -75,7 +75,8 @@ class Layer:
 
     def __init__(self, cell: Cell, scalar: types.Float, sizes: tuple[int, int, int], projected: bool) -> None:
         self.spec = Spec(cell, scalar, projected)
-        self.tiles = tile_table(self.spec).ctypes.data
+        self._table = tile_table(self.spec)  # keeps the memory
+        self.tiles = self._table.ctypes.data
         self.inputs, self.hidden, self.outputs = sizes
         self.padded = -(-self.hidden // self.spec.panel) * self.spec.panel
         self.input_gates = np.array([cell.gates.index(gate) for gate in cell.input_gates])
@@ -119,7 +120,7 @@ class Layer:
         return -(-steps // chunks)
 
 
-@cache
+@once
 def layer(cell: Cell, dtype: np.dtype[Any], inputs: int, hidden: int, outputs: int, projected: bool) -> Layer:
     """The same object for equal arguments."""
     scalar = types.float32 if dtype == np.float32 else types.float64

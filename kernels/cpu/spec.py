@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import llvmlite.binding as llvm
-from filelock import FileLock, Timeout
 from llvmlite import ir
-from numba import njit, types
-from numba.core import config
+from numba import types
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, models, register_model, unbox
 
+from fusedlstm.once import once
+
+from .compile import target
 from .simd import Vector
 
 if TYPE_CHECKING:
     from fusedlstm.cells import Cell
 
 MOST_ROWS = 8  # of a tile
-LONGEST = 300.0  # seconds of compiling one kernel; a process that takes longer has been stopped
 
 
 class Machine(NamedTuple):
@@ -38,66 +32,32 @@ class Machine(NamedTuple):
     registers: int
 
 
-@cache
+@once
 def machine() -> Machine:
-    """The widest registers of the processor at hand, or of that of NUMBA_CPU_FEATURES."""
-    features = config.CPU_FEATURES
-    if features is None:
-        features = llvm.get_host_cpu_features().flatten()
-    has = set(features.split(",")).issuperset
-    if has({"+avx512f"}):
-        return Machine("AVX-512", 512, 32)
-    if has({"+avx2", "+fma"}):
-        return Machine("AVX2", 256, 16)
+    """The widest registers that Numba uses, here or on the processor of NUMBA_CPU_NAME and the like."""
     if platform.machine().lower() in ("aarch64", "arm64"):
         return Machine("NEON", 128, 32)
-    return Machine("SSE" if "86" in platform.machine() else "128 bits", 128, 16)
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return Machine("128 bits", 128, 16)
+    code = _multiply_add(*target())
+    if "zmm" in code:
+        return Machine("AVX-512", 512, 32)
+    if "ymm" in code and "vfmadd" in code:
+        return Machine("AVX2", 256, 16)
+    return Machine("SSE", 128, 16)
 
 
-@cache
-def source_digest() -> str:
-    """Changes with the source of the kernels."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def stamped(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
-    """A copy with a name of its own in Numba's cache on disk, for a signature and a state of the kernels.
-
-    Numba looks at the file of a function alone, and machine code must not outlive what it was made of.
-    And were there one index for all signatures, processes that add to it at the same time could leave
-    each other's code under their names.
-    """
-    stamp = hashlib.sha256(f"{source_digest()} {signature}".encode()).hexdigest()[:16]
-    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
-    copy.__qualname__ = f"{function.__name__}_{stamp}"
-    return copy
-
-
-@contextmanager
-def alone(function: Callable[..., Any]) -> Iterator[None]:
-    """While another process compiles the same, wait, so that what it saves can be loaded.
-
-    Saves work where many processes start at once, such as the ranks of a training; not needed to be right.
-    """
-    lock = FileLock(Path(njit(cache=True)(function).stats.cache_path) / f"{function.__qualname__}.lock")
-    with suppress(Timeout, OSError, NotImplementedError):  # of a folder that nobody may write to, or lock in
-        lock.acquire(timeout=LONGEST)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
-    """A function compiled for Python to call, without Numba's look at its arguments; cached on disk."""
-    function = stamped(function, signature)
-    compiled = njit(nogil=True, cache=True, error_model="numpy")(function)
-    with alone(function):
-        compiled.compile(signature)
-    return compiled.overloads[signature].entry_point
+def _multiply_add(triple: str, processor: str, features: str) -> str:
+    """The code of a multiply-add of 512 bits, which shows what LLVM makes of the names of a processor."""
+    vector = ir.VectorType(ir.FloatType(), 16)
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(vector, [vector]), "multiply_add")
+    builder = ir.IRBuilder(function.append_basic_block())
+    (x,) = function.args
+    fused = ir.Function(module, ir.FunctionType(vector, [vector] * 3), "llvm.fmuladd.v16f32")
+    builder.ret(builder.call(fused, [x, x, x]))
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features)
+    return str(machine.emit_assembly(llvm.parse_assembly(str(module))))
 
 
 class Named(types.Type):

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import os
 import platform
 import re
@@ -38,7 +37,9 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -46,6 +47,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.errors import NumbaTypeError
 from numba.extending import intrinsic
+
+from fusedlstm.once import fork_lock, once
+
+from .compile import entry_point, kept
 
 __all__ = ["ALONE", "Team", "barrier", "current", "describe", "fork", "get_num_threads", "set_num_threads"]
 
@@ -405,7 +410,7 @@ def _run_own(team, threads, region, patience):
     return True
 
 
-@njit("boolean(int64, int64, int64, int64)", cache=True, error_model="numpy")
+@kept
 def _run(team, threads, region, patience):
     """Run a region on a team; false if it has no thread to spare."""
     if _load(team + KIND) == OWN:
@@ -451,7 +456,6 @@ def _take_part(team, worker, wanted, ticket, generation):
     add(team + FINISHED, 1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
 def _serve(team, worker):
     """The life of worker 1, 2, ... of our own team."""
     desk = team + DESKS + (worker - 1) * LINE
@@ -477,7 +481,6 @@ def _serve(team, worker):
             idle = 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
 def _dissolve(team):
     """Send the workers home, unless the team is busy.  It stays busy: whoever calls later runs alone."""
     if not _replace(team + BUSY, 0, 1):
@@ -487,18 +490,31 @@ def _dissolve(team):
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
 def _spin(count):
     for _ in range(count):
         _pause()
 
 
+class Native(NamedTuple):
+    """The compiled functions of our own team."""
+
+    serve: Any
+    dissolve: Any
+    spin: Any
+
+
+@once
+def _native() -> Native:
+    one = types.int64
+    return Native(entry_point(_serve, one, one), entry_point(_dissolve, one), entry_point(_spin, one))
+
+
 def _spins_per_us() -> int:
     count, times = 10_000, []
-    _spin(1)
+    spin = _native().spin
     for _ in range(3):
         start = time.perf_counter()
-        _spin(count)
+        spin(count)
         times.append(time.perf_counter() - start)
     return max(1, round(count / (min(times) * 1e6)))
 
@@ -570,28 +586,35 @@ _allocate_lock.restype = ctypes.c_void_p
 
 
 class Own(Team):
-    """A team of our own: the calling thread and `size - 1` Python threads in a native loop."""
+    """A team of our own: the calling thread and `size - 1` Python threads in a native loop.
+
+    It grows in place: its address stays good for whoever was given it, and no thread is started twice.
+    """
 
     def __init__(self, size: int) -> None:
-        super().__init__("our own team", (DESKS + (size - 1) * LINE) // 8)
-        self.size = size
-        _serve.compile((types.int64, types.int64))
-        _dissolve.compile((types.int64,))
+        super().__init__("our own team", (DESKS + (MOST_THREADS - 1) * LINE) // 8)  # untouched memory is free
+        self.size = 1
         self._threads: list[threading.Thread] = []
+        self._set(KIND=OWN, SPINS_PER_US=_spins_per_us())
+        self.grow(size)
+
+    def grow(self, size: int) -> None:
+        """Have so many threads from now on, also for regions of others that begin meanwhile."""
         try:
-            for worker in range(1, size):
+            for worker in range(len(self._threads) + 1, size):
                 self._start(worker)
         except RuntimeError as error:
             started = len(self._threads) + 1
             warnings.warn(f"only {started} of {size} threads could be started: {error}", stacklevel=4)
-        self._set(KIND=OWN, WORKERS=len(self._threads), SPINS_PER_US=_spins_per_us())
+        self.size = size
+        self._set(WORKERS=len(self._threads))
 
     def _start(self, worker: int) -> None:
         lock = _allocate_lock()
         ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
         self._block[(DESKS + (worker - 1) * LINE + LOCK) // 8] = lock
         thread = threading.Thread(
-            target=_serve, args=(self.address, worker), name=f"fusedlstm-{worker}", daemon=True
+            target=_native().serve, args=(self.address, worker), name=f"fusedlstm-{worker}", daemon=True
         )
         thread.start()
         self._threads.append(thread)
@@ -599,7 +622,7 @@ class Own(Team):
     def dissolve(self) -> None:
         """End the workers, within a second if a region still runs."""
         for _ in range(100):
-            if _dissolve(self.address):
+            if _native().dissolve(self.address):
                 break
             time.sleep(0.01)
         for thread in self._threads:
@@ -611,10 +634,11 @@ class Own(Team):
 _requested: int | None = None  # by set_num_threads
 _modules = 0  # how many had been imported when the team was chosen
 _runtime: OpenMP | None = None
-_own: list[Own] = []  # the last one is in use; older ones were too small
+_runtimes: list[OpenMP] = []  # that were found, since kernels may still have their addresses
+_own: Own | None = None
 _team: Team | None = None
 _forked = False  # from a process whose OpenMP threads did not come along
-_lock = threading.RLock()
+_lock = fork_lock()
 
 
 def current() -> Team:
@@ -665,7 +689,7 @@ def describe() -> str:
 
 
 def _choose() -> Team:
-    global _team
+    global _own, _team
     with _lock:
         _find_runtime()
         threads = _requested or _default_threads()
@@ -674,9 +698,11 @@ def _choose() -> Team:
         elif threads == 1:
             _team = ALONE
         else:
-            if not _own or _own[-1].size < threads:
-                _own.append(Own(threads))
-            _team = _own[-1]
+            if _own is None:
+                _own = Own(threads)
+            elif _own.size < threads:
+                _own.grow(threads)
+            _team = _own
         return _team
 
 
@@ -689,6 +715,7 @@ def _find_runtime() -> None:
         paths.sort(key=lambda path: "torch" not in path)  # the one that will be busy next to us
         if paths and (_runtime is None or _runtime.path != paths[0]):
             _runtime, _team = OpenMP(paths[0]), None
+            _runtimes.append(_runtime)
         _modules = count
 
 
@@ -720,7 +747,7 @@ def _describe_library(path: str) -> str:
     return f"{name}, loaded by {package[1]}" if package else f"{name}, loaded from {path}"
 
 
-@functools.cache
+@once
 def _default_threads() -> int:
     setting = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if setting:
@@ -731,34 +758,54 @@ def _default_threads() -> int:
     return max(1, min(cores, int(_container_cores())))
 
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def _container_cores() -> float:
-    """How many cores' worth of time the container may use, which the affinity does not show."""
+    """How many cores' worth of time this process may use, which the affinity does not show.
+
+    Of its control group and those above: in a container the outermost is the container's own.
+    """
+    return min([_quota(group) for group in _control_groups()], default=MOST_THREADS)
+
+
+def _control_groups() -> Iterator[Path]:
+    """The folders of the control group that this process is in and of those above, of versions 2 and 1."""
+    own = {"": "/", "cpu": "/"}
+    with suppress(OSError):  # where there are none
+        for line in OWN_CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own.update(dict.fromkeys(controllers.split(","), path))
+    for controller in ("", "cpu"):
+        yield (group := CGROUP / controller)
+        for name in Path(own[controller]).parts[1:]:
+            yield (group := group / name)
+
+
+def _quota(group: Path) -> float:
+    """The cores' worth of time of a control group."""
     try:
-        if (CGROUP / "cpu.max").exists():  # version 2
-            quota, period = (CGROUP / "cpu.max").read_text().split()
+        if (group / "cpu.max").exists():  # version 2
+            quota, period = (group / "cpu.max").read_text().split()
         else:
-            quota = (CGROUP / "cpu" / "cpu.cfs_quota_us").read_text()
-            period = (CGROUP / "cpu" / "cpu.cfs_period_us").read_text()
-    except OSError:  # no control groups, or none that limits this
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+    except OSError:
         return MOST_THREADS
     limited = quota.strip() not in ("max", "-1")
     return int(quota) / int(period) if limited else MOST_THREADS
 
 
 def _after_fork() -> None:
-    global _forked, _lock, _team
-    _forked, _lock, _team = True, threading.RLock(), None
-    _own.clear()
+    global _forked, _own, _team
+    _forked, _own, _team = True, None, None
     _default_threads.cache_clear()
 
 
 @atexit.register
-def _dissolve_all() -> None:
-    for team in _own:
-        team.dissolve()
+def _dissolve_own() -> None:
+    if _own is not None:
+        _own.dissolve()
 
 
 if hasattr(os, "register_at_fork"):

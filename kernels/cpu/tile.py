@@ -14,7 +14,6 @@ file; the product then runs at the rate of the multiply-add units.  Three layout
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
+from fusedlstm.once import once
+
+from .compile import entry_point
 from .shares import share
 from .simd import INT64, call_ir, load, load_row, part, read_int, splat, splat_ir, store, store_row
-from .spec import MOST_ROWS, Registers, Spec, entry_point
+from .spec import MOST_ROWS, Registers, Spec
 
 UNROLL = 4
 PLANES = 4  # vectors of a tile over planes; what is left is done one by one
@@ -187,7 +189,7 @@ TILES: tuple[tuple[str, Callable[[Spec], int]], ...] = (
 )
 
 
-@cache  # as long as the function is kept, those that it gives the addresses of are
+@once  # as long as the function is kept, those that it gives the addresses of are
 def _writer(tile: Tile) -> Any:
     return entry_point(write_addresses, tile, types.int64)
 
@@ -198,7 +200,7 @@ def _addresses(tile: Tile) -> np.ndarray:
     return table
 
 
-@cache
+@once
 def tile_table(spec: Spec) -> np.ndarray:
     """The addresses of the tiles of a spec, (5, MOST_ROWS) int64; its own address is the spec's value.
 

@@ -8,18 +8,20 @@ on the stack of the thread that starts them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.errors import NumbaTypeError
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
+from fusedlstm.once import once
+
+from .compile import c_function
 from .simd import INT64, OPTIONS, inlined
-from .spec import Named, alone, stamped
+from .spec import Named
 from .team import fork
 
 
@@ -102,16 +104,9 @@ def launch(team, threads, patience, work, arguments):
     fork(team, threads, _member, (work, arguments), patience)
 
 
-@cache
+@once
 def _launch() -> Any:
-    signature = types.void(*[types.int64] * 5)
-    return _c_function(launch, signature, error_model="numpy")
-
-
-def _c_function(function: Callable[..., None], signature: Any, **options: Any) -> Any:
-    function = stamped(function, signature)
-    with alone(function):
-        return cfunc(signature, cache=True, **options)(function)
+    return c_function(launch, types.void(*[types.int64] * 5), error_model="numpy")
 
 
 @intrinsic
@@ -161,5 +156,5 @@ def compiled(function: Callable[..., None], arguments: types.BaseTuple) -> Compi
     It calls `captured(address)` for its other arguments, a tuple of the given types.
     """
     signature = types.void(types.int64, types.int64, types.int64, Captured(arguments))
-    made = _c_function(function, signature, **OPTIONS)
+    made = c_function(function, signature, **OPTIONS)
     return Compiled(made, np.array([_launch().address, made.address]), Work(arguments))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,6 +12,7 @@ import numpy as np
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_options, check_projection
 from fusedlstm.kernels import POISON
+from fusedlstm.once import making
 from fusedlstm.weights import Weights
 
 from .gemm import cublas, matmul
@@ -76,7 +76,6 @@ class Direction:
         self.cell, self._weights, self._form, self._barrier_every = cell, weights, form, barrier_every
         self._precision: Precision = "float64" if weights.ih.dtype == np.float64 else precision
         self._resident: dict[int, Resident] = {}
-        self._lock = threading.Lock()
 
     @contextmanager
     def _on(self, x: Any) -> Iterator[Resident]:
@@ -89,12 +88,13 @@ class Direction:
                 yield self._prepared(x.device.id)
 
     def _prepared(self, device: int) -> Resident:
-        with self._lock:
-            if device not in self._resident:
-                self._resident[device] = Resident(
-                    self.cell, self._weights, self._precision, self._form, self._barrier_every
-                )
-            return self._resident[device]
+        if device not in self._resident:
+            with making:  # once, for memory that may be scarce
+                if device not in self._resident:
+                    self._resident[device] = Resident(
+                        self.cell, self._weights, self._precision, self._form, self._barrier_every
+                    )
+        return self._resident[device]
 
     def forward(
         self,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from fusedlstm.dispatch import INSTALL_CUDA
+from fusedlstm.once import once
 
 from . import ptx
 from .plan import TENSOR_CORES, Precision
@@ -18,7 +18,7 @@ _R_32F, _COMPUTE_32F = 0, 68
 _OPERANDS = {"tf32": (0, 77), "float16": (2, 68), "bfloat16": (14, 68)}  # type, computation
 
 
-@cache
+@once
 def cublas() -> Any:
     """CuPy's interface to cuBLAS.
 
@@ -76,7 +76,7 @@ def _laid_out(matrix: Any) -> tuple[Any, int, int]:
     raise ValueError(f"a matrix needs one contiguous axis, got strides {matrix.strides}")
 
 
-@cache
+@once
 def _narrow(precision: Precision, xp: Any) -> Callable[[Any], Any]:
     if precision == "float16":
         return lambda x: x.astype(np.float16)

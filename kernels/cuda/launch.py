@@ -6,15 +6,16 @@ launches it.  In a simulator, Numba runs the Python function on NumPy arrays.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import re
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +26,9 @@ from numba.cuda import types
 
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import INSTALL_CUDA
-from fusedlstm.files import cuda_kernels, write_whole
+from fusedlstm.files import write_whole
+from fusedlstm.folders import cuda_kernels, is_private, warn
+from fusedlstm.once import once
 
 from . import backward, forward
 from .plan import Device, Plan
@@ -100,7 +103,7 @@ def current_device() -> Device:
     return simulated_device if SIMULATED else _device(array_module().cuda.Device().id)
 
 
-@cache
+@once
 def _device(number: int) -> Device:
     runtime = array_module().cuda.runtime
     properties = runtime.getDeviceProperties(number)
@@ -113,7 +116,7 @@ def _device(number: int) -> Device:
     )
 
 
-@cache
+@once
 def kernel(cell: Cell, plan: Plan, resets: bool, training: bool, capability: tuple[int, int]) -> Kernel:
     """The kernel of a plan, compiled or taken from the cache on disk."""
     if SIMULATED:
@@ -210,11 +213,8 @@ def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability:
     compilers = [numba.__version__, numba_cuda.__version__]
     state = [_SOURCES.hexdigest(), *compilers, cell.key, replace(plan, why=""), resets, training, capability]
     digest = hashlib.sha256(repr(state).encode()).hexdigest()
-    path = cuda_kernels() / f"{cell.name}_{digest[:24]}.ptx"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, compile_ptx(cell, plan, resets, training, capability).encode())
-    return path
+    stem = f"{cell.name}_{digest[:24]}"
+    return _kept(stem, ".ptx", lambda: compile_ptx(cell, plan, resets, training, capability).encode())
 
 
 def cached_cubin(ptx: Path, capability: tuple[int, int]) -> Path:
@@ -223,10 +223,41 @@ def cached_cubin(ptx: Path, capability: tuple[int, int]) -> Path:
     The driver could assemble PTX too, but may be older than the compiler and not know its version of PTX;
     machine code of the same major version of CUDA it takes.
     """
-    path = ptx.with_suffix(f".sm_{capability[0]}{capability[1]}.cubin")
-    if not path.exists():
-        write_whole(path, assemble(ptx.read_text(), capability))
-    return path
+    suffix = f".sm_{capability[0]}{capability[1]}.cubin"
+    return _kept(ptx.stem, suffix, lambda: assemble(ptx.read_text(), capability))
+
+
+def _kept(stem: str, suffix: str, make: Callable[[], bytes]) -> Path:
+    """The file with what `make` gives; it is called unless one is there, whole, that nobody else has written.
+
+    The digest of its content stands in its name, since CuPy and others read the file itself.
+    """
+    store = cuda_kernels()
+    for folder in store.folders():
+        for path in folder.glob(f"{stem}.*{suffix}"):
+            if is_private(path.stat()) and path.name == _name(stem, suffix, path.read_bytes()):
+                return path
+    content = make()
+    name, folder = _name(stem, suffix, content), store.place() or _own_folder()
+    try:
+        write_whole(folder / name, content, 0o644)
+    except OSError as error:
+        warn(f"a compiled kernel cannot be kept: {error}")
+        folder = _own_folder()
+        write_whole(folder / name, content, 0o644)
+    return folder / name
+
+
+def _name(stem: str, suffix: str, content: bytes) -> str:
+    return f"{stem}.{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+
+
+@once
+def _own_folder() -> Path:
+    """A folder for what this process alone uses; gone with it."""
+    folder = tempfile.TemporaryDirectory(prefix="fusedlstm-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
@@ -316,7 +347,6 @@ class _Compiled:
         self._cupy = array_module()
         self._loaded = Loaded(ptx, capability, plan.threads, plan.shared, plan.form == "persistent")
         self._graphs: OrderedDict[Any, Any] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __call__(self, grid: tuple[int, int], arrays: Sequence[Any], runs: Sequence[Any]) -> None:
         if self._cupy.cuda.get_current_stream().is_capturing():
@@ -339,17 +369,17 @@ class _Compiled:
         """Launch many runs as one graph.
 
         A graph holds the addresses of its arrays.  CuPy's memory pool gives the same ones again to the
-        next call with the same sizes, so graphs are kept under them.
+        next call with the same sizes, so graphs are kept under them.  The thread that launches one has taken
+        it out, since no other may launch it at the same time.
         """
         key = (self._cupy.cuda.Device().id, grid, arguments.tobytes(), tuple(runs))
-        with self._lock:
-            graph = self._graphs.pop(key, None)
-            if graph is None:
-                graph = self._captured(grid, arguments, runs)
-            self._graphs[key] = graph
-            if len(self._graphs) > _GRAPHS:
-                self._graphs.popitem(last=False)
-            graph.launch(self._cupy.cuda.get_current_stream())
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            graph = self._captured(grid, arguments, runs)
+        graph.launch(self._cupy.cuda.get_current_stream())
+        self._graphs[key] = graph
+        if len(self._graphs) > _GRAPHS:
+            self._graphs.popitem(last=False)
 
     def _captured(self, grid: tuple[int, int], arguments: np.ndarray, runs: Sequence[Any]) -> Any:
         with self._cupy.cuda.Stream(non_blocking=True) as stream:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import product as pairs
 from math import ceil, gcd
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fusedlstm.cells import Cell
+from fusedlstm.once import lazy
 
 from . import ptx
 
@@ -101,7 +101,7 @@ class Product:
     def per_word(self) -> int:
         return 4 // self.operand.itemsize
 
-    @cached_property
+    @lazy
     def rows(self) -> int:
         """Rows of the packed weights: row g * units + u is gate g of output u, the rest is zero."""
         rows = self.groups * self.units
@@ -121,7 +121,7 @@ class Product:
         """Tiles of the result: of a thread, or of a warp."""
         return self.row_tiles * (self.batch // 8 if self.tensor else self.batch // self.width)
 
-    @cached_property
+    @lazy
     def shares(self) -> int:
         """Warps, or threads, among which the tiles of one part are dealt out."""
         if not self.tensor:

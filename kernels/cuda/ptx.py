@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import config, cuda
 from numba.cuda import types
+
+from fusedlstm.once import once
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
@@ -70,7 +71,7 @@ def _vector(
     return [builder.extract_element(vector, ir.Constant(I32, n)) for n in range(count)]
 
 
-@cache
+@once
 def load(width: int) -> Any:
     """The function (array, index) -> `width` consecutive elements; index is a multiple of width.
 
@@ -107,7 +108,7 @@ def _strong_load(context: Any, builder: Any, address: Any, element: Any, kind: s
     return [builder.extract_value(loaded, n) for n in range(count)] if count > 1 else [loaded]
 
 
-@cache
+@once
 def load_relaxed(width: int) -> Any:
     """As `load`, of floating-point numbers that another block may be writing: each is the old or the new one.
 

@@ -1,0 +1,200 @@
+"""How kernels are compiled, kept on disk, and loaded again.
+
+By Numba's cache of compiled functions, with these differences.  Machine code must not outlive what it was
+made of: names tell all of that.  A file is used if it is whole and nobody else could have written it; else
+the function is compiled anew.  And what cannot be kept costs a warning, not the call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core import config, registry, sigutils
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, InTreeCacheLocator
+from numba.core.ccallback import CFunc
+
+from fusedlstm.files import alone, write_whole
+from fusedlstm.folders import Store, is_private, user_cache, user_number, warn
+from fusedlstm.once import making, once
+
+LONGEST = 300.0  # seconds of compiling one kernel; a process that takes longer has been stopped
+DIGEST = 32  # bytes
+
+
+def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
+    """A function compiled for Python to call, without Numba's look at its arguments."""
+    compiled = kept(function, signature)
+    with making, _alone(compiled._cache):
+        compiled.compile(signature)
+    return compiled.overloads[signature].entry_point
+
+
+def c_function(function: Callable[..., None], signature: Any, **options: Any) -> Any:
+    """A compiled C function, whose address holds as long as it is kept."""
+    function = stamped(function, signature)
+    made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
+    made._cache = _Cache(function)
+    with making, _alone(made._cache):
+        made.compile()
+    return made
+
+
+def kept(function: Callable[..., Any], signature: Any = "") -> Any:
+    """A function for compiled code to call, compiled when it first does; with arguments of one signature."""
+    function = stamped(function, signature)
+    dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+# --- Names ------------------------------------------------------------------------------------------------
+
+
+@once
+def source_digest() -> str:
+    """Changes with the source of the kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def target() -> tuple[str, str, str]:
+    """What Numba compiles for: LLVM's names of the system, the processor, and its features."""
+    triple, processor, features = registry.cpu_target.target_context.codegen().magic_tuple()
+    return triple, processor, features
+
+
+def stamped(function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+    """A copy with a name of its own on disk, for all that its machine code depends on.
+
+    Numba looks at the file of a function alone.  And were there one index for several signatures or
+    processors, processes that add to it at the same time could leave each other's code under their names.
+    """
+    state = f"{source_digest()} {numba.__version__} {target()} {signature}"
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = f"{function.__name__}_{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    return copy
+
+
+# --- Files ------------------------------------------------------------------------------------------------
+
+
+def store() -> Store:
+    """The folders of compiled kernels."""
+    wanted = (Path(__file__).parent / "__pycache__", *user_cache())
+    if config.CACHE_DIR:  # where other users may have theirs
+        wanted = tuple(Path(config.CACHE_DIR, name) for name in ("fusedlstm", f"fusedlstm-{user_number()}"))
+    return Store("NUMBA_CACHE_DIR", wanted)
+
+
+class _Locator(InTreeCacheLocator):  # type: ignore[misc]
+    """Tells Numba what a name on disk begins with, but no folder: :func:`store` knows those."""
+
+    @classmethod
+    def from_function(cls, function: Any, file: str) -> _Locator:
+        return cls(function, file)
+
+    def ensure_cache_path(self) -> None:
+        pass
+
+
+class _Naming(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """The index and the code of a function in a folder, each with a digest of its own in front.
+
+    Damaged machine code would do anything; so would that of somebody else.
+    """
+
+    def _read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            if not is_private(os.fstat(file.fileno())):
+                raise PermissionError(f"others may write to {path}")
+            digest, content = file.read(DIGEST), file.read()
+        if digest != hashlib.sha256(content).digest():
+            raise ValueError(f"{path} is damaged")
+        return content
+
+    @contextmanager
+    def _open_for_write(self, path: str) -> Iterator[io.BytesIO]:
+        content = io.BytesIO()
+        yield content
+        whole = content.getvalue()
+        write_whole(Path(path), hashlib.sha256(whole).digest() + whole, 0o644)
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            content = io.BytesIO(self._read(self._index_path))
+            if pickle.load(content) != self._version:
+                return {}
+            stamp, names = pickle.load(content)
+        except Exception:  # pickle may raise any, of what is no index
+            return {}
+        return names if stamp == self._source_stamp else {}
+
+    def _load_data(self, name: str) -> Any:
+        return pickle.loads(self._read(self._data_path(name)))
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """What a dispatcher of Numba asks for a function before it is compiled, and tells of it afterwards."""
+
+    _impl_class = _Naming
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.name = function.__qualname__
+
+    def _in(self, folder: Path) -> _Files:
+        return _Files(str(folder), self._impl.filename_base, self._impl.locator.get_source_stamp())
+
+    def is_there(self) -> bool:
+        """Whether a folder has code of this function, whole or not."""
+        files = map(self._in, store().folders())
+        return any(os.path.exists(found._data_path(found._data_name(1))) for found in files)
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        for folder in store().folders():
+            self._cache_file = self._in(folder)
+            with suppress(Exception):  # whatever is wrong with it, it can be compiled anew
+                found = super().load_overload(signature, context)
+                if found is not None:
+                    return found
+        return None
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        folder = store().place()
+        if folder is None:
+            return
+        self._cache_file = self._in(folder)
+        try:
+            super().save_overload(signature, compiled)
+        except OSError as error:
+            _say(f"compiled kernels cannot be kept: {error}")
+
+
+@once
+def _say(message: str) -> None:
+    warn(message)
+
+
+def _alone(cache: _Cache) -> AbstractContextManager[None]:
+    """While another process compiles the same, wait, so that what it saves can be loaded.
+
+    As where many start at once, such as the ranks of a training.
+    """
+    folder = None if cache.is_there() else store().place()
+    return nullcontext() if folder is None else alone(folder / f"{cache.name}.lock", LONGEST)

@@ -9,15 +9,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import keyword
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import math
-from .derive import CellError, Graph, compile_source, differentiate, source, trace
+from .derive import TRANSPOSED, CellError, Graph, LateGate, compile_source, function_name, reachable, trace
 from .math import relu as _relu
-from .math import sigmoid, tanh, where
+from .math import sigmoid, tanh
 from .once import lazy, once
+from .step import Step
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 __all__ = [
     "Cell",
@@ -27,6 +32,8 @@ __all__ = [
     "gru",
     "gru_reset_before",
     "lstm",
+    "lstm_output_from_memory",
+    "lstm_output_sees_cell",
     "peephole_lstm",
     "recurrent_dropout",
     "rnn_relu",
@@ -36,7 +43,7 @@ __all__ = [
 ]
 
 # names of the layers' own parameters, and of what generated code calls besides the functions of math
-_RESERVED = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "full_like")
+_RESERVED = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "full_like", "mean")
 
 
 class Cell:
@@ -49,17 +56,19 @@ class Cell:
         split: the gates that arrive as two arguments, ``n_x`` and ``n_h``.
         weights: names of the learned vectors of length hidden.
         recurrent: the state that the recurrent weights multiply at the next step.
+        late: the gates that arrive as functions, of what their recurrent weights multiply.
+        without_input: the gates without input weights.
+        without_recurrent: the gates without recurrent weights.
         arguments: pre-activations, then states and learned vectors in use, as the generated code
             takes them.
         function: the mathematics.
         constants: the keyword-only arguments, and their values.
         seeds: names of the gradients of the new states, which the derived adjoint takes.
+        step, adjoint: as expressions.
         source: the generated code of the step and of its adjoint.
         key: a text that is equal for equal mathematics; names files in the cache.
-        half: the cell that is run twice for one step, if a step takes two recurrent products.
     """
 
-    half: Cell | None = None
     _without_dropout: Cell | None = None  # of what recurrent_dropout made
 
     def __init__(
@@ -67,9 +76,13 @@ class Cell:
         function: Callable[..., Any],
         gates: Sequence[str],
         states: Sequence[str],
-        split: Sequence[str],
-        weights: Sequence[str],
-        recurrent: str | None,
+        *,
+        split: Sequence[str] = (),
+        weights: Sequence[str] = (),
+        recurrent: str | None = None,
+        late: Sequence[str] = (),
+        without_input: Sequence[str] = (),
+        without_recurrent: Sequence[str] = (),
     ) -> None:
         if not isinstance(function, FunctionType):
             raise CellError(f"a cell is made of a function, got {function!r}")
@@ -77,16 +90,40 @@ class Cell:
         self.name = function.__name__
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         self.gates, self.states = _names("gates", gates), _names("states", states)
-        self.split, self.weights = _names("split", split, empty=True), _names("weights", weights, empty=True)
-        for name in self.split:
-            if name not in self.gates:
-                raise CellError(f"split names {name!r}, which is not a gate; the gates are {self.gates}")
+        self.weights = _names("weights", weights, empty=True)
+        self.split, self.late = self._some("split", split), self._some("late", late)
+        self.without_input = self._some("without_input", without_input)
+        self.without_recurrent = self._some("without_recurrent", without_recurrent)
         self.recurrent = self.states[0] if recurrent is None else recurrent
         if self.recurrent not in self.states:
             raise CellError(f"recurrent is {recurrent!r}, which is not a state; the states are {self.states}")
+        self._check_gates()
         self._check_names()
         self.constants = self._match_arguments()
         self._derive()
+
+    def _some(self, what: str, names: Sequence[str]) -> tuple[str, ...]:
+        """Gates of some kind, in the order of the gates."""
+        chosen = _names(what, names, empty=True)
+        for name in chosen:
+            if name not in self.gates:
+                raise CellError(f"{what} names {name!r}, which is not a gate; the gates are {self.gates}")
+        return tuple(gate for gate in self.gates if gate in chosen)
+
+    def _check_gates(self) -> None:
+        """Refuse a gate that is of two kinds which exclude each other."""
+        for one, other, why in (
+            ("late", "split", "a late gate has one part, which is complete when it is called"),
+            ("late", "without_recurrent", "a late gate is what its recurrent weights give"),
+            ("split", "without_input", "a split gate has a part of the input"),
+            ("split", "without_recurrent", "a split gate has a part of the recurrent weights"),
+            ("without_input", "without_recurrent", "nothing is left of it"),
+        ):
+            for gate in self.gates:
+                if gate in getattr(self, one) and gate in getattr(self, other):
+                    raise CellError(f"gate {gate!r} is named in {one} and in {other}: {why}")
+        if not self.gates_with_input:
+            raise CellError("without_input names all gates: one at least must see the input")
 
     def __repr__(self) -> str:
         return f"<fusedlstm cell {self.name}: gates {self.gates}, states {self.states}>"
@@ -98,25 +135,48 @@ class Cell:
         return self.function.__qualname__
 
     @property
+    def gates_with_input(self) -> tuple[str, ...]:
+        """The gates that have rows in ``weight_ih`` and ``bias_ih``, in their order."""
+        return tuple(g for g in self.gates if g not in self.without_input)
+
+    @property
+    def gates_with_recurrent(self) -> tuple[str, ...]:
+        """The gates that have rows in ``weight_hh`` and ``bias_hh``, in their order."""
+        return tuple(g for g in self.gates if g not in self.without_recurrent)
+
+    @property
     def plain(self) -> tuple[str, ...]:
         """The gates whose input and recurrent products are added before the cell sees them."""
-        return tuple(g for g in self.gates if g not in self.split)
+        special = (*self.split, *self.late, *self.without_input, *self.without_recurrent)
+        return tuple(g for g in self.gates if g not in special)
 
     @property
     def preactivations(self) -> tuple[str, ...]:
-        """Input parts of split gates, plain gates, recurrent parts of split gates: the input product
-        fills the front, the recurrent product the back, each without a gap."""
-        return (*(f"{g}_x" for g in self.split), *self.plain, *(f"{g}_h" for g in self.split))
+        """The parts of gates in an order in which the input product fills the front and the recurrent
+        product a stretch, each without a gap; late gates stand by themselves."""
+        return (
+            *self._late_with_input,
+            *self.without_recurrent,
+            *(f"{g}_x" for g in self.split),
+            *self.plain,
+            *(f"{g}_h" for g in self.split),
+            *(g for g in self.without_input if g not in self.late),
+            *(g for g in self.late if g in self.without_input),
+        )
+
+    @property
+    def _late_with_input(self) -> tuple[str, ...]:
+        return tuple(g for g in self.late if g not in self.without_input)
 
     @property
     def input_gates(self) -> tuple[str, ...]:
         """The gates in the order in which the input product computes them."""
-        return (*self.split, *self.plain)
+        return (*self._late_with_input, *self.without_recurrent, *self.split, *self.plain)
 
     @property
     def recurrent_gates(self) -> tuple[str, ...]:
-        """The gates in the order in which the recurrent product computes them."""
-        return (*self.plain, *self.split)
+        """The gates in the order in which the recurrent product computes them; late ones are not of it."""
+        return (*self.plain, *self.split, *(g for g in self.without_input if g not in self.late))
 
     @property
     def reads_output(self) -> bool:
@@ -135,15 +195,55 @@ class Cell:
 
     def step_arguments(
         self,
-        products: Iterable[Iterable[Any]],  # that of the input and the recurrent one, (B, H) for each gate
+        from_input: Mapping[str, Any],  # by gate: its product with the input, (B, H)
+        from_output: Mapping[str, Any],  # by gate that is not late: its recurrent product, (B, H)
         states: Iterable[Any],  # (B, H) each
         vectors: Iterable[Any],  # the learned vectors, (H,) each
+        multiply: Callable[[str, Any], Any],  # a late gate's recurrent product with (B, H)
     ) -> dict[str, Any]:
-        """What a step takes, by name and in its order: in a split gate both parts, else their sum."""
+        """What a step takes, by name and in its order: in a split gate both parts, else their sum, and in a
+        late gate a function."""
         values = dict(zip(self.states, states)) | dict(zip(self.weights, vectors))
-        for gate, x, h in zip(self.gates, *products):
-            values |= {f"{gate}_x": x, f"{gate}_h": h} if gate in self.split else {gate: x + h}
+        for gate in self.gates:
+            if gate in self.split:
+                values |= {f"{gate}_x": from_input[gate], f"{gate}_h": from_output[gate]}
+            elif gate in self.late:
+                values[gate] = partial(_late_gate, gate, from_input.get(gate), multiply)
+            else:
+                parts = [part[gate] for part in (from_input, from_output) if gate in part]
+                values[gate] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         return {name: values[name] for name in self.arguments}
+
+    def step_arguments_of(
+        self,
+        from_input: Any,  # (B, rows of weight_ih): the product of the input, with its biases
+        states: Sequence[Any],  # (B, H) each
+        weights: Weights,
+        linear: Callable[[Any, Any, Any], Any],  # (v, weight, bias or None): v @ weight.T + bias
+        chunk: Callable[[Any, int, int], Sequence[Any]],  # an array in so many parts along an axis
+    ) -> dict[str, Any]:
+        """:meth:`step_arguments` in any framework, from its product and its way to cut."""
+        names = self.gates_with_recurrent
+        hh, bias_hh, operand = weights.hh, weights.bias_hh, states[self.operand]
+        by_input = dict(zip(self.gates_with_input, chunk(from_input, len(self.gates_with_input), -1)))
+        by_gate: dict[str, tuple[Any, Any]] = {}
+        if self.late:
+            biases = [None] * len(names) if bias_hh is None else chunk(bias_hh, len(names), 0)
+            by_gate = dict(zip(names, zip(chunk(hh, len(names), 0), biases)))
+
+        def multiply(gate: str, value: Any) -> Any:
+            return linear(value, *by_gate[gate])
+
+        by_output = {
+            gate: multiply(gate, operand) for gate in names if gate in by_gate and gate not in self.late
+        }
+        if names and not self.late:
+            by_output = dict(zip(names, chunk(linear(operand, hh, bias_hh), len(names), -1)))
+        return self.step_arguments(by_input, by_output, states, weights.vectors, multiply)
+
+    def hidden_size(self, weights: Weights) -> int:
+        """H of the weights of a layer."""
+        return int(weights.ih.shape[0]) // len(self.gates_with_input)
 
     @property
     def unprojectable(self) -> str:
@@ -152,19 +252,34 @@ class Cell:
             return f"it reads its own output {self.states[0]!r}, which has another size then"
         if self.operand:
             return f"the recurrent weights multiply {self.recurrent!r}, not the output"
+        if not self.gates_with_recurrent:
+            return "it has no recurrent weights: put a linear layer behind it instead"
+        if self.late:
+            return (
+                f"the recurrent weights of its late gate {self.late[0]!r} multiply values of the hidden units"
+            )
         return ""
+
+    @lazy
+    def moved(self) -> str:
+        """What the names of tangents begin with, and no other name."""
+        prefix = "t_"
+        while any(name.startswith(prefix) for name in (*self.arguments, *self.states, *self.seeds)):
+            prefix += "_"
+        return prefix
 
     @lazy
     def numpy(self) -> Any:
         """The generated functions `step` and `adjoint` over NumPy arrays."""
         import numpy as np
 
-        functions = {name: getattr(math, name) for name in math.DERIVATIVES}
+        functions = {name: getattr(math, name) for name in (*math.DERIVATIVES, "mean")}
         return compile_source(self.source, {**functions, "full_like": np.full_like}, f"<cell {self.name}>")
 
     def _check_names(self) -> None:
         names = [*self.preactivations, *self.states, *self.weights]
         names += [f"d{state}" for state in self.states]
+        names += [function_name(f"{TRANSPOSED}:{gate}") for gate in self.late]
         for name in names:
             if names.count(name) > 1:
                 raise CellError(f"cell {self.name}: the name {name!r} is used twice among {names}")
@@ -183,43 +298,90 @@ class Cell:
                     )
                 constants[name] = parameter.default
             elif parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or name not in known:
-                hint = f"; gate {name!r} is split: take {name}_x and {name}_h" if name in self.split else ""
                 raise CellError(
-                    f"cell {self.name}: the argument {name!r} is none of {', '.join(known)}{hint}. "
-                    "Constants go behind a * with a default"
+                    f"cell {self.name}: the argument {name!r} is none of {', '.join(known)}"
+                    f"{self._hint(name)}. Constants go behind a * with a default"
                 )
             else:
                 taken.append(name)
         for name in self.preactivations:
             if name not in taken:
-                raise CellError(f"cell {self.name}: gate argument {name!r} is declared but not taken")
+                remedy = ""
+                if name not in self.gates:
+                    gate = name[:-2]
+                    remedy = (
+                        f": take both {gate}_x and {gate}_h, or leave {gate!r} out of split and take {gate}"
+                    )
+                raise CellError(f"cell {self.name}: gate argument {name!r} is declared but not taken{remedy}")
         for name in self.weights:
             if name not in taken:
                 raise CellError(f"cell {self.name}: learned vector {name!r} is declared but not taken")
         self.arguments = tuple(name for name in known if name in taken)
         return constants
 
+    def _hint(self, name: str) -> str:
+        """What may be meant by an argument that is none."""
+        if name in self.split:
+            return f"; gate {name!r} is split: take {name}_x and {name}_h"
+        if name in ("x", "input", "inputs"):
+            return (
+                "; the input is in the gates already, each with its product of the input: for that part of "
+                "a gate g by itself name it in split=(...) and take g_x"
+            )
+        return ""
+
     def _derive(self) -> None:
         graph = Graph()
-        results = trace(self.function, self.arguments, self.constants, graph)
+        given: dict[str, Any] = {
+            name: LateGate(name, graph) if name in self.late else graph.symbol(name)
+            for name in self.arguments
+        }
+        results = trace(self.function, given, self.constants)
         if len(results) != len(self.states):
             raise CellError(
                 f"cell {self.name} returns {len(results)} value(s) but declares {len(self.states)} "
                 f"state(s): return {', '.join(self.states)}, in this order"
             )
-        inputs = [graph.symbol(name) for name in self.arguments]
+        for name in self.late:
+            if given[name].value is None:
+                raise CellError(
+                    f"cell {self.name}: the late gate {name!r} is not called; call it with what its "
+                    f"recurrent weights multiply, {name}(...), or leave it out of late"
+                )
+        late = {name: given.pop(name).value for name in self.late}
+        used = {node.index for node in reachable(results)}
+        for name, value in late.items():
+            if value.index not in used:
+                raise CellError(
+                    f"cell {self.name}: nothing depends on what the late gate {name!r} gives; use it, or "
+                    "leave the gate out"
+                )
+        self.step = Step(graph, given, dict(zip(self.states, results)), late)
         self.seeds = tuple(f"d{name}" for name in self.states)
-        gradients = differentiate(results, [graph.symbol(name) for name in self.seeds], inputs)
+        self.adjoint = self.step.adjoint(self.arguments, self.seeds)
         header = (
             f"# Cell {self.name!r}, derived by fusedlstm: the step, and its adjoint, which takes the\n"
             "# gradients of the new states and returns those of the arguments.\n\n"
         )
-        step = source("step", self.arguments, results)
-        adjoint = source("adjoint", (*self.arguments, *self.seeds), gradients)
+        step = self.step.code("step", self.arguments)
+        transposed = [function_name(f"{TRANSPOSED}:{gate}") for gate in self.late]
+        adjoint = self.adjoint.code("adjoint", (*self.arguments, *self.seeds), transposed)
         self.source = f"{header}{step}\n\n{adjoint}"
-        other = (self.recurrent,) if self.operand else ()
-        shape = repr((self.name, self.gates, self.states, self.split, self.weights, *other))
+        shape = repr((self.name, self.gates, self.states, self.split, self.weights, *self._more_shape()))
         self.key = f"{self.name}_{hashlib.sha256((shape + self.source).encode()).hexdigest()[:16]}"
+
+    def _more_shape(self) -> list[Any]:
+        """What tells cells with equal code apart, beside what every cell has."""
+        more: list[Any] = [self.recurrent] if self.operand else []
+        for what in ("late", "without_input", "without_recurrent"):
+            if names := getattr(self, what):
+                more.append((what, names))
+        return more
+
+
+def _late_gate(gate: str, own: Any, multiply: Callable[[str, Any], Any], operand: Any) -> Any:
+    product = multiply(gate, operand)
+    return product if own is None else own + product
 
 
 def _names(what: str, names: Sequence[str], empty: bool = False) -> tuple[str, ...]:
@@ -243,6 +405,9 @@ def cell(
     split: Sequence[str] = (),
     weights: Sequence[str] = (),
     recurrent: str | None = None,
+    late: Sequence[str] = (),
+    without_input: Sequence[str] = (),
+    without_recurrent: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Cell]:
     """Make a recurrent cell of a function that states its mathematics.
 
@@ -258,6 +423,12 @@ def cell(
             product.
         weights: names of learned vectors of length hidden, peepholes for instance.
         recurrent: the state that the recurrent weights multiply at the next step; by default the output.
+        late: gates whose recurrent weights multiply a value of this step: such a gate arrives as a
+            function and is called once, ``n(v)`` being its part of the input, its biases and the product
+            of its recurrent weights with v.  Not with a projection.
+        without_input: gates that do not see the input; they have no rows in ``weight_ih`` and ``bias_ih``.
+        without_recurrent: gates that see nothing but the input; they have no rows in ``weight_hh`` and
+            ``bias_hh``.
 
     Raises:
         CellError: if the function cannot become a kernel; the message says what to change.
@@ -270,27 +441,17 @@ def cell(
     """
     if callable(gates):
         raise CellError("write @cell(gates=(...), states=(...)): a cell needs the names of its gates")
-    return lambda function: Cell(function, gates, states, split, weights, recurrent)
-
-
-class _TwoProducts(Cell):
-    """A cell whose step takes two products with the recurrent weights, one after the other.
-
-    Such a step is two of another cell, `half`, which has three states of its own: ``operand``, what the
-    weights multiply next, which starts as the output does; ``update``, which it hands on from its first
-    half to its second; and ``phase``, 0 in the first and 1 in the second.  All gates are computed in both
-    halves.  :func:`fusedlstm.directions.prepare` makes the steps.
-    """
-
-    OWN = ("operand", "update", "phase")
-
-    def __init__(self, half: Cell) -> None:
-        self.half, self.function, self.name, self.key = half, half.function, half.name, f"{half.key}_twice"
-        self.__doc__, self.__module__ = half.__doc__, half.__module__
-        self.gates, self.split, self.weights = half.gates, half.split, half.weights
-        self.states = tuple(name for name in half.states if name not in self.OWN)
-        self.recurrent, self.constants, self.arguments = self.states[0], half.constants, half.arguments
-        self.seeds, self.source = half.seeds, half.source
+    return lambda function: Cell(
+        function,
+        gates,
+        states,
+        split=split,
+        weights=weights,
+        recurrent=recurrent,
+        late=late,
+        without_input=without_input,
+        without_recurrent=without_recurrent,
+    )
 
 
 def with_functions(cell: Cell, **functions: Callable[..., Any]) -> Cell:
@@ -334,10 +495,10 @@ def with_gates(cell: Cell, gates: Sequence[str]) -> Cell:
     return _rebuilt(cell, cell.function, gates)
 
 
-def _rebuilt(cell: Cell, function: Callable[..., Any], gates: Sequence[str]) -> Cell:
-    if cell.half is not None:
-        return _TwoProducts(_rebuilt(cell.half, function, gates))
-    return Cell(function, gates, cell.states, cell.split, cell.weights, cell.recurrent)
+def _rebuilt(cell: Cell, function: Callable[..., Any], gates: Sequence[str], **changed: Any) -> Cell:
+    """`cell` of another function, other gates, or with other arguments of :func:`cell`."""
+    kept = ("states", "split", "weights", "recurrent", "late", "without_input", "without_recurrent")
+    return Cell(function, gates, **({name: getattr(cell, name) for name in kept} | changed))
 
 
 @once
@@ -345,30 +506,33 @@ def recurrent_dropout(cell: Cell) -> Cell:
     """A cell with dropout of what the recurrent weights multiply, one mask for all steps.
 
     It has two states more, ``dropout_mask`` and ``dropped``: the mask, which stays as it is, and the
-    state that the recurrent weights of `cell` multiply (the output, as a rule) times the mask.  Who
-    runs it gives both as initial states; :class:`fusedlstm.directions.RecurrentDropout` does.  What the
-    cell itself reads of its states is not masked, as in Keras.
+    state that the recurrent weights of `cell` multiply (the output, as a rule) times the mask.  The
+    caller gives both as initial states; :class:`fusedlstm.directions.RecurrentDropout` does.  What a late
+    gate multiplies is masked too; what the cell itself reads of its states is not, as in Keras.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
     networks" (NIPS 2016), with the same mask for all gates; Keras draws one for each gate.
     """
-    if cell.half is not None:
-        dropped: Cell = _TwoProducts(recurrent_dropout(cell.half))
-    else:
 
-        def function(dropout_mask: Any, **arguments: Any) -> Any:
-            results = cell.function(**arguments)
-            new = results if isinstance(results, (tuple, list)) else (results,)
-            return (*new, dropout_mask, dropout_mask * new[cell.operand])
+    def function(dropout_mask: Any, **arguments: Any) -> Any:
+        for gate in cell.late:
+            arguments[gate] = partial(_masked, arguments[gate], dropout_mask)
+        results = cell.function(**arguments)
+        new = results if isinstance(results, (tuple, list)) else (results,)
+        return (*new, dropout_mask, dropout_mask * new[cell.operand])
 
-        function.__name__, function.__doc__ = f"{cell.name}_recurrent_dropout", cell.__doc__
-        mask = inspect.Parameter("dropout_mask", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        taken = inspect.signature(cell.function).parameters.values()
-        function.__signature__ = inspect.Signature([mask, *taken])  # type: ignore[attr-defined]
-        states = (*cell.states, "dropout_mask", "dropped")
-        dropped = Cell(function, cell.gates, states, cell.split, cell.weights, "dropped")
+    function.__name__, function.__doc__ = f"{cell.name}_recurrent_dropout", cell.__doc__
+    mask = inspect.Parameter("dropout_mask", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = inspect.signature(cell.function).parameters.values()
+    function.__signature__ = inspect.Signature([mask, *taken])  # type: ignore[attr-defined]
+    states = (*cell.states, "dropout_mask", "dropped")
+    dropped = _rebuilt(cell, function, cell.gates, states=states, recurrent="dropped")
     dropped._without_dropout = cell
     return dropped
+
+
+def _masked(gate: Callable[[Any], Any], mask: Any, operand: Any) -> Any:
+    return gate(mask * operand)
 
 
 @cell(gates=("i", "f", "g", "o"), states=("h", "c"))
@@ -383,6 +547,23 @@ def peephole_lstm(i: Any, f: Any, g: Any, o: Any, c: Any, p_i: Any, p_f: Any, p_
     """LSTM whose gates look at the cell state (Gers et al., 2002), as in ONNX's LSTM with P."""
     new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * tanh(g)
     return sigmoid(o + p_o * new) * tanh(new), new
+
+
+@cell(gates=("i", "f", "g", "o"), states=("h", "c"), late=("o",))
+def lstm_output_sees_cell(i: Any, f: Any, g: Any, o: Any, c: Any) -> Any:
+    """LSTM whose output gate sees the new cell state in place of the previous output, by a full matrix."""
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o(c)) * tanh(c), c
+
+
+@cell(gates=("i", "f", "g", "o", "m"), states=("h", "c"), late=("m",), without_input=("o", "m"))
+def lstm_output_from_memory(i: Any, f: Any, g: Any, o: Any, m: Any, c: Any) -> Any:
+    """LSTM whose output gate is a matrix on [new cell state, previous output], without the input.
+
+    The recurrent weights of ``o`` multiply the previous output, those of ``m`` the new cell state.
+    """
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o + m(c)) * tanh(c), c
 
 
 @cell(gates=("f", "g", "o"), states=("h", "c"))
@@ -400,17 +581,12 @@ def gru(r: Any, z: Any, n_x: Any, n_h: Any, h: Any) -> Any:
     return n + sigmoid(z) * (h - n)
 
 
-@_TwoProducts
-@cell(gates=("r", "z", "n"), states=("h", "operand", "update", "phase"), recurrent="operand")
-def gru_reset_before(r: Any, z: Any, n: Any, h: Any, update: Any, phase: Any) -> Any:
+@cell(gates=("r", "z", "n"), late=("n",))
+def gru_reset_before(r: Any, z: Any, n: Any, h: Any) -> Any:
     """Gated recurrent unit that resets before the product (Cho et al., 2014), as in Keras with
-    ``reset_after=False`` and ONNX with ``linear_before_reset=0``.
-
-    The first half of a step finds the gates r and z from h, the second n from r * h.
-    """
-    first, n = phase < 0.5, tanh(n)
-    new = where(first, h, n + update * (h - n))
-    return new, where(first, sigmoid(r) * h, new), sigmoid(z), where(first, 1.0, 0.0)
+    ``reset_after=False`` and ONNX with ``linear_before_reset=0``."""
+    new = tanh(n(sigmoid(r) * h))
+    return new + sigmoid(z) * (h - new)
 
 
 @cell(gates=("a",))

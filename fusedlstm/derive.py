@@ -1,10 +1,14 @@
-"""From the mathematics of a cell: straight-line code for its step and for its adjoint.
+"""From the mathematics of a cell: straight-line code for its step, its adjoint and its tangent.
 
 A cell is called once with symbols.  Every operation on a symbol makes a node of an expression
 graph in which equal expressions are one node, so that common subexpressions are found as they
 arise.  The adjoint follows by walking the graph backwards (reverse-mode differentiation), which
 yields the short code that one would write by hand; differentiating each result with respect to
 each argument, as a computer algebra system does, yields several times as much.
+
+Beside functions of one hidden unit there are linear operators over the units of a row, the only places
+where a unit sees another: the mean, and the products with the recurrent weights of a gate.  The adjoint
+of the mean is the mean, that of a product the product with the transposed weights.
 
 The code is Python that calls the functions of :mod:`fusedlstm.math` by name.  NumPy arrays, SIMD
 vectors and CUDA scalars all run it, each with its own versions of these functions.
@@ -24,6 +28,25 @@ from .math import DERIVATIVES
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 LOGIC = {"and": "&", "or": "|"}
+
+# Operators over the units; all but the mean are written "kind:gate".  A product stands for the whole
+# pre-activation of a gate: its part of the input and its biases are in it.
+MEAN = "mean"
+PRODUCT, TRANSPOSED = "product", "transposed"  # of one argument
+# Their tangents, of the argument's tangent and the argument, since the weights may move too.
+MOVED_PRODUCT, MOVED_TRANSPOSED = "moved_product", "moved_transposed"
+_FUNCTION_OF = {
+    PRODUCT: "{}",
+    TRANSPOSED: "{}_transposed",
+    MOVED_PRODUCT: "{}_moved",
+    MOVED_TRANSPOSED: "{}_transposed_moved",
+}
+
+
+def function_name(op: str) -> str:
+    """The name by which generated code calls an operator over the units."""
+    kind, _, gate = op.partition(":")
+    return _FUNCTION_OF[kind].format(gate) if gate else op
 
 
 class CellError(TypeError):
@@ -56,11 +79,19 @@ class Graph:
         simple = self._simplified(op, nodes)
         return self._node(op, nodes, None) if simple is None else simple
 
+    def operator(self, op: str, *args: Expression) -> Expression:
+        """The operator over the units `op` of `args`; of zero it is zero, but for a product's own part."""
+        if args[0].number is not None and (op == MEAN or (args[0].number == 0 and op.startswith(TRANSPOSED))):
+            return args[0]
+        return self._node(op, args, None)
+
     def lift(self, op: str, value: Any) -> Expression:
         if isinstance(value, Expression):
             if value.graph is not self:
                 raise CellError("a value of another cell is used; pass it as an argument")
             return value
+        if isinstance(value, LateGate):
+            value.record()
         if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
             raise CellError(f"{op} is applied to {value!r}; use arguments, constants and numbers only")
         return self.constant(float(value))
@@ -138,11 +169,23 @@ class Expression:
         return float(self.value) if self.op == "constant" and self.value is not None else None
 
     @property
+    def is_operator(self) -> bool:
+        """Whether it is an operator over the units."""
+        return self.op == MEAN or ":" in self.op
+
+    @property
     def is_condition(self) -> bool:
         return self.op in COMPARISONS or self.op in LOGIC or self.op == "not"
 
     def record(self, name: str, args: tuple[Any, ...]) -> Expression:
         """The call `name(*args)` of one of the functions of :mod:`fusedlstm.math`."""
+        if name == MEAN:
+            _refuse_condition(args[0], "mean()")
+            if not differs_between_units(self):
+                raise CellError(
+                    "mean() is taken of what is the same for all hidden units of a row: it is that value"
+                )
+            return self.graph.operator(MEAN, self)
         if name == "where" and not getattr(args[0], "is_condition", False):
             raise CellError("the first argument of where() must be a comparison, such as x > 0")
         for arg in args[1:] if name == "where" else args:
@@ -230,6 +273,14 @@ class Expression:
     def __invert__(self) -> Expression:
         return self._combine("not", self)
 
+    def __matmul__(self, y: Any) -> Expression:
+        raise CellError(
+            "a cell multiplies by no matrix itself: the product with the recurrent weights is in its gates.  "
+            "For a product in the middle of a step name the gate in late=(...) and call it: n(sigmoid(r) * h)"
+        )
+
+    __rmatmul__ = __matmul__
+
     def __bool__(self) -> bool:
         raise CellError(
             "the cell branches on a value (if, and, or, not, min, max, a chained comparison); every "
@@ -256,13 +307,53 @@ def _refuse_condition(arg: Any, where: str) -> None:
         raise CellError(f"a comparison is used as a number in {where}; write where(comparison, 1.0, 0.0)")
 
 
+def differs_between_units(node: Expression) -> bool:
+    """Whether a value may differ between the hidden units of a row, as means do not."""
+    return any(part.op == "symbol" or (part.is_operator and part.op != MEAN) for part in _until_means(node))
+
+
+def _until_means(node: Expression) -> list[Expression]:
+    return reachable([node], stop=lambda part: part.op == MEAN)
+
+
+class LateGate:
+    """What a cell's function is given for a late gate: a function, to be called once."""
+
+    def __init__(self, name: str, graph: Graph) -> None:
+        self.name, self.graph = name, graph
+        self.value: Expression | None = None  # once it is called
+
+    def __call__(self, operand: Any) -> Expression:
+        if self.value is not None:
+            raise CellError(
+                f"the late gate {self.name!r} is called twice; a second product needs a gate of its own"
+            )
+        if not isinstance(operand, Expression) or operand.number is not None:
+            raise CellError(
+                f"the late gate {self.name!r} is called with {operand!r}; call it with the value that its "
+                "recurrent weights multiply"
+            )
+        _refuse_condition(operand, f"{self.name}()")
+        self.value = self.graph.operator(f"{PRODUCT}:{self.name}", operand)
+        return self.value
+
+    def record(self, *args: Any) -> Expression:
+        raise CellError(
+            f"the gate {self.name!r} is late, a function: call it with what its recurrent weights multiply, "
+            f"such as {self.name}(sigmoid(r) * h), and use the result"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = record
+    __neg__ = __pow__ = __lt__ = __le__ = __gt__ = __ge__ = record
+
+
 def trace(
-    function: Callable[..., Any], names: Sequence[str], constants: dict[str, float], graph: Graph
+    function: Callable[..., Any], given: dict[str, Expression | LateGate], constants: dict[str, float]
 ) -> list[Expression]:
-    """Call `function` with a symbol for each name; its results as expressions."""
-    symbols = {name: graph.symbol(name) for name in names}
+    """Call `function` with what is given by name; its results as expressions."""
+    graph = next(iter(given.values())).graph
     try:
-        results = function(**symbols, **constants)
+        results = function(**given, **constants)
     except CellError:
         raise
     except Exception as error:
@@ -275,6 +366,8 @@ def trace(
     results = list(results) if isinstance(results, (tuple, list)) else [results]
     for n, result in enumerate(results):
         _refuse_condition(result, f"result {n + 1} of cell {function.__name__}")
+        if isinstance(result, LateGate):
+            result.record()
     return [graph.lift(f"result of {function.__name__}", result) for result in results]
 
 
@@ -284,16 +377,21 @@ def differentiate(
     """The gradient of sum(seeds * results) with respect to each of `inputs`."""
     graph = inputs[0].graph
     zero = graph.constant(0.0)
-    adjoint: dict[int, Expression] = {}
+    adjoint: dict[int, Expression] = {}  # of a product too: the gradient of its gate
 
     def accumulate(node: Expression, term: Expression) -> None:
         adjoint[node.index] = graph.apply("add", adjoint.get(node.index, zero), term)
 
     for result, seed in zip(results, seeds):
         accumulate(result, seed)
-    for node in reversed(_reachable(results)):
+    for node in reversed(reachable(results)):
         d = adjoint.get(node.index)
         if d is None or not node.args or node.is_condition:
+            continue
+        if node.is_operator:
+            kind, _, gate = node.op.partition(":")
+            assert kind in (MEAN, PRODUCT), f"{node.op} is differentiated"
+            accumulate(node.args[0], graph.operator(f"{TRANSPOSED}:{gate}" if gate else MEAN, d))
             continue
         for arg, factor in zip(node.args, _factors(node)):
             if factor is not None:
@@ -307,8 +405,14 @@ def tangents(
     """The derivative of each of `results` as each of `inputs` moves in its direction (forward mode)."""
     graph = inputs[0].graph
     moved = {node.index: direction for node, direction in zip(inputs, directions)}
-    for node in _reachable(results):
+    for node in reachable(results):
         if node.index in moved or node.is_condition:
+            continue
+        if node.is_operator:
+            gate = node.op.partition(":")[2]
+            (operand,) = node.args
+            both = (moved[operand.index], operand) if gate else (moved[operand.index],)
+            moved[node.index] = graph.operator(f"moved_{node.op}" if gate else MEAN, *both)
             continue
         total = graph.constant(0.0)
         for arg, factor in zip(node.args, _factors(node) if node.args else ()):
@@ -329,23 +433,34 @@ def _factors(node: Expression) -> tuple[Any, ...]:
     return DERIVATIVES[node.op][1](*node.args, node)
 
 
-def _reachable(results: Iterable[Expression]) -> list[Expression]:
-    """What `results` depend on, in the order in which it was made: arguments first."""
+def reachable(
+    results: Iterable[Expression], stop: Callable[[Expression], bool] = lambda node: False
+) -> list[Expression]:
+    """What `results` depend on, up to `stop`, in the order in which it was made: arguments first."""
     found: dict[int, Expression] = {}
     waiting = list(results)
     while waiting:
         node = waiting.pop()
         if node.index not in found:
             found[node.index] = node
-            waiting.extend(node.args)
+            if not stop(node):
+                waiting.extend(node.args)
     return [found[index] for index in sorted(found)]
 
 
-def source(name: str, arguments: Sequence[str], results: Sequence[Expression]) -> str:
-    """A Python function of straight-line code; a bare number becomes an array like the first argument."""
-    names: dict[int, str] = {}
+def source(
+    name: str,
+    arguments: Sequence[str],
+    results: Sequence[Expression],
+    given: dict[int, str] | None = None,  # index of an expression -> the argument that it arrives as
+) -> str:
+    """A Python function of straight-line code; a bare number becomes an array like the first value given."""
+    names = dict(given or {})
+    like = next(iter(names.values()), arguments[0])  # the first argument may be a function
     lines: list[str] = []
-    for node in _reachable(results):
+    for node in reachable(results, stop=lambda node: node.index in names):
+        if node.index in names:
+            continue
         text = _text(node, [names[arg.index] for arg in node.args])
         if node.op in ("symbol", "constant"):
             names[node.index] = text
@@ -353,7 +468,7 @@ def source(name: str, arguments: Sequence[str], results: Sequence[Expression]) -
             names[node.index] = f"v{len(lines)}"
             lines.append(f"    v{len(lines)} = {text}")
     returned = [
-        f"full_like({arguments[0]}, {names[node.index]})" if node.op == "constant" else names[node.index]
+        f"full_like({like}, {names[node.index]})" if node.op == "constant" else names[node.index]
         for node in results
     ]
     body = "\n".join([*lines, f"    return ({', '.join(returned)},)"])
@@ -370,6 +485,8 @@ def _text(node: Expression, args: list[str]) -> str:
             return f"{args[0]} {table[node.op]} {args[1]}"
     if node.op == "not":
         return f"~{args[0]}"
+    if node.is_operator:
+        return f"{function_name(node.op)}({', '.join(args)})"
     return f"{node.op}({', '.join(args)})"
 
 

@@ -76,6 +76,31 @@ class Direction(Protocol):
         """Which kernel, tile, threads and layout would run, and why."""
 
 
+class TwiceDifferentiable(Direction, Protocol):
+    """A direction whose kernels also compute tangents, of which second derivatives are made."""
+
+    def tangent(
+        self,
+        tape: Any,  # of a forward pass
+        x: Any | None,  # (T, B, I): tangents from here on; None is zero
+        initial: States | None,
+        weights: Weights,  # of which each may be None
+        y: Any,  # (T, B, P), written
+        final: States,  # written
+    ) -> Any:
+        """The tangent of that pass; what `backward_tangent` needs of it."""
+
+    def backward_tangent(
+        self,
+        tape: Any,
+        tangent: Any,
+        dy: Any,  # (T, B, P): of the backward pass after it
+        dfinal: States | None,
+        dx: Any | None,  # (T, B, I), written; None if it is not wanted
+    ) -> tuple[States, Weights]:
+        """The tangents of what `backward` writes and returns, where dy and dfinal do not move."""
+
+
 class Engine(Protocol):
     """A set of kernels."""
 

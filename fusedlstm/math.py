@@ -20,6 +20,7 @@ __all__ = [
     "hard_sigmoid",
     "log",
     "maximum",
+    "mean",
     "minimum",
     "relu",
     "sigmoid",
@@ -143,3 +144,10 @@ def minimum(x: Any, y: Any) -> Any:
 def maximum(x: Any, y: Any) -> Any:
     """The larger of two values, NaN if either is; the derivative of a tie goes to the first."""
     return np.maximum(x, y)
+
+
+def mean(x: Any) -> Any:
+    """The mean over the hidden units of a row, for every unit of it."""
+    if record := getattr(x, "record", None):
+        return record("mean", (x,))
+    return np.broadcast_to(np.mean(x, -1, keepdims=True), np.shape(x))

@@ -29,10 +29,10 @@ class Weights(NamedTuple):
     With P the size of the output: the projection's if there is one, else H.
     """
 
-    ih: Any  # (gates*H, I)
-    hh: Any  # (gates*H, P)
-    bias_ih: Any = None  # (gates*H,) or None
-    bias_hh: Any = None  # (gates*H,) or None
+    ih: Any  # (gates with input weights * H, I)
+    hh: Any  # (gates with recurrent weights * H, P), or None if there are none
+    bias_ih: Any = None  # (rows of ih,) or None
+    bias_hh: Any = None  # (rows of hh,) or None
     hr: Any = None  # (P, H) or None
     vectors: tuple[Any, ...] = ()  # (H,) for each name in cell.weights
 
@@ -40,11 +40,12 @@ class Weights(NamedTuple):
 def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) -> Weights:
     """The names of the parameters, as PyTorch gives them, in the places of the weights."""
     suffix = f"_l{layer}" + ("_reverse" if reverse else "")
+    recurrent = bool(cell.gates_with_recurrent)
     return Weights(
         f"weight_ih{suffix}",
-        f"weight_hh{suffix}",
+        f"weight_hh{suffix}" if recurrent else None,
         f"bias_ih{suffix}" if bias else None,
-        f"bias_hh{suffix}" if bias else None,
+        f"bias_hh{suffix}" if bias and recurrent else None,
         f"weight_hr{suffix}" if projected else None,
         tuple(f"{name}{suffix}" for name in cell.weights),
     )
@@ -52,13 +53,12 @@ def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) ->
 
 def shapes(cell: Cell, inputs: int, hidden: int, bias: bool, proj: int) -> Weights:
     """The shapes of the parameters, in the places of the weights."""
-    rows = len(cell.gates) * hidden
-    vector = (rows,) if bias else None
+    rows, recurrent = len(cell.gates_with_input) * hidden, len(cell.gates_with_recurrent) * hidden
     return Weights(
         (rows, inputs),
-        (rows, proj or hidden),
-        vector,
-        vector,
+        (recurrent, proj or hidden) if recurrent else None,
+        (rows,) if bias else None,
+        (recurrent,) if bias and recurrent else None,
         (proj, hidden) if proj else None,
         ((hidden,),) * len(cell.weights),
     )
@@ -72,9 +72,14 @@ def flatten(weights: Weights) -> list[Any]:
 
 def unflatten(cell: Cell, flat: Sequence[Any]) -> Weights:
     """The weights of a cell whose entries :func:`flatten` gave."""
-    own = len(flat) - len(cell.weights)  # 2, and 2 more with biases, and 1 more with a projection
-    bias_ih, bias_hh = flat[2:4] if own >= 4 else (None, None)
-    return Weights(flat[0], flat[1], bias_ih, bias_hh, flat[own - 1] if own % 2 else None, tuple(flat[own:]))
+    matrices = 2 if cell.gates_with_recurrent else 1
+    own = len(flat) - len(cell.weights)
+    rest = own - matrices  # as many biases as matrices, or none; and one more with a projection
+    hh = flat[1] if matrices == 2 else None
+    biases = [*flat[matrices : 2 * matrices], None][:2] if rest >= matrices else (None, None)
+    projected = rest % matrices == 1
+    hr = flat[own - 1] if projected else None
+    return Weights(flat[0], hh, biases[0], biases[1], hr, tuple(flat[own:]))
 
 
 def from_keras(cell: Cell, flat: Sequence[Any], zeros_like: Callable[[Any], Any]) -> Weights:
@@ -90,7 +95,7 @@ def from_keras(cell: Cell, flat: Sequence[Any], zeros_like: Callable[[Any], Any]
     biases = rest[: len(rest) - len(cell.weights)]
     bias_ih, bias_hh = None, None
     for bias in biases:
-        bias_ih, bias_hh = (bias[0], bias[1]) if bias.ndim == 2 else (bias, zeros_like(bias))
+        bias_ih, bias_hh = (bias[0], bias[1]) if bias.ndim == 2 else (bias, zeros_like(recurrent[0]))
     return Weights(kernel.T, recurrent.T, bias_ih, bias_hh, vectors=tuple(rest[len(biases) :]))
 
 

@@ -7,12 +7,23 @@ gives these functions the interface of an engine.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusedlstm.cells import Cell
+from fusedlstm.derive import TRANSPOSED, function_name
 from fusedlstm.weights import Weights
+
+
+class Taped(NamedTuple):
+    """What :func:`backward` needs of one step."""
+
+    arguments: dict[
+        str, np.ndarray
+    ]  # what the cell was given; of a late gate what its call gave; (B, H) each
+    operands: dict[str, np.ndarray]  # by gate, what its recurrent weights multiplied, (B, P)
 
 
 class Tape(NamedTuple):
@@ -21,8 +32,7 @@ class Tape(NamedTuple):
     cell: Cell
     weights: Weights
     x: np.ndarray  # (T, B, I)
-    arguments: list[dict[str, np.ndarray]]  # for each t: what the cell was given, (B, H) each
-    operands: np.ndarray  # (T, B, P), what the recurrent weights multiplied at each step
+    steps: list[Taped]  # for each t
     raw: np.ndarray  # (T, B, H), the output before its projection
     active: np.ndarray  # (T, B)
     boundary: np.ndarray  # (T, B)
@@ -58,15 +68,14 @@ def forward(
     """Outputs (T, B, P), final states shaped as the initial ones, and the tape."""
     steps, batch, _ = x.shape
     active, boundary, order = schedule(steps, batch, lengths, reset, reverse)
-    hidden = weights.ih.shape[0] // len(cell.gates)
+    hidden = cell.hidden_size(weights)
     y = np.zeros((steps, *initial[0].shape), x.dtype)
-    operands, raw = np.zeros_like(y), np.zeros((steps, batch, hidden), x.dtype)
-    arguments: list[dict[str, np.ndarray]] = [{} for _ in range(steps)]
+    raw = np.zeros((steps, batch, hidden), x.dtype)
+    tapes = [Taped({}, {}) for _ in range(steps)]
     states = initial
     for t in order:
         states = tuple(np.where(boundary[t, :, None], s0, s) for s0, s in zip(initial, states))
-        operands[t] = states[cell.operand]
-        arguments[t] = given = _arguments(cell, weights, x[t], states)
+        given = _arguments(cell, weights, x[t], states, tapes[t])
         results = cell.function(**given, **cell.constants)
         new = list(results) if isinstance(results, (tuple, list)) else [results]
         raw[t] = new[0]
@@ -74,17 +83,47 @@ def forward(
             new[0] = raw[t] @ weights.hr.T
         states = tuple(np.where(active[t, :, None], n, s) for n, s in zip(new, states))
         y[t] = np.where(active[t, :, None], new[0], 0)
-    return y, states, Tape(cell, weights, x, arguments, operands, raw, active, boundary, order)
+    return y, states, Tape(cell, weights, x, tapes, raw, active, boundary, order)
 
 
 def _arguments(
-    cell: Cell, weights: Weights, x: np.ndarray, states: tuple[np.ndarray, ...]
-) -> dict[str, np.ndarray]:
-    from_input, from_output = x @ weights.ih.T, states[cell.operand] @ weights.hh.T
+    cell: Cell, weights: Weights, x: np.ndarray, states: tuple[np.ndarray, ...], tape: Taped
+) -> dict[str, Any]:
+    """What the function of the cell takes at a step; what backward needs of it is noted on the tape."""
+    input_weights, recurrent_weights = by_gate(cell, weights)
+    from_input = {gate: x @ weight.T for gate, weight in input_weights.items()}
+    from_output, bias_hh = {}, {}
     if weights.bias_ih is not None:
-        from_input, from_output = from_input + weights.bias_ih, from_output + weights.bias_hh
-    by_gate = (np.split(product, len(cell.gates), axis=-1) for product in (from_input, from_output))
-    return cell.step_arguments(by_gate, states, weights.vectors)
+        for gate, bias in zip(cell.gates_with_input, np.split(weights.bias_ih, len(from_input))):
+            from_input[gate] = from_input[gate] + bias
+        if recurrent_weights:
+            parts = np.split(weights.bias_hh, len(recurrent_weights))
+            bias_hh = dict(zip(cell.gates_with_recurrent, parts))
+
+    def multiply(gate: str, operand: np.ndarray) -> Any:
+        tape.operands[gate] = operand
+        return operand @ recurrent_weights[gate].T + bias_hh.get(gate, 0)
+
+    for gate in recurrent_weights:
+        if gate not in cell.late:
+            from_output[gate] = multiply(gate, states[cell.operand])
+    given = cell.step_arguments(from_input, from_output, states, weights.vectors, multiply)
+    tape.arguments.update(given)
+    for gate in cell.late:
+        given[gate] = partial(_noting, given[gate], gate, tape.arguments)
+    return given
+
+
+def _noting(function: Any, gate: str, arguments: dict[str, np.ndarray], operand: np.ndarray) -> Any:
+    arguments[gate] = value = function(operand)
+    return value
+
+
+def by_gate(cell: Cell, weights: Weights) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The input weights (H, I) and the recurrent weights (H, P) of each gate that has them."""
+    ih, hh = cell.gates_with_input, cell.gates_with_recurrent
+    recurrent = dict(zip(hh, np.split(weights.hh, len(hh)))) if hh else {}
+    return dict(zip(ih, np.split(weights.ih, len(ih)))), recurrent
 
 
 def backward(
@@ -97,6 +136,10 @@ def backward(
     total = [np.zeros_like(d) for d in dfinal]  # of the initial states, from every boundary
     dx = np.zeros_like(tape.x)
     grads = Weights(*(_zeros_like(entry) for entry in weights))
+    input_weights, recurrent_weights = by_gate(cell, weights)
+    transposed = {
+        function_name(f"{TRANSPOSED}:{gate}"): partial(_times, recurrent_weights[gate]) for gate in cell.late
+    }
     dstates = list(dfinal)
     for t in reversed(tape.order):
         active = tape.active[t, :, None]
@@ -106,25 +149,40 @@ def backward(
         if weights.hr is not None:
             grads.hr[...] += dnew[0].T @ np.where(active, tape.raw[t], 0)
             dnew[0] = dnew[0] @ weights.hr
-        gradients = cell.numpy.adjoint(**tape.arguments[t], **dict(zip(cell.seeds, dnew)))
+        arguments, operands = tape.steps[t]
+        gradients = cell.numpy.adjoint(**arguments, **dict(zip(cell.seeds, dnew)), **transposed)
         # a row that is past its end has no gradient, whatever its values are
         d = dict(zip(cell.arguments, (np.where(active, g, 0) for g in gradients)))
-        d_input = np.concatenate([d.get(f"{g}_x", d.get(g)) for g in cell.gates], axis=-1)
-        d_output = np.concatenate([d.get(f"{g}_h", d.get(g)) for g in cell.gates], axis=-1)
-        dx[t] = d_input @ weights.ih
-        grads.ih[...] += d_input.T @ np.where(active, tape.x[t], 0)
-        grads.hh[...] += d_output.T @ tape.operands[t]
-        if weights.bias_ih is not None:
-            grads.bias_ih[...] += d_input.sum(0)
-            grads.bias_hh[...] += d_output.sum(0)
+        x = np.where(active, tape.x[t], 0)
+        for n, (gate, weight) in enumerate(input_weights.items()):
+            part = d[f"{gate}_x" if gate in cell.split else gate]
+            dx[t] += part @ weight
+            _part(grads.ih, n, len(input_weights))[...] += part.T @ x
+            if weights.bias_ih is not None:
+                _part(grads.bias_ih, n, len(input_weights))[...] += part.sum(0)
+        dstates = [p + d.get(name, 0) for name, p in zip(cell.states, passed)]
+        for n, (gate, weight) in enumerate(recurrent_weights.items()):
+            part = d[f"{gate}_h" if gate in cell.split else gate]
+            if gate not in cell.late:
+                dstates[cell.operand] = dstates[cell.operand] + part @ weight
+            _part(grads.hh, n, len(recurrent_weights))[...] += part.T @ np.where(active, operands[gate], 0)
+            if weights.bias_hh is not None:
+                _part(grads.bias_hh, n, len(recurrent_weights))[...] += part.sum(0)
         for name, vector in zip(cell.weights, grads.vectors):
             vector += d[name].sum(0)
-        dstates = [p + d.get(name, 0) for name, p in zip(cell.states, passed)]
-        dstates[cell.operand] = dstates[cell.operand] + d_output @ weights.hh
         boundary = tape.boundary[t, :, None]
         total = [s + np.where(boundary, d, 0) for s, d in zip(total, dstates)]
         dstates = [np.where(boundary, 0, d) for d in dstates]
     return dx, tuple(s + d for s, d in zip(total, dstates)), grads
+
+
+def _times(weight: np.ndarray, d: np.ndarray) -> Any:
+    return d @ weight
+
+
+def _part(stacked: np.ndarray, n: int, count: int) -> np.ndarray:
+    """The rows of gate n of `count` gates."""
+    return np.split(stacked, count)[n]
 
 
 def _zeros_like(entry: Any) -> Any:
@@ -166,7 +224,8 @@ class Direction(NamedTuple):
         accumulate: bool,
     ) -> tuple[tuple[np.ndarray, ...], Weights]:
         if dfinal is None:
-            outputs, hidden = tape.operands[0], tape.raw[0]
+            hidden = tape.raw[0]
+            outputs = hidden if self.weights.hr is None else hidden[:, : len(self.weights.hr)]
             dfinal = tuple(np.zeros_like(hidden if n else outputs) for n in range(len(self.cell.states)))
         here, dinitial, grads = backward(tape, dy, dfinal)
         if dx is not None:

@@ -1,8 +1,10 @@
 """The backward pass: gradients of the input, the initial states and the weights, in one parallel region.
 
 A thread owns the same panels of hidden units as in the forward pass.  At each step, last to first, it
-applies the cell's adjoint to its panels, meets the others at a barrier, and multiplies the gradients of
-all gates by its columns of the recurrent weights, which gives what it needs itself for the step before.
+goes through the phases of the cell's adjoint for its panels; after each the threads meet once.  Between two
+phases a thread multiplies gradients of late gates by its columns of their weights, and after the last one
+those of all other gates by its columns of the recurrent weights, which gives what it needs itself for
+the step before.
 
 After each chunk of steps, while the gradients of the gates are still in cache, their products with
 inputs and outputs are added to the gradients of the weights, in the layout in which the caller wants
@@ -12,514 +14,345 @@ depend on timing.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from .cell import update_adjoint
+from .forward import PHASE_BYTES, start_threads, take_place
 from .memory import (
-    Sequences,
-    aligned,
     fill_zero,
     get_rows,
-    layout,
+    note_all_operands,
     note_entering,
-    note_operands,
+    note_late_operands,
     note_rows,
-    note_states,
-    round_up,
+    note_uniform,
     rows_before,
     set_rows,
     starts_anew,
-    tables,
+    take_means,
     zero_padding,
 )
+from .product import add_rows, call_add_outer, call_rows_times_planes
+from .records import LATE, address_of, late_at, own_at, phase_at
 from .shares import Shares, close_queues, each, share
-from .simd import address, inlined, load, load_row, part, read, read_int, splat, store, store_row, write_int
+from .simd import inlined, load, load_row, part, read, read_int, splat, store, write
 from .team import LINE, barrier
-from .tile import PLANES, outer_product, plane_rows, rows_times_planes, thin_outer_product
-from .work import captured, run_with
+from .tile import PLANES
+from .work import call_phase
 
 GROUP = 4  # panels whose weights' gradients are a piece of the work
 DX_ROWS = 64  # rows of the gradient of the input that are one, at most
-
-
-class Transposed(NamedTuple):
-    """Weights as the backward pass reads them, at addresses; see pack.py."""
-
-    inputs: Any  # planes of the input weights
-    recurrent: Any  # planes of the recurrent weights
-    vectors: Any  # (V, H), padded
-    projection: Any  # planes of the transposed projection
-
-
-class Gradients(NamedTuple):
-    """The gradients of the weights, shaped as the weights."""
-
-    ih: Any  # (gates*H, I)
-    hh: Any  # (gates*H, P)
-    bias_ih: Any  # (gates*H,)
-    bias_hh: Any  # (gates*H,)
-    hr: Any  # (P, H)
-
-
-class Workspace(NamedTuple):
-    """Where the parts of the memory of a backward pass are; rows are padded."""
-
-    carried: int  # (B, P): gradient of the output, carried from step to step
-    raw: int  # (B, H): gradient of the output before its projection
-    states: int  # (S, B, H): gradients of the other states
-    initial: int  # (B, P): gradient of the initial output
-    initial_states: int  # (S, B, H)
-    vectors: int  # (V, H)
-    from_input: int  # (chunk rows, panels, gates, panel): gradients of the gates
-    from_output: int  # the same for the recurrent product, if there are split gates
-    outputs: int  # (chunk rows, P): gradient of the output, if it is projected
-    threads: int  # the space of each thread
-    gates_width: int  # bytes of a row of from_input
+LATE_BYTES = 8 * LATE.words
 
 
 @part
-def workspace(spec, start, parts, batch, chunk_rows):
-    """The memory of a backward pass, but for the space of its threads."""
-    raw = start + batch * parts.output_width
-    states = raw + batch * parts.width
-    initial = states + spec.further * batch * parts.width
-    initial_states = initial + batch * parts.output_width
-    vectors = initial_states + spec.further * batch * parts.width
-    from_input = round_up(vectors + spec.learned * parts.width, LINE)
-    # a line more than the row needs, so that the rows of a column do not fall on the same cache set
-    gates_width = round_up(parts.width * spec.gates, LINE) + LINE
-    from_output = from_input + (chunk_rows * gates_width if spec.splits > 0 else 0)
-    outputs = from_output + chunk_rows * gates_width
-    threads = round_up(outputs + (chunk_rows * parts.output_width if spec.projected else 0), LINE)
-    return Workspace(
-        start, raw, states, initial, initial_states, vectors, from_input, from_output, outputs, threads,
-        gates_width,
+def multiply_planes(task, own, count, weights, depth, low, high, length, accumulate):
+    """Vectors low to high of the product of the rows of table `first` with planes, to those of `second`."""
+    call_rows_times_planes(
+        task.rows_times_planes,
+        (address_of(task), count, own.first, weights, depth, low, high, own.second, length, accumulate,
+         own.scratch),
     )  # fmt: skip
 
 
-class Space(NamedTuple):
-    """The space of one thread."""
-
-    first: int  # tables of row addresses for a chunk
-    second: int
-    values: int  # (chunk rows, PLANES vectors): a packed block of columns
-    step: int  # the tables of a step, and scratch; see memory.Tables
-    end: int
-
-
-@inlined
-def space(spec, start, chunk_rows, batch):
-    """The space of one thread."""
-    second = start + chunk_rows * 8
-    values = round_up(second + chunk_rows * 8, LINE)
-    step = values + chunk_rows * PLANES * spec.lanes * spec.size
-    return Space(start, second, values, step, tables(spec, step, 0, batch).end)
-
-
-@inlined
-def note_uniform(start, stride, count, table):
-    """Write `count` addresses at equal distances to a table."""
-    for n in range(count):
-        write_int(start + n * stride, table + n * 8)
+@part
+def multiply_moved(
+    task, own, source, row, moved_source, count, weights, moved_weights, depth, target, width, low, high,
+    length, accumulate,
+):  # fmt: skip
+    """The tangent of a product: of moved rows with the weights, and of rows with the moved weights."""
+    note_uniform(moved_source, row, count, own.first)
+    note_uniform(target, width, count, own.second)
+    multiply_planes(task, own, count, weights, depth, low, high, length, accumulate)
+    if moved_weights != 0:
+        note_uniform(source, row, count, own.first)
+        multiply_planes(task, own, count, moved_weights, depth, low, high, length, 1)
 
 
 @part
-def add_outer(
-    spec, d, d_stride, count, low, high, gates, panel, hidden, rows, columns, target, first, values, scratch
-):
-    """Add `d.T @ values` to the rows of a weight gradient that belong to the panels low to high.
-
-    `d` is the address of (count, panels, gates, panel), `rows` that of the table of the `count` rows of
-    values; `gates` maps the gates to their places in `target`; if `first`, the target is written.
-    """
-    lanes, size = spec.lanes, spec.size
-    vector = lanes * size
-    base, stride = address(target), target.strides[0]
-    column = 0
-    while column < columns:
-        wide = PLANES if columns - column > (PLANES - 1) * lanes else 1
-        for n in range(count):
-            source = read_int(rows + n * 8) + column * size
-            for v in range(wide):
-                value = load_row(spec, source + v * vector, columns - column - v * lanes)
-                store(value, values + (n * wide + v) * vector)
-        whole = columns - column >= wide * lanes
-        for p in range(low, high):
-            units = min(panel, hidden - p * panel)
-            blocks = -(-units // plane_rows(spec))
-            for gate in range(gates.size):
-                for block in range(blocks):
-                    begin, end = share(units, block, blocks)
-                    a = d + ((p * gates.size + gate) * panel + begin) * size
-                    to = base + (gates[gate] * hidden + p * panel + begin) * stride + column * size
-                    if whole:
-                        add_outer_tile(spec, wide, end - begin, to, stride, a, d_stride, values, count, first)
-                    else:
-                        add_outer_tile(
-                            spec, wide, end - begin, scratch, wide * vector, a, d_stride, values, count, True
-                        )
-                        for row in range(end - begin):
-                            for v in range(wide):
-                                left = columns - column - v * lanes
-                                value = load(spec, scratch + (row * wide + v) * vector)
-                                place = to + row * stride + v * vector
-                                if not first:
-                                    value = value + load_row(spec, place, left)
-                                store_row(spec, value, place, left)
-        column += wide * lanes
-
-
-@inlined
-def add_outer_tile(spec, wide, rows, target, stride, a, a_stride, values, count, first):
-    """A tile of :func:`add_outer`."""
-    if first:
-        for row in range(rows):
-            for v in range(wide):
-                store(splat(spec, 0.0), target + row * stride + v * spec.lanes * spec.size)
-    if wide == PLANES:
-        outer_product(spec, rows, target, stride, target, stride, a, a_stride, values, 0, count)
-    else:
-        thin_outer_product(spec, rows, target, stride, target, stride, a, a_stride, values, 0, count)
-
-
-@part
-def add_rows(spec, d, d_stride, count, low, high, gates, hidden, target, first):
-    """Add the sum of the rows of `d`, as in :func:`add_outer`, to a bias gradient."""
-    vector = spec.lanes * spec.size
-    for p in range(low, high):
-        for gate in range(gates.size):
-            for unit in range(spec.units):
-                valid = hidden - p * spec.panel - unit * spec.lanes
-                if valid <= 0:
-                    continue
-                place = address(target) + (gates[gate] * hidden + hidden - valid) * spec.size
-                total = splat(spec, 0.0)
-                if not first:
-                    total = load_row(spec, place, valid)
-                column = d + ((p * gates.size + gate) * spec.units + unit) * vector
-                for n in range(count):
-                    total = total + load(spec, column + n * d_stride)
-                store_row(spec, total, place, valid)
-
-
-@part
-def start_anew(spec, step, active, low, high, stride, sequences, carried, initial):
+def start_anew(task, step, active, low, high, stride, carried, initial):
     """Where a step starts from the initial state, add the gradient to that of the initial state.
 
     For the vectors low to high of the rows at `carried`, which then carry nothing on.
     """
-    vector = spec.lanes * spec.size
+    registers = task.registers
+    vector = registers.lanes * registers.size
     for row in range(active):
-        if starts_anew(sequences, step, row):
+        if starts_anew(task, step, row):
             for place in range(row * stride + low * vector, row * stride + high * vector, vector):
-                store(load(spec, initial + place) + load(spec, carried + place), initial + place)
-                store(splat(spec, 0.0), carried + place)
+                store(load(registers, initial + place) + load(registers, carried + place), initial + place)
+                store(splat(registers, 0.0), carried + place)
 
 
 @part
-def adjoint_panel(spec, p, active, batch, hidden, weights, gates, parts, work, d_input, d_output, table):
-    """The cell's adjoint at one step for the hidden units of panel p."""
-    vector = spec.lanes * spec.size
-    gate_stride = spec.units * vector
+def unproject(task, own, here, active, sync):
+    """The gradient of the output of a step before its projection: of what is carried plus dy."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    d_outputs = task.d_outputs + here * task.output_width
     for row in range(active):
-        carried, width = (work.raw, parts.width) if spec.projected else (work.carried, parts.output_width)
-        for unit in range(spec.units):
-            valid = hidden - p * spec.panel - unit * spec.lanes
-            column = p * spec.gates * gate_stride + row * work.gates_width + unit * vector
-            if valid <= 0:  # padding, which the products read with weights of zero
-                for gate in range(spec.gates):
-                    store(splat(spec, 0.0), d_input + column + gate * gate_stride)
-                    store(splat(spec, 0.0), d_output + column + gate * gate_stride)
-            else:
-                update_adjoint(
-                    spec,
-                    gates + row * spec.inputs * gate_stride + unit * vector,
-                    gate_stride,
-                    read_int(table.entering + row * 8),
-                    read_int(table.states + row * 8),
-                    read_int(table.strides + row * 8),
-                    read_int(table.leaving + row * 8),
-                    carried + row * width,
-                    work.states + row * parts.width,
-                    batch * parts.width,
-                    d_input + column,
-                    d_output + column,
-                    weights.vectors,
-                    parts.width,
-                    work.vectors,
-                    (p * spec.panel + unit * spec.lanes) * spec.size,
-                    valid,
-                )
+        for v in range(own.low_output, own.high_output):
+            left = task.outputs - v * registers.lanes
+            dy = load_row(registers, read_int(own.leaving + row * 8) + v * vector, left)
+            place = row * task.output_width + v * vector
+            store(dy + load(registers, task.carried + place), d_outputs + place)
+            if task.tangents:
+                moved = load(registers, task.carried + task.moved_shift + place)
+                store(moved, d_outputs + task.moved_shift + place)
+    barrier(sync, own.threads)
+    note_uniform(d_outputs, task.output_width, active, own.first)
+    note_uniform(task.d_raw, task.width, active, own.second)
+    low, high = own.low_vector, own.high_vector
+    multiply_planes(task, own, active, task.projection, task.outputs, low, high, task.hidden, 0)
+    if task.tangents:
+        multiply_moved(
+            task, own, d_outputs, task.output_width, d_outputs + task.moved_shift, active, task.projection,
+            task.moved_projection, task.outputs, task.d_raw + task.moved_shift, task.width, low, high,
+            task.hidden, 0,
+        )  # fmt: skip
+
+
+@part
+def multiply_late(task, own, n, active):
+    """What phase n of the adjoint is given: products with the transposed weights of late gates."""
+    length = task.width // task.registers.size
+    low, high = own.low_vector, own.high_vector
+    for k in range(task.late):
+        late = late_at(task.late_table + k * LATE_BYTES)
+        source, target = own.d + late.from_slot * task.width, task.products_of_late + k * task.kept_plane
+        if late.phase == n:
+            note_uniform(source, task.d_row, active, own.first)
+            note_uniform(target, task.width, active, own.second)
+            multiply_planes(task, own, active, late.weights, length, low, high, length, 0)
+        if late.moved_phase == n and task.tangents:
+            moved = own.d + task.moved_shift + late.moved_from_slot * task.width
+            multiply_moved(
+                task, own, source, task.d_row, moved, active, late.weights, late.moved_weights, length,
+                target + task.moved_shift, task.width, low, high, length, 0,
+            )  # fmt: skip
+
+
+@part
+def multiply_recurrent(task, own, active):
+    """The gradient of what the recurrent weights multiplied at a step."""
+    if task.recurrent_slots == 0:
+        return
+    size = task.registers.size
+    target = task.carried
+    if task.operand > 0:
+        target = task.d_states + (task.operand - 1) * task.batch * task.width
+    source = own.d + task.recurrent_slot * task.width
+    depth, length = task.recurrent_slots * task.width // size, task.output_width // size
+    note_uniform(source, task.d_row, active, own.first)
+    note_uniform(target, task.output_width, active, own.second)
+    low, high = own.low_output, own.high_output
+    multiply_planes(task, own, active, task.recurrent_weights, depth, low, high, length, task.reads_operand)
+    if task.tangents:
+        multiply_moved(
+            task, own, source, task.d_row, source + task.moved_shift, active, task.recurrent_weights,
+            task.moved_recurrent_weights, depth, target + task.moved_shift, task.output_width, low, high,
+            length, task.reads_operand,
+        )  # fmt: skip
 
 
 @inlined
-def add_dy(spec, active, outputs, low, high, work, parts, target, table):
-    """The gradient of the projected output: what is carried plus dy, for the vectors low to high."""
-    vector = spec.lanes * spec.size
-    for row in range(active):
-        for v in range(low, high):
-            dy = load_row(spec, read_int(table.leaving + row * 8) + v * vector, outputs - v * spec.lanes)
-            place = row * parts.output_width + v * vector
-            store(dy + load(spec, work.carried + place), target + place)
-
-
-class Given(NamedTuple):
-    """What the threads are given; the arguments of :func:`backward`, and where things are."""
-
-    spec: Any
-    x: Any
-    y: Any
-    dy: Any
-    dx: Any
-    wanted: Any
-    accumulate: Any
-    weights: Any  # Transposed
-    orders: Any
-    grads: Any  # Gradients
-    sequences: Any  # Sequences
-    memory: Any  # address
-    parts: Any  # Layout
-    work: Any  # Workspace
-    hidden: Any
-    chunk: Any
-    queues: Any  # addresses of two sets of queues, see shares.py
-
-
-class Own(NamedTuple):
-    """What is one thread's own at each step: panels of hidden units, and vectors of the output."""
-
-    low: int
-    high: int
-    low_output: int
-    high_output: int
-
-
-@inlined
-def own_of(given, thread, threads):
-    """What is one thread's own."""
-    spec = given.spec
-    panels = round_up(given.hidden, spec.panel) // spec.panel
-    low, high = share(panels, thread, threads)
-    output_vectors = -(-given.y.shape[2] // spec.lanes)
-    if spec.projected:
-        low_output, high_output = share(output_vectors, thread, threads)
-    else:
-        low_output, high_output = low * spec.units, min(high * spec.units, output_vectors)
-    return Own(low, high, low_output, high_output)
-
-
-@inlined
-def unproject(given, mine, own, table, here, active, sync, threads):
-    """The gradient of the output of a step before its projection."""
-    spec, parts, work, hidden, outputs = given.spec, given.parts, given.work, given.hidden, given.y.shape[2]
-    d_outputs = work.outputs + here * parts.output_width
-    add_dy(spec, active, outputs, mine.low_output, mine.high_output, work, parts, d_outputs, table)
-    barrier(sync, threads)
-    note_uniform(d_outputs, parts.output_width, active, own.first)
-    note_uniform(work.raw, parts.width, active, own.second)
-    low, high = mine.low * spec.units, min(mine.high * spec.units, -(-hidden // spec.lanes))
-    rows_times_planes(
-        spec, active, own.first, given.weights.projection, outputs, low, high, own.second, hidden, False,
-        table.scratch,
-    )  # fmt: skip
-
-
-@inlined
-def step_back(given, mine, own, table, step, base, sync, threads):
+def step_back(task, own, step, base, sync):
     """The gradients of the gates at a step, and of the states that entered it."""
-    spec, sequences, parts, work, hidden = given.spec, given.sequences, given.parts, given.work, given.hidden
-    batch, panels = given.x.shape[1], round_up(hidden, spec.panel) // spec.panel
-    depth, stride = panels * spec.gates * spec.panel, spec.inputs * spec.panel * spec.size
-    here = rows_before(sequences, step) - base
-    active = rows_before(sequences, step + 1) - rows_before(sequences, step)
-    note_entering(step, active, given.y, sequences, given.memory, parts, table.entering)
-    note_states(spec, step, active, sequences, given.memory, parts, True, table)
-    note_rows(given.dy, step, step + 1, sequences, table.leaving)
-    if spec.projected:
-        unproject(given, mine, own, table, here, active, sync, threads)
-    d_input = work.from_input + here * work.gates_width
-    d_output = work.from_output + here * work.gates_width
-    for p in range(mine.low, mine.high):
-        gates = given.memory + parts.gates + (p * parts.gate_rows + rows_before(sequences, step)) * stride
-        adjoint_panel(
-            spec, p, active, batch, hidden, given.weights, gates, parts, work, d_input, d_output, table
-        )
-    barrier(sync, threads)
-    d_operand = work.carried
-    if spec.operand > 0:
-        d_operand = work.states + (spec.operand - 1) * batch * parts.width
-    note_uniform(d_output, work.gates_width, active, own.first)
-    note_uniform(d_operand, parts.output_width, active, own.second)
-    rows_times_planes(
-        spec, active, own.first, given.weights.recurrent, depth, mine.low_output, mine.high_output,
-        own.second, parts.output_width // spec.size, spec.reads_operand, table.scratch,
-    )  # fmt: skip
+    before = rows_before(task, step)
+    active = rows_before(task, step + 1) - before
+    note_entering(task, own, step, active)
+    note_rows(task, task.dy, task.dy_time, task.dy_row, step, step + 1, own.leaving)
+    if task.projected:
+        unproject(task, own, before - base, active, sync)
+    own.gates = task.gates + before * task.gates_row
+    own.here = task.states + (task.batch + before) * task.width
+    own.operand_rows = task.operands + before * task.width
+    own.taped_means = task.means + before * task.registers.size
+    own.d = task.d + (before - base) * task.d_row
+    for n in range(task.phases):
+        phase = phase_at(task.phase_table + n * PHASE_BYTES)
+        multiply_late(task, own, n, active)
+        call_phase(phase.address, (address_of(task), address_of(own), own.low, own.high, 0, active))
+        barrier(sync, own.threads)
+        take_means(task, task.d_partials, phase.mean, phase.means, own.means)
+    multiply_recurrent(task, own, active)
     # empty sequences, the last rows, start with the others, and hand on the gradient of their final state
-    starting = batch if step == 0 else active
-    start_anew(
-        spec, step, starting, mine.low_output, mine.high_output, parts.output_width, sequences, work.carried,
-        work.initial,
-    )  # fmt: skip
-    for n in range(spec.further):
-        plane = n * batch * parts.width
+    starting = task.batch if step == 0 else active
+    for side in range(1 + task.tangents):
+        shift = side * task.moved_shift
         start_anew(
-            spec, step, starting, mine.low * spec.units, mine.high * spec.units, parts.width, sequences,
-            work.states + plane, work.initial_states + plane,
+            task, step, starting, own.low_output, own.high_output, task.output_width, task.carried + shift,
+            task.d_initial + shift,
         )  # fmt: skip
+        for n in range(task.further):
+            place = n * task.kept_plane + shift
+            start_anew(
+                task, step, starting, own.low_vector, own.high_vector, task.width, task.d_states + place,
+                task.d_initial_states + place,
+            )  # fmt: skip
 
 
 @inlined
-def add_panels(piece, given, own, scratch, count, first):
-    """Add to the gradients of the input weights, or of the recurrent weights, of some panels."""
-    spec, work, grads, hidden = given.spec, given.work, given.grads, given.hidden
-    low = piece // 2 * GROUP
-    high = min(low + GROUP, round_up(hidden, spec.panel) // spec.panel)
-    if piece % 2 == 0:
-        gates = given.orders[0]
-        add_outer(
-            spec, work.from_input, work.gates_width, count, low, high, gates, spec.panel, hidden, own.first,
-            given.x.shape[2], grads.ih, first, own.values, scratch,
-        )  # fmt: skip
-        add_rows(
-            spec, work.from_input, work.gates_width, count, low, high, gates, hidden, grads.bias_ih, first
-        )
-    else:
-        gates = given.orders[1]
-        add_outer(
-            spec, work.from_output, work.gates_width, count, low, high, gates, spec.panel, hidden, own.second,
-            given.y.shape[2], grads.hh, first, own.values, scratch,
-        )  # fmt: skip
-        add_rows(
-            spec, work.from_output, work.gates_width, count, low, high, gates, hidden, grads.bias_hh, first
-        )
+def add_panels(piece, task, own, start, end, first):
+    """Add to the gradients of the input weights, the recurrent weights, or a late gate's, of some panels.
+
+    The tangent of such a gradient is of two products: that of the values' gradients with tangents, and that
+    of the tangents of the gradients with values.
+    """
+    kinds = 2 + task.late
+    kind, low = piece % kinds, piece // kinds * GROUP
+    high = min(low + GROUP, task.panels)
+    count = rows_before(task, end) - rows_before(task, start)
+    columns, slot = task.inputs, 0
+    gates, gate_count = task.input_order, task.input_gates
+    weight, stride, bias = task.d_ih, task.d_ih_row, task.d_bias_ih
+    if kind > 0:
+        weight, stride, bias = task.d_hh, task.d_hh_row, task.d_bias_hh
+        columns, slot = task.outputs, task.recurrent_slot
+        gates, gate_count = task.recurrent_order, task.recurrent_gates
+    if kind > 1:
+        late = late_at(task.late_table + (kind - 2) * LATE_BYTES)
+        columns, slot = task.hidden, late.slot
+        gates, gate_count = task.late_order + (kind - 2) * 8, 1
+    if gate_count > 0:
+        d = task.d + slot * task.width
+        for side in range(1 - task.tangents, 2):  # of the rows: tangents, values
+            primal = side == 0
+            if kind == 0:
+                if primal:
+                    note_rows(task, task.p_x, task.p_x_time, task.p_x_row, start, end, own.third)
+                elif task.x != 0:
+                    note_rows(task, task.x, task.x_time, task.x_row, start, end, own.third)
+                else:
+                    continue
+            elif kind == 1:
+                note_all_operands(task, own, start, end, primal, own.third)
+            else:
+                note_late_operands(task, start, end, late.source, late.place, primal, own.third)
+            moved = d + task.moved_shift if primal else d
+            call_add_outer(
+                task.add_outer,
+                (address_of(task), moved, task.d_row, task.width, count, low, high, gates, gate_count,
+                 task.panel, task.hidden, own.third, columns, weight, stride,
+                 first if side == 1 - task.tangents else 0, own.values, own.scratch),
+            )  # fmt: skip
+        d += task.tangents * task.moved_shift
+        add_rows(task, d, task.d_row, task.width, count, low, high, gates, gate_count, bias, first)
 
 
 @inlined
-def add_weight_gradients(given, mine, shares, own, table, start, end):
+def add_weight_gradients(task, own, shares, start, end):
     """Add what the steps from start to end give to the gradients of the weights."""
-    spec, sequences, parts, work, hidden = given.spec, given.sequences, given.parts, given.work, given.hidden
-    first = end == given.x.shape[0]
-    base = rows_before(sequences, start)
-    count = rows_before(sequences, end) - base
-    note_rows(given.x, start, end, sequences, own.first)
-    for step in range(start, end):
-        place = own.second + (rows_before(sequences, step) - base) * 8
-        active = rows_before(sequences, step + 1) - rows_before(sequences, step)
-        note_operands(spec, step, active, given.y, sequences, given.memory, parts, True, place)
-    groups = -(-hidden // (GROUP * spec.panel))
-    each(shares, 2 * groups, False, add_panels, (given, own, table.scratch, count, first))
-    if spec.projected:
-        note_uniform(given.memory + parts.raw + base * parts.width, parts.width, count, own.first)
-        add_outer(
-            spec, work.outputs, parts.output_width, count, mine.low_output, mine.high_output, given.orders[2],
-            spec.lanes, given.y.shape[2], own.first, hidden, given.grads.hr, first, own.values, table.scratch,
+    first = 1 if end == task.steps else 0
+    base = rows_before(task, start)
+    count = rows_before(task, end) - base
+    pieces = (2 + task.late) * -(-task.panels // GROUP)
+    each(shares, pieces, False, add_panels, (task, own, start, end, first))
+    for side in range(1 - task.tangents, 2 if task.projected else 0):
+        raw, d_outputs = task.raw, task.d_outputs
+        if side == 0:
+            raw, d_outputs = raw + task.shift, d_outputs + task.moved_shift
+        note_uniform(raw + base * task.width, task.width, count, own.first)
+        call_add_outer(
+            task.add_outer,
+            (address_of(task), d_outputs, task.output_width, 0, count, own.low_output, own.high_output,
+             task.no_order, 1, task.registers.lanes, task.outputs, own.first, task.hidden, task.d_hr,
+             task.d_hr_row, first if side == 1 - task.tangents else 0, own.values, own.scratch),
         )  # fmt: skip
 
 
 @inlined
-def write_block(piece, given, own, scratch, count, row_parts):
+def write_block(piece, task, own, count, row_parts):
     """Some rows and columns of the gradient of the input."""
-    spec, inputs = given.spec, given.x.shape[2]
-    depth = round_up(given.hidden, spec.panel) * spec.gates
     first, last = share(count, piece % row_parts, row_parts)
     low = piece // row_parts * PLANES
-    high = min(low + PLANES, -(-inputs // spec.lanes))
-    rows_times_planes(
-        spec, last - first, own.first + first * 8, given.weights.inputs, depth, low, high,
-        own.second + first * 8, inputs, given.accumulate, scratch,
-    )  # fmt: skip
+    high = min(low + PLANES, -(-task.inputs // task.registers.lanes))
+    depth = task.input_slots * task.width // task.registers.size
+    to = own.second + first * 8
+    for side in range(
+        1 + task.tangents
+    ):  # of the gradients of gates: of a pass of tangents these first, then the values
+        rows, weights, accumulate = own.first + first * 8, task.input_weights, task.accumulate
+        if side == 1:
+            rows, weights, accumulate = own.third + first * 8, task.moved_input_weights, 1
+        if weights != 0:
+            call_rows_times_planes(
+                task.rows_times_planes,
+                (address_of(task), last - first, rows, weights, depth, low, high, to, task.inputs, accumulate,
+                 own.scratch),
+            )  # fmt: skip
 
 
 @inlined
-def write_dx(given, shares, own, table, start, end):
+def write_dx(task, own, shares, start, end):
     """The gradient of the input of the steps from start to end."""
-    spec, sequences, work = given.spec, given.sequences, given.work
-    count = rows_before(sequences, end) - rows_before(sequences, start)
-    note_uniform(work.from_input, work.gates_width, count, own.first)
-    note_rows(given.dx, start, end, sequences, own.second)
-    row_parts, columns = -(-count // DX_ROWS), -(-given.x.shape[2] // (PLANES * spec.lanes))
-    each(shares, row_parts * columns, False, write_block, (given, own, table.scratch, count, row_parts))
+    count = rows_before(task, end) - rows_before(task, start)
+    note_uniform(task.d + task.tangents * task.moved_shift, task.d_row, count, own.first)
+    note_uniform(task.d, task.d_row, count, own.third)
+    note_rows(task, task.dx, task.dx_time, task.dx_row, start, end, own.second)
+    row_parts, columns = -(-count // DX_ROWS), -(-task.inputs // (PLANES * task.registers.lanes))
+    each(shares, row_parts * columns, False, write_block, (task, own, count, row_parts))
 
 
-def backward_work(thread, threads, sync, arguments):
+def backward_work(thread, threads, sync, task):
     """What each thread does; see :func:`backward`."""
-    given = captured(arguments)
-    spec, steps, batch = given.spec, given.x.shape[0], given.x.shape[1]
-    mine = own_of(given, thread, threads)
-    own = space(spec, given.work.threads, batch * given.chunk, batch)
-    own = space(spec, given.work.threads + thread * (own.end - own.first), batch * given.chunk, batch)
-    table = tables(spec, own.step, 0, batch)
-    for end in range(steps, 0, -given.chunk):
-        start = max(end - given.chunk, 0)
-        base = rows_before(given.sequences, start)
+    own = own_at(task.d_thread_space + thread * task.thread_bytes)
+    take_place(task, own, thread, threads)
+    own.kept, own.partials = task.d_kept, task.d_partials
+    own.carried, own.carried_row = task.carried, task.output_width
+    if task.projected:
+        own.carried, own.carried_row = task.d_raw, task.width
+    for end in range(task.steps, 0, -task.chunk):
+        start = max(end - task.chunk, 0)
+        base = rows_before(task, start)
         for step in range(end - 1, start - 1, -1):
-            step_back(given, mine, own, table, step, base, sync, threads)
-        add_weight_gradients(given, mine, Shares(thread, threads, given.queues), own, table, start, end)
-        if given.wanted:
+            step_back(task, own, step, base, sync)
+        add_weight_gradients(task, own, Shares(thread, threads, task.d_queues), start, end)
+        if task.dx != 0:
             # queues of their own, so that nobody has to wait in between
-            queues = given.queues + threads * LINE
-            write_dx(given, Shares(thread, threads, queues), own, table, start, end)
+            write_dx(task, own, Shares(thread, threads, task.d_queues + threads * LINE), start, end)
         barrier(sync, threads)
 
 
-def backward(
-    team,  # address of a team of threads
-    threads,  # how many to use at most
-    patience,  # microseconds for which to wait for them
-    work,  # backward_work, compiled
-    spec,
-    x,  # (T, B, I)
-    y,  # (T, B, P)
-    dy,  # (T, B, P)
-    dx,  # (T, B, I); any such array if not wanted
-    wanted,  # whether dx is computed
-    accumulate,  # whether dx is added to
-    dfinal,  # (B, P) and (B, H)s; any arrays if not given
-    given,  # whether gradients of the final states are given
-    dinitial,  # (B, P) and (B, H)s
-    packed,  # addresses, as in Transposed
-    orders,  # the gates in the order of the input product, of the recurrent product, and 0
-    grads,  # as in Gradients but for the vectors
-    dvectors,  # (V, H)
-    order,  # as in Sequences
-    lengths,
-    first,
-    reset,
-    reverse,
-    memory,  # the tape: what forward left
-    scratch,  # bytes, as in Workspace
-    hidden,
-    chunk,  # steps after which the gradients of the weights are added to
-):
-    """Run a sequence's backward pass: writes dx, the gradients of the initial states and of the weights."""
-    sequences = Sequences(order, lengths, first, reset, reverse)
-    steps, batch = x.shape[0], x.shape[1]
-    rows = rows_before(sequences, steps)
-    parts = layout(spec, hidden, y.shape[2], batch, rows, rows)
-    start = aligned(scratch)
-    room = workspace(spec, start, parts, batch, batch * chunk)
-    fill_zero(spec, start, room.from_input)
-    if given:
-        set_rows(spec, dfinal[0], sequences, room.carried, parts.output_width)
-        for n in range(spec.further):
-            set_rows(spec, dfinal[n + 1], sequences, room.states + n * batch * parts.width, parts.width)
-    if wanted and not accumulate:
-        zero_padding(dx, sequences)
-    lines = np.empty((2 * threads + 1) * LINE, np.uint8)
-    queues = aligned(lines)
-    close_queues(queues, 2 * threads)
-    weights = Transposed(packed[0], packed[1], packed[2], packed[3])
-    args = Given(
-        spec, x, y, dy, dx, wanted, accumulate, weights, orders,
-        Gradients(grads[0], grads[1], grads[2], grads[3], grads[4]), sequences, aligned(memory), parts, room,
-        hidden, chunk, queues,
-    )  # fmt: skip
-    run_with(team, threads, patience, work, args, lines)
-    get_rows(spec, room.initial, sequences, dinitial[0], parts.output_width)
-    for n in range(spec.further):
-        get_rows(spec, room.initial_states + n * batch * parts.width, sequences, dinitial[n + 1], parts.width)
-    for n in range(spec.learned):
-        for k in range(hidden):
-            dvectors[n, k] = read(spec, room.vectors + n * parts.width + k * spec.size)
+@part
+def set_final(task):
+    """Begin with the gradients of the final states, or with zero."""
+    registers = task.registers
+    for side in range(1 + task.tangents):
+        shift = side * task.moved_shift
+        fill_zero(registers, task.carried + shift, task.d_kept + shift)
+    if task.states_given:
+        for n in range(task.further + 1):
+            target, width, columns = task.carried, task.output_width, task.outputs
+            if n > 0:
+                target, width = task.d_states + (n - 1) * task.batch * task.width, task.width
+                columns = task.hidden
+            array, stride = read_int(task.states_in + n * 16), read_int(task.states_in + n * 16 + 8)
+            set_rows(task, array, stride, columns, target, width)
+
+
+@part
+def get_initial(task):
+    """Copy the gradients of the initial states and of the learned vectors, or their tangents."""
+    registers, shift = task.registers, task.tangents * task.moved_shift
+    for n in range(task.further + 1):
+        source, width, columns = task.d_initial, task.output_width, task.outputs
+        if n > 0:
+            source, width = task.d_initial_states + (n - 1) * task.batch * task.width, task.width
+            columns = task.hidden
+        array, stride = read_int(task.states_out + n * 16), read_int(task.states_out + n * 16 + 8)
+        get_rows(task, source + shift, width, array, stride, columns)
+    for n in range(task.learned):
+        for k in range(0, task.hidden * registers.size, registers.size):
+            value = read(registers, task.d_learned + n * task.width + k)
+            write(registers, value, task.d_vectors + n * task.d_vectors_row + k)
+
+
+def backward(team, threads, patience, work, task):
+    """Run a sequence's backward pass: writes dx, the gradients of the initial states and of the weights.
+
+    Arguments as of :func:`forward.forward`.
+    """
+    set_final(task)
+    if task.dx != 0 and not task.accumulate:
+        zero_padding(task, task.dx, task.dx_time, task.dx_row, task.inputs)
+    close_queues(task.d_queues, 2 * threads)
+    start_threads(task, team, threads, patience, work)
+    get_initial(task)

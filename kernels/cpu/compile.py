@@ -39,9 +39,9 @@ def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
     return compiled.overloads[signature].entry_point
 
 
-def c_function(function: Callable[..., None], signature: Any, **options: Any) -> Any:
-    """A compiled C function, whose address holds as long as it is kept."""
-    function = stamped(function, signature)
+def c_function(function: Callable[..., None], signature: Any, more: str = "", **options: Any) -> Any:
+    """A compiled C function, whose address holds as long as it is kept; `more` is generated code it calls."""
+    function = stamped(function, f"{signature} {more}")
     made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
     made._cache = _Cache(function)
     with making, _alone(made._cache):

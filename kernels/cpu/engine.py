@@ -13,15 +13,13 @@ from fusedlstm.kernels import POISON
 from fusedlstm.once import lazy, once
 from fusedlstm.weights import Weights
 
-from . import memory, pack, plan, team
-from .backward import Given, Gradients, Transposed, Workspace, backward, backward_work, space, workspace
+from . import pack, plan, team
 from .compile import entry_point
-from .forward import Packed, forward, forward_work
-from .memory import layout
-from .plan import BARRIER, BYTES, FLOPS, Sequences, sequences, threads_for
-from .spec import Registers, Spec, machine
+from .entry import adjoint_tangent_pass, backward_pass, forward_pass, tangent_pass
+from .plan import BARRIER, BYTES, FLOPS, ONLY, Sequences, sequences, threads_for
+from .records import WEIGHT_FIELDS
+from .spec import Registers, machine
 from .team import LINE
-from .tile import panel_rows
 from .work import Compiled, compiled
 
 
@@ -52,8 +50,6 @@ class Kernel(NamedTuple):
 
 
 INT, FLAG, INTS = types.int64, types.boolean, types.int64[::1]
-MEMORY = types.uint8[::1]
-SEQUENCES = (INTS, INTS, INTS, types.Array(FLAG, 2, "A"), FLAG)
 
 
 def compile_kernel(entry: Any, work: Any, captured: types.BaseTuple, *signature: Any) -> Kernel:
@@ -62,54 +58,10 @@ def compile_kernel(entry: Any, work: Any, captured: types.BaseTuple, *signature:
     return Kernel(entry_point(entry, INT, INT, INT, part.type, *signature), part, part.address)
 
 
-def _arrays(spec: Spec) -> tuple[Any, Any, Any, Any]:
-    """The types of a vector, a matrix, an array (T, B, ...) and the states."""
-    matrix = types.Array(spec.scalar, 2, "A")
-    cube, states = types.Array(spec.scalar, 3, "A"), types.UniTuple(matrix, 1 + spec.further)
-    return spec.scalar[::1], matrix, cube, states
-
-
-def _ints(names: Any) -> types.Type:
-    return types.NamedUniTuple(INT, len(names._fields), names)
-
-
-@once
-def forward_kernel(spec: Spec) -> Kernel:
-    """Compile, or load from Numba's cache."""
-    _, _, cube, states = _arrays(spec)
-    rows = types.NamedTuple(SEQUENCES, memory.Sequences)
-    captured = types.Tuple(
-        (spec, cube, cube, _ints(Packed), rows, INT, _ints(memory.Layout), INT, INT, FLAG, INT, INT)
-    )
-    return compile_kernel(
-        forward, forward_work, captured, spec, cube, cube, states, FLAG, states, types.UniTuple(INT, 5),
-        *SEQUENCES, MEMORY, INT, INT, FLAG,
-    )  # fmt: skip
-
-
-@once
-def backward_kernel(spec: Spec) -> Kernel:
-    """Compile, or load from Numba's cache."""
-    vector, matrix, cube, states = _arrays(spec)
-    rows = types.NamedTuple(SEQUENCES, memory.Sequences)
-    grads = (matrix, matrix, vector, vector, matrix)
-    orders = types.UniTuple(INTS, 3)
-    captured = types.NamedTuple(
-        (spec, cube, cube, cube, cube, FLAG, FLAG, _ints(Transposed), orders,
-         types.NamedTuple(grads, Gradients), rows, INT, _ints(memory.Layout), _ints(Workspace), INT, INT,
-         INT),
-        Given,
-    )  # fmt: skip
-    return compile_kernel(
-        backward, backward_work, captured, spec, cube, cube, cube, cube, FLAG, FLAG, states, FLAG, states,
-        types.UniTuple(INT, 4), orders, types.Tuple(grads), matrix, *SEQUENCES, MEMORY, MEMORY, INT, INT,
-    )  # fmt: skip
-
-
 @once
 def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
     """The compiled `pack_panels` and `pack_planes`."""
-    captured = (Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT)
+    captured = (Registers(scalar), types.Array(scalar, 2, "A"), INTS, INT, INT, INT)
     panels, planes = (
         compile_kernel(entry, work, types.Tuple(captured), *captured)
         for entry, work in ((pack.pack_panels, pack.panels_work), (pack.pack_planes, pack.planes_work))
@@ -138,17 +90,126 @@ def write_transposed(source: np.ndarray, target: np.ndarray) -> None:
 class Tape(NamedTuple):
     """What the backward pass needs of a forward pass."""
 
-    x: np.ndarray  # (T, B, I)
+    x: np.ndarray | None  # (T, B, I); None is zero, of tangents
     y: np.ndarray  # (T, B, P)
     sequences: Sequences
     reset: np.ndarray  # (T, B) or NO_RESET
     reverse: bool
-    memory: np.ndarray  # see memory.Layout
+    memory: np.ndarray  # see plan.Layer
+
+
+class Tangent(NamedTuple):
+    """What the tangent of the backward pass needs of the tangent of the forward pass."""
+
+    tape: Tape  # of tangents
+    packed: Packed  # the tangents of the weights
 
 
 NO_RESET = np.zeros((0, 0), bool)
-ONLY = np.zeros(1, np.int64)  # the order of the gates of what has no gates
 NOTHING = np.zeros((0, 0))
+
+
+class Packed:
+    """Weights laid out for the kernels, each when it is first needed; empty for what there is not."""
+
+    def __init__(self, layer: plan.Layer, weights: Weights) -> None:
+        self.layer, self.program, self.weights = layer, layer.program, weights
+        self.dtype = np.dtype(layer.program.scalar.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what has been laid out."""
+        made = [value for value in vars(self).values() if isinstance(value, (np.ndarray, list))]
+        arrays = [array for value in made for array in (value if isinstance(value, list) else [value])]
+        return sum(array.nbytes for array in arrays)
+
+    @lazy
+    def input_panels(self) -> np.ndarray:
+        return self._panels(self.weights.ih, self.program.input_order)
+
+    @lazy
+    def recurrent_panels(self) -> np.ndarray:
+        return self._panels(self.weights.hh, self.program.recurrent_order)
+
+    @lazy
+    def late_panels(self) -> list[np.ndarray]:
+        return [self._panels(self.weights.hh, order) for order in _singly(self.program.late_order)]
+
+    @lazy
+    def projection(self) -> np.ndarray:
+        hr, hidden = self.weights.hr, self.layer.hidden
+        return NOTHING if hr is None else self._planes(hr.T, ONLY, hidden, hidden)
+
+    @lazy
+    def input_planes(self) -> np.ndarray:
+        return self._planes(self.weights.ih, self.program.input_order, self.layer.hidden, self.layer.padded)
+
+    @lazy
+    def recurrent_planes(self) -> np.ndarray:
+        order = self.program.recurrent_order
+        return self._planes(self.weights.hh, order, self.layer.hidden, self.layer.padded)
+
+    @lazy
+    def late_planes(self) -> list[np.ndarray]:
+        sizes = self.layer.hidden, self.layer.padded
+        return [self._planes(self.weights.hh, order, *sizes) for order in _singly(self.program.late_order)]
+
+    @lazy
+    def transposed_projection(self) -> np.ndarray:
+        return self._planes(self.weights.hr, ONLY, self.layer.outputs, self.layer.outputs)
+
+    def _panels(self, weight: np.ndarray | None, gates: np.ndarray) -> np.ndarray:
+        if weight is None or not gates.size:
+            return NOTHING
+        packed = empty(self.layer.padded * gates.size * weight.shape[1], self.dtype)
+        kernel, _ = packers(self.program.scalar)
+        threads, address, patience = threads_for(weight.nbytes / 4e3)
+        args = (None, weight, gates, self.layer.hidden, self.program.units, packed.ctypes.data)
+        kernel.entry(address, threads, patience, kernel.address, *args)
+        return packed
+
+    def _planes(self, weight: np.ndarray | None, gates: np.ndarray, rows: int, padded: int) -> np.ndarray:
+        """The given gates of a matrix, so many rows each, as planes."""
+        if weight is None or not gates.size:
+            return NOTHING
+        lanes = self.program.registers.lanes
+        packed = empty(padded * gates.size * -(-weight.shape[1] // lanes) * lanes, self.dtype)
+        _, kernel = packers(self.program.scalar)
+        threads, address, patience = threads_for(weight.nbytes / 8e3)
+        args = (None, weight, gates, rows, padded, packed.ctypes.data)
+        kernel.entry(address, threads, patience, kernel.address, *args)
+        return packed
+
+    @lazy
+    def bias(self) -> np.ndarray:
+        """What pre-activations start from, (panels, slots, panel)."""
+        layer, program, weights = self.layer, self.program, self.weights
+        slots = len(program.cell.preactivations)
+        packed = empty(slots * layer.padded, self.dtype)
+        rows = np.zeros((slots, layer.padded), self.dtype)
+        of_units = rows[:, : layer.hidden]
+        if weights.bias_ih is not None:
+            of_input = weights.bias_ih.reshape(-1, layer.hidden)
+            of_units[: len(of_input)] = of_input[program.input_order]
+        if weights.bias_hh is not None:
+            of_output = weights.bias_hh.reshape(-1, layer.hidden)
+            first, size = program.recurrent_slot, len(program.recurrent_order)
+            of_units[first : first + size] += of_output[program.recurrent_order]
+            of_units[program.late_slots] += of_output[program.late_order]
+        by_panel = packed.reshape(-1, slots, program.panel)
+        by_panel[...] = rows.reshape(slots, -1, program.panel).swapaxes(0, 1)
+        return packed
+
+    @lazy
+    def vectors(self) -> np.ndarray:
+        """The learned vectors (V, H), padded; zero where there is none."""
+        padded = self.layer.padded
+        packed = empty(len(self.weights.vectors) * padded, self.dtype)
+        packed.fill(0)
+        for row, vector in zip(packed.reshape(-1, padded), self.weights.vectors):
+            if vector is not None:
+                row[: self.layer.hidden] = vector
+        return packed
 
 
 class CPUDirection:
@@ -157,82 +218,43 @@ class CPUDirection:
     def __init__(self, cell: Cell, weights: Weights) -> None:
         check_projection(cell, weights)
         self.weights, self.dtype = weights, weights.ih.dtype
-        (rows, inputs), (_, outputs) = weights.ih.shape, weights.hh.shape
-        hidden = rows // len(cell.gates)
-        self.layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, weights.hr is not None)
-        self.spec = self.layer.spec
-        self._forward = forward_kernel(self.spec)  # looked up now, which takes longer than a call should
-        self._vectors = self._pack_vectors()
-        self._panels = (
-            self._pack_panels(weights.ih, self.layer.input_gates),
-            self._pack_panels(weights.hh, self.layer.recurrent_gates),
-            self._pack_bias(),
-            self._vectors,
-            NOTHING if weights.hr is None else self._pack_planes(weights.hr.T, ONLY, hidden),
+        hidden, inputs = cell.hidden_size(weights), weights.ih.shape[1]
+        projected = weights.hr is not None
+        outputs = len(weights.hr) if projected else hidden
+        self.layer = layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, projected)
+        self.program = program = layer.program
+        self.packed = packed = Packed(layer, weights)
+        self._forward = forward_pass(program.scalar, len(cell.states))  # looked up now, which takes a while
+        late = dict(zip(cell.late, map(_address, packed.late_panels)))
+        self._products = program.product_table(
+            program.steps, layer.sizes, _address(packed.recurrent_panels), late
         )
-        self._panel_addresses = tuple(array.ctypes.data for array in self._panels)
+        self._words = _words(
+            product_table=self._products, products=len(self._products), input_weights=packed.input_panels,
+            bias=packed.bias, vectors=packed.vectors, projection=packed.projection,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
         """Bytes of what has been laid out."""
-        made = vars(self)  # planes are made when they are first needed
-        planes = (made.get("_input_planes", NOTHING), *made.get("_planes", ()))
-        return sum(array.nbytes for array in (*self._panels, *planes))
-
-    @lazy
-    def _input_planes(self) -> np.ndarray:
-        return self._pack_planes(self.weights.ih, self.layer.input_gates, self.spec.panel)
-
-    @lazy
-    def _planes(self) -> tuple[np.ndarray, ...]:
-        weights, panel = self.weights, self.spec.panel
-        return (
-            self._pack_planes(weights.hh, self.layer.recurrent_gates, panel),
-            self._vectors,
-            NOTHING if weights.hr is None else self._pack_planes(weights.hr, ONLY, self.layer.outputs),
-        )
+        return self.packed.nbytes
 
     def lay_out_for_backward(self) -> None:
         """Do now what the first backward pass would; from then on the weights' memory is not read."""
-        self._input_planes, self._planes  # noqa: B018
+        self.packed.input_planes  # noqa: B018
+        self._backward_words  # noqa: B018
 
-    def _pack_panels(self, weight: np.ndarray, gates: np.ndarray) -> np.ndarray:
-        packed = empty(self.layer.padded * self.spec.gates * weight.shape[1], self.dtype)
-        kernel, _ = packers(self.spec.scalar)
-        threads, address, patience = threads_for(weight.nbytes / 4e3)
-        args = (None, weight, gates, self.spec.units, packed.ctypes.data)
-        kernel.entry(address, threads, patience, kernel.address, *args)
-        return packed
-
-    def _pack_planes(self, weight: np.ndarray, gates: np.ndarray, panel: int) -> np.ndarray:
-        depth = -(-weight.shape[0] // gates.size // panel) * panel * gates.size
-        packed = empty(depth * -(-weight.shape[1] // self.spec.lanes) * self.spec.lanes, self.dtype)
-        _, kernel = packers(self.spec.scalar)
-        threads, address, patience = threads_for(weight.nbytes / 8e3)
-        args = (None, weight, gates, panel, packed.ctypes.data)
-        kernel.entry(address, threads, patience, kernel.address, *args)
-        return packed
-
-    def _pack_bias(self) -> np.ndarray:
-        layer, spec, weights = self.layer, self.spec, self.weights
-        by_gate = spec.gates, layer.hidden
-        packed = empty(spec.inputs * layer.padded, self.dtype)
-        rows = np.zeros((spec.inputs, layer.padded), self.dtype)  # of the pre-activations
-        if weights.bias_ih is not None:
-            of_input, of_output = weights.bias_ih.reshape(by_gate), weights.bias_hh.reshape(by_gate)
-            rows[: spec.gates, : layer.hidden] = of_input[layer.input_gates]
-            rows[spec.splits :, : layer.hidden] += of_output[layer.recurrent_gates]
-        by_panel = packed.reshape(-1, spec.inputs, spec.panel)
-        by_panel[...] = rows.reshape(spec.inputs, -1, spec.panel).swapaxes(0, 1)
-        return packed
-
-    def _pack_vectors(self) -> np.ndarray:
-        padded = self.layer.padded
-        packed = empty(len(self.weights.vectors) * padded, self.dtype)
-        packed.fill(0)
-        for row, vector in zip(packed.reshape(-1, padded), self.weights.vectors):
-            row[: self.layer.hidden] = vector
-        return packed
+    @lazy
+    def _backward_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """The weights of the backward pass but for those of the input; and the table that they name."""
+        packed, program = self.packed, self.program
+        planes = dict(zip(program.cell.late, map(_address, packed.late_planes)))
+        late = program.late_table(program.adjoints, planes)
+        words = _words(
+            late_table=late, recurrent_weights=packed.recurrent_planes, vectors=packed.vectors,
+            projection=packed.transposed_projection,
+        )  # fmt: skip
+        return words, late
 
     def forward(
         self,
@@ -246,22 +268,22 @@ class CPUDirection:
         training: bool,
     ) -> Tape | None:
         """See dispatch.Direction."""
-        spec, layer, (steps, batch, _) = self.spec, self.layer, x.shape
-        threads, _, patience, chunk, size, order = layer.plan(steps, batch)
+        layer, (steps, batch, _) = self.layer, x.shape
+        threads, _, patience, chunk, task, order = layer.plan(steps, batch)
         if lengths is not None:
             order = sequences(steps, batch, lengths)
         if training:
-            rows = order.rows
-            size = layout(spec, layer.hidden, layer.outputs, batch, rows, rows).end
-        kept = empty_bytes(size)
+            task = layer.forward_task(steps, batch, order.rows, chunk, threads)
+        memory = empty_bytes(task.nbytes)
         if reset is None:
             reset = NO_RESET
-        self._forward.entry(
-            team.current().address if threads > 1 else 0, threads, patience, self._forward.address,
-            layer.tiles, x, y, final if initial is None else initial, initial is not None, final,
-            self._panel_addresses, *order, reset, reverse, kept, layer.hidden, chunk, training,
+        entry, _, whole, work = self._forward
+        entry(
+            team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words,
+            self._words, x, y, final if initial is None else initial, initial is not None, final, *order,
+            reset, reverse, memory,
         )  # fmt: skip
-        return Tape(x, y, order, reset, reverse, kept) if training else None
+        return Tape(x, y, order, reset, reverse, memory) if training else None
 
     def backward(
         self,
@@ -272,51 +294,167 @@ class CPUDirection:
         accumulate: bool,
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
-        spec, layer, dtype, weights = self.spec, self.layer, self.dtype, self.weights
-        x, y, order, reset, reverse, kept = tape
+        layer, program = self.layer, self.program
+        x, y, order, reset, reverse, memory = tape
+        assert x is not None
         steps, batch, _ = x.shape
         threads, _, patience, *_ = layer.plan(steps, batch)
         chunk = layer.backward_chunk(steps, batch)
-        rows = order.rows
-        parts = layout(spec, layer.hidden, layer.outputs, batch, rows, rows)
-        room = workspace(spec, 0, parts, batch, chunk * batch)
-        scratch = empty_bytes(room.threads + threads * space(spec, 0, chunk * batch, batch).end)
-        sizes = [layer.outputs] + [layer.hidden] * spec.further
-        dinitial = tuple(np.empty((batch, size), dtype) for size in sizes)
-        ih, hh = np.empty(weights.ih.shape, dtype), np.empty(weights.hh.shape, dtype)
-        bias_ih, bias_hh = np.empty(len(ih), dtype), np.empty(len(ih), dtype)
-        hr = np.empty(NOTHING.shape if weights.hr is None else weights.hr.shape, dtype)
-        dvectors = np.empty((spec.learned, layer.hidden), dtype)
-        kernel = backward_kernel(spec)
-        kernel.entry(
-            team.current().address if threads > 1 else 0, threads, patience, kernel.address, layer.tiles,
+        task = layer.backward_task(steps, batch, order.rows, chunk, threads)
+        scratch = empty_bytes(task.nbytes)
+        dinitial, gradients = self._empty_gradients(batch)
+        words = self._backward_words[0]
+        if dx is not None:
+            words = words.copy()
+            words[WEIGHTS["input_weights"]] = _address(self.packed.input_planes)
+        entry, _, whole, work = backward_pass(program.scalar, len(dinitial))
+        entry(
+            team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
             x, y, dy, x if dx is None else dx, dx is not None, accumulate,
-            dinitial if dfinal is None else dfinal, dfinal is not None, dinitial,
-            (0 if dx is None else self._input_planes.ctypes.data, *(p.ctypes.data for p in self._planes)),
-            (layer.input_gates, layer.recurrent_gates, ONLY), (ih, hh, bias_ih, bias_hh, hr), dvectors,
-            *order, reset, reverse, kept, scratch, layer.hidden, chunk,
+            dinitial if dfinal is None else dfinal, dfinal is not None, dinitial, *gradients, *order, reset,
+            reverse, memory, scratch,
         )  # fmt: skip
-        grads = Weights(ih, hh, bias_ih, bias_hh, hr, tuple(dvectors))
-        if weights.bias_ih is None:
-            grads = grads._replace(bias_ih=None, bias_hh=None)
-        return dinitial, grads if weights.hr is not None else grads._replace(hr=None)
+        return dinitial, self._as_weights(*gradients)
+
+    def _empty_gradients(self, batch: int) -> tuple[States, list[np.ndarray]]:
+        """Arrays for the gradients of the initial states and of the weights, those of vectors in one."""
+        layer, dtype, weights = self.layer, self.dtype, self.weights
+        sizes = [layer.outputs] + [layer.hidden] * (len(self.program.cell.states) - 1)
+        ih, hh, hr = (
+            np.empty((0, 0) if weight is None else weight.shape, dtype)
+            for weight in (weights.ih, weights.hh, weights.hr)
+        )
+        biases = [np.empty(len(ih), dtype), np.empty(len(hh), dtype)]
+        vectors = np.empty((len(weights.vectors), layer.hidden), dtype)
+        return tuple(np.empty((batch, size), dtype) for size in sizes), [ih, hh, *biases, hr, vectors]
+
+    def _as_weights(self, *gradients: np.ndarray) -> Weights:
+        *own, vectors = gradients
+        there = [None if given is None else array for given, array in zip(self.weights, own)]
+        return Weights._make([*there, tuple(vectors)])
+
+    def tangent(
+        self,
+        tape: Tape,  # of the values' forward pass
+        x: np.ndarray | None,  # (T, B, I): tangents from here on; None is zero
+        initial: States | None,
+        weights: Weights,  # of which each may be None
+        y: np.ndarray,  # (T, B, P), written
+        final: States,  # written
+    ) -> Tangent:
+        """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it."""
+        moved = Packed(self.layer, weights)
+        layer, program, cell = self.layer, self.program, self.program.cell
+        p_x, p_y, order, reset, reverse, p_memory = tape
+        assert p_x is not None
+        steps, batch, _ = p_x.shape
+        threads, _, patience, chunk, *_ = layer.plan(steps, batch)
+        task = layer.forward_task(steps, batch, order.rows, chunk, threads, tangents=True)
+        memory = empty_bytes(task.nbytes)
+        packed = self.packed
+        late = dict(zip(cell.late, map(_address, packed.late_panels)))
+        products = program.product_table(
+            program.tangents, layer.sizes, _address(packed.recurrent_panels), late
+        )
+        panels = {"ih": _address(moved.input_panels), "hh": _address(moved.recurrent_panels)}
+        panels |= dict(zip(cell.late, map(_address, moved.late_panels)))
+        inputs = program.input_table(panels, layer.inputs, layer.outputs, layer.hidden)
+        words = _words(
+            product_table=products, products=len(products), input_table=inputs, more_inputs=len(inputs),
+            input_weights=packed.input_panels, bias=moved.bias, vectors=packed.vectors,
+            projection=packed.projection, moved_vectors=moved.vectors, moved_projection=moved.projection,
+        )  # fmt: skip
+        entry, _, whole, work = tangent_pass(program.scalar, len(final))
+        entry(
+            team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
+            p_x if x is None else x, x is not None, y, final if initial is None else initial,
+            initial is not None, final, p_x, p_y, *order, reset, reverse, p_memory, memory,
+        )  # fmt: skip
+        return Tangent(Tape(x, y, order, reset, reverse, memory), moved)
+
+    def backward_tangent(
+        self,
+        tape: Tape,  # of the values' forward pass
+        tangent: Tangent,  # of it
+        dy: np.ndarray,  # (T, B, P): of the values' backward pass
+        dfinal: States | None,
+        dx: np.ndarray | None,  # (T, B, I): the tangent of its dx, written; None if not wanted
+    ) -> tuple[States, Weights]:
+        """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
+        layer, program, cell = self.layer, self.program, self.program.cell
+        p_x, p_y, order, reset, reverse, p_memory = tape
+        (x, y, *_, memory), moved = tangent
+        assert p_x is not None
+        steps, batch, _ = p_x.shape
+        threads, _, patience, *_ = layer.plan(steps, batch)
+        chunk = layer.backward_chunk(steps, batch)
+        task = layer.backward_task(steps, batch, order.rows, chunk, threads, tangents=True)
+        scratch = empty_bytes(task.nbytes)
+        dinitial, gradients = self._empty_gradients(batch)
+        packed = self.packed
+        planes, moved_planes = (
+            dict(zip(cell.late, map(_address, some.late_planes))) for some in (packed, moved)
+        )
+        late = program.late_table(program.adjoint_tangents, planes, moved_planes)
+        words = _words(
+            late_table=late, recurrent_weights=packed.recurrent_planes, vectors=packed.vectors,
+            projection=packed.transposed_projection, moved_recurrent_weights=moved.recurrent_planes,
+            moved_vectors=moved.vectors, moved_projection=moved.transposed_projection,
+            input_weights=0 if dx is None else packed.input_planes,
+            moved_input_weights=0 if dx is None else moved.input_planes,
+        )  # fmt: skip
+        entry, _, whole, work = adjoint_tangent_pass(program.scalar, len(dinitial))
+        entry(
+            team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
+            p_x if x is None else x, x is not None, y, p_x, p_y, dy, p_x if dx is None else dx,
+            dx is not None, dinitial if dfinal is None else dfinal, dfinal is not None, dinitial, *gradients,
+            *order, reset, reverse, p_memory, memory, scratch,
+        )  # fmt: skip
+        return dinitial, self._as_weights(*gradients)
 
     def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:
         """See dispatch.Direction."""
-        spec, rows = self.spec, panel_rows(self.spec)
+        program = self.program
+        lanes = program.registers.lanes
         threads, _, _, chunk, *_ = self.layer.plan(steps, batch)
         step = self.layer.step_time(batch)
         why = f"of {team.describe()}; a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
         computes = 2 * batch / FLOPS > self.dtype.itemsize / BYTES
-        size = (self._panels[0].nbytes + self._panels[1].nbytes) / 1e6
+        panels = (self.packed.input_panels, self.packed.recurrent_panels, *self.packed.late_panels)
+        size = sum(array.nbytes for array in panels) / 1e6
+        width = len(program.recurrent_order) * program.units
+        back = f", {len(program.adjoints)} backward" if training else ""
         return {
-            "kernel": f"fused forward{' and backward' if training else ''}, cell {spec.cell.name}",
-            "tile": f"{rows} rows x {spec.width} vectors of {spec.lanes} {self.dtype} ({machine().name})",
+            "kernel": f"fused forward{' and backward' if training else ''}, cell {program.cell.name}",
+            "phases": f"{len(program.steps)} a step{back}",
+            "tile": f"{program.recurrent_rows} rows x {width} vectors of {lanes} {self.dtype} "
+            f"({machine().name})",
             "threads": f"{threads} {why}",
-            "layout": f"weights in panels of {spec.panel} hidden units with all their gates, {size:.1f} MB",
+            "layout": f"weights in panels of {program.panel} hidden units with all their gates, "
+            f"{size:.1f} MB",
             "chunk": f"the input of {chunk} steps is projected at once",
             "bound": f"{'multiply-adds' if computes else 'reading the weights'}, at batch {batch}",
         }
+
+
+def _address(array: np.ndarray) -> int:
+    """Of the first element; 0 if there is none."""
+    return int(array.ctypes.data) if array.size else 0
+
+
+WEIGHTS = {name: n for n, name in enumerate(WEIGHT_FIELDS.split())}
+
+
+def _words(**values: np.ndarray | int) -> np.ndarray:
+    """The part of a pass's record that names weights; of arrays their addresses."""
+    words = np.zeros(len(WEIGHTS), np.int64)
+    for name, value in values.items():
+        words[WEIGHTS[name]] = value if isinstance(value, int) else _address(value)
+    return words
+
+
+def _singly(order: np.ndarray) -> list[np.ndarray]:
+    return [order[n : n + 1] for n in range(order.size)]
 
 
 class CPU:

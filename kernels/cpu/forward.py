@@ -2,240 +2,320 @@
 
 A thread owns some panels of hidden units, with all their gates, for the entire sequence, so its share
 of the weights stays in its own cache.  It projects the inputs of a chunk of steps for its panels, then
-walks through the steps of the chunk: recurrent product, cell update while the sums are at hand, one
-barrier.  Whoever is done before the others takes panels of theirs; see shares.py.
+walks through the steps of the chunk, and through the phases of a step: products, the element-wise code
+while the sums are at hand, one barrier.  A thread that is done before the others takes panels of theirs; see
+shares.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from .cell import update
 from .memory import (
-    Sequences,
-    aligned,
+    OUTPUT,
+    STATE,
     fill_zero,
     first_row,
-    layout,
+    note_all_operands,
     note_entering,
+    note_late_operands,
     note_operands,
     note_rows,
-    note_states,
-    round_up,
-    row_address,
+    note_uniform,
     rows_before,
+    sequence_of,
     set_rows,
-    state_rows,
-    tables,
+    take_means,
+    time_of,
     zero_padding,
 )
+from .product import call_rows_times_planes
+from .records import INPUT, PHASE, PRODUCT, address_of, input_at, own_at, phase_at, product_at
 from .shares import Shares, close_queues, each, share
-from .simd import inlined, load, part, read, read_int, store, write_int
-from .team import LINE, barrier
-from .tile import panel_product, panel_rows, rows_times_planes
-from .work import captured, run_with
+from .simd import inlined, load, part, read, read_int, store, write, write_int
+from .team import barrier
+from .tile import tile_product
+from .work import call_launch, call_phase
 
-
-class Packed(NamedTuple):
-    """Weights as the forward pass reads them, at addresses; see pack.py."""
-
-    inputs: Any  # panels of the input weights
-    recurrent: Any  # panels of the recurrent weights
-    bias: Any  # (panels, inputs * panel)
-    vectors: Any  # (V, H), padded
-    projection: Any  # planes of the projection
+PHASE_BYTES, PRODUCT_BYTES, INPUT_BYTES = 8 * PHASE.words, 8 * PRODUCT.words, 8 * INPUT.words
+X, RECURRENT, LATE = 0, 1, 2  # the values that products before the steps of a pass of tangents multiply
 
 
 @inlined
-def project_inputs(piece, spec, cut, rows, count, depth, packed, gates, parts):
+def project_inputs(piece, task, own, cut, count, gates):
     """Pre-activations of a panel, or of a part of its rows, from the input: bias + x @ weights."""
-    vector = spec.lanes * spec.size
-    stride = spec.inputs * spec.units * vector
+    registers = task.registers
+    vector = registers.lanes * registers.size
     p = piece // cut
-    weights = packed.inputs + p * depth * spec.width * vector
-    bias = packed.bias + p * spec.inputs * spec.units * vector
-    gates = gates + p * parts.gate_rows * stride
-    blocks = -(-count // panel_rows(spec))
+    weights = task.input_weights + p * task.inputs * task.input_slots * task.gate
+    bias = task.bias + p * task.gates_row
+    gates = gates + p * task.gates_panel
+    blocks = blocks_of(count, task.input_rows)
     low, high = share(blocks, piece % cut, cut)
     for block in range(low, high):
         first, last = share(count, block, blocks)
-        target = gates + first * stride
-        panel_product(spec, last - first, bias, 0, target, stride, rows + first * 8, 0, weights, 0, depth)
-        # the recurrent parts of split gates start from a bias of their own
-        for v in range(spec.width, spec.inputs * spec.units):
-            start = load(spec, bias + v * vector)
+        start = 0  # of what has no part of the input, and starts from its bias
+        if task.x != 0:
+            start = task.input_slots * task.gate
+            tile_product(
+                task.input_tile, last - first, bias, 0, gates + first * task.gates_row, task.gates_row,
+                own.inputs + first * 8, 0, weights, 0, task.inputs,
+            )  # fmt: skip
+        for place in range(start, task.gates_row, vector):
+            value = load(registers, bias + place)
             for row in range(first, last):
-                store(start, gates + row * stride + v * vector)
+                store(value, gates + row * task.gates_row + place)
+        for n in range(task.more_inputs):
+            add_input(task, own, p, n, first, last, count, gates)
+
+
+@part
+def add_input(task, own, p, n, first, last, count, gates):
+    """Add another product to the pre-activations of some rows, of values with weights that move."""
+    given = input_at(task.input_table + n * INPUT_BYTES)
+    blocks = -(-(last - first) // given.rows)
+    for block in range(blocks):
+        low, high = share(last - first, block, blocks)
+        sums = gates + (first + low) * task.gates_row + given.slot * task.gate
+        tile_product(
+            given.tile, high - low, sums, task.gates_row, sums, task.gates_row,
+            own.more_inputs + (n * count + first + low) * 8, 0,
+            given.weights + p * given.depth * given.slots * task.gate, 0, given.depth,
+        )  # fmt: skip
+
+
+@part
+def note_inputs(task, own, start, end, count):
+    """Note where the rows are that the products before the steps from start to end multiply."""
+    if task.x != 0:
+        note_rows(task, task.x, task.x_time, task.x_row, start, end, own.inputs)
+    for n in range(task.more_inputs):
+        given, table = input_at(task.input_table + n * INPUT_BYTES), own.more_inputs + n * count * 8
+        if given.source == X:
+            note_rows(task, task.p_x, task.p_x_time, task.p_x_row, start, end, table)
+        elif given.source == RECURRENT:
+            note_all_operands(task, own, start, end, True, table)
+        else:
+            note_late_operands(task, start, end, given.source - LATE, given.place, True, table)
 
 
 @inlined
-def note_step(spec, step, active, here, y, sequences, memory, parts, taped, table):
+def note_step(task, own, step, active, here, gates):
     """Note where each row finds what enters a step, and where it puts its output."""
-    note_entering(step, active, y, sequences, memory, parts, table.entering)
-    note_states(spec, step, active, sequences, memory, parts, taped, table)
-    if spec.operand > 0:
-        note_operands(spec, step, active, y, sequences, memory, parts, taped, table.operands)
-    note_rows(y, step, step + 1, sequences, table.leaving)
-    for row in range(active):
-        write_int(memory + parts.raw + (here + row) * parts.width, table.raw + row * 8)
+    note_entering(task, own, step, active)
+    if task.projected:
+        note_rows(task, task.y, task.y_time, task.y_row, step, step + 1, own.projected)
+        note_uniform(task.raw + here * task.width, task.width, active, own.leaving)
+    else:
+        note_rows(task, task.y, task.y_time, task.y_row, step, step + 1, own.leaving)
+    own.gates = gates
+    own.here = task.states + (task.batch + here) * task.width
+    own.operand_rows = task.operands + here * task.width
+    own.taped_means = task.means + here * task.registers.size
+    for n in range(task.products):
+        product, rows = product_at(task.product_table + n * PRODUCT_BYTES), own.operands + n * task.batch * 8
+        if not product.late:
+            note_operands(task, own, active, own.entering, 0, rows)
+        elif product.source == OUTPUT:
+            for row in range(active):
+                write_int(read_int(own.leaving + row * 8), rows + row * 8)
+        else:
+            start = own.operand_rows + product.place * task.operands_plane
+            if product.source == STATE:
+                start = own.here + product.place * task.states_plane
+            note_uniform(start, task.width, active, rows)
 
 
 @inlined
-def step_panel(piece, spec, cut, active, here, hidden, outputs, packed, gates, memory, parts, table):
-    """One step of a panel of hidden units, or of a part of its rows: the recurrent product, and the cell
-    on its sums."""
-    vector = spec.lanes * spec.size
-    gate_stride = spec.units * vector
-    stride = spec.inputs * gate_stride
+def multiply(task, own, phase, p, first, last):
+    """Add the products of a phase to the pre-activations of some rows of a panel."""
+    target = own.gates + p * task.gates_panel + first * task.gates_row
+    for n in range(phase.product, phase.product + phase.products):
+        product = product_at(task.product_table + n * PRODUCT_BYTES)
+        sums = target + product.offset
+        tile_product(
+            product.tile, last - first, sums, task.gates_row, sums, task.gates_row,
+            own.operands + (n * task.batch + first) * 8, 0,
+            product.weights + p * product.panel_bytes, 0, product.depth,
+        )  # fmt: skip
+
+
+@inlined
+def blocks_of(active, most):
+    """How many blocks of at most so many rows there are."""
+    return 1 if 0 < active <= most else -(-active // most)
+
+
+@inlined
+def run_panel(piece, task, own, cut, active, phase):
+    """A phase of a panel, or of a part of its rows: the products, and the code on their sums."""
     p = piece // cut
-    gates = gates + p * parts.gate_rows * stride
-    weights = packed.recurrent + p * outputs * spec.width * vector
-    to = table.raw if spec.projected else table.leaving
-    offset, left = p * spec.panel * spec.size, hidden - p * spec.panel
-    new_states, new_stride = memory + parts.states + here * parts.width, parts.rows * parts.width
-    blocks = -(-active // panel_rows(spec))
+    blocks = blocks_of(active, phase.rows)
     low, high = share(blocks, piece % cut, cut)
     for block in range(low, high):
         first, last = share(active, block, blocks)
-        sums = gates + first * stride + spec.splits * gate_stride
-        panel_product(
-            spec, last - first, sums, stride, sums, stride, table.operands + first * 8, 0, weights, 0, outputs
-        )
-        for row in range(first, last):
-            for unit in range(spec.units):
-                valid = left - unit * spec.lanes
-                if valid > 0:
-                    update(
-                        spec,
-                        gates + row * stride + unit * vector,
-                        gate_stride,
-                        read_int(table.entering + row * 8),
-                        read_int(table.states + row * 8),
-                        read_int(table.strides + row * 8),
-                        new_states + row * parts.width,
-                        new_stride,
-                        read_int(to + row * 8),
-                        packed.vectors,
-                        parts.width,
-                        offset + unit * vector,
-                        valid,
-                    )
+        multiply(task, own, phase, p, first, last)
+    if low < high:
+        first, last = share(active, low, blocks)[0], share(active, high - 1, blocks)[1]
+        call_phase(phase.address, (address_of(task), address_of(own), p, p + 1, first, last))
 
 
-def forward_work(thread, threads, sync, arguments):
+@inlined
+def run_own_panels(task, own, active, phase, backwards):
+    """A phase of all panels of a thread."""
+    blocks = blocks_of(active, phase.rows)
+    for n in range(own.low, own.high if phase.products > 0 else own.low):
+        p = own.low + own.high - 1 - n if backwards else n
+        for block in range(blocks):
+            first, last = share(active, block, blocks)
+            multiply(task, own, phase, p, first, last)
+        if blocks > 1:  # while the sums are in the first cache
+            call_phase(phase.address, (address_of(task), address_of(own), p, p + 1, 0, active))
+    if blocks <= 1 or phase.products == 0:
+        call_phase(phase.address, (address_of(task), address_of(own), own.low, own.high, 0, active))
+
+
+@part
+def tape_means(task, own, phase, before, active):
+    """Write the means of a phase to the tape, with `before` rows in front of them."""
+    registers = task.registers
+    for n in range(phase.mean, phase.mean + phase.means):
+        to = task.means + n * task.taped_means_plane + before * registers.size
+        for row in range(active):
+            value = read(registers, own.means + n * task.means_plane + row * registers.size)
+            write(registers, value, to + row * registers.size)
+
+
+@part
+def take_place(task, own, thread, threads):
+    """What is one thread's own."""
+    lanes = task.registers.lanes
+    own.thread, own.threads = thread, threads
+    own.low, own.high = share(task.panels, thread, threads)
+    vectors = -(-task.hidden // lanes)
+    own.low_vector, own.high_vector = own.low * task.units, min(own.high * task.units, vectors)
+    own.low_output, own.high_output = own.low_vector, own.high_vector
+    if task.projected:
+        own.low_output, own.high_output = share(-(-task.outputs // lanes), thread, threads)
+    start = address_of(own)
+    own.inputs, own.entering, own.leaving = (
+        start + task.at_inputs,
+        start + task.at_entering,
+        start + task.at_leaving,
+    )
+    own.projected, own.offsets = start + task.at_projected, start + task.at_offsets
+    own.operands, own.means, own.scratch = (
+        start + task.at_operands,
+        start + task.at_means,
+        start + task.at_scratch,
+    )
+    own.first, own.second, own.third = start + task.at_first, start + task.at_second, start + task.at_third
+    own.values, own.more_inputs = start + task.at_values, start + task.at_more_inputs
+    own.p_entering = start + task.at_p_entering
+
+
+def forward_work(thread, threads, sync, task):
     """What each thread does; see :func:`forward`."""
-    spec, x, y, packed, sequences, memory, parts, hidden, chunk, taped, queues, space = captured(arguments)
-    steps, batch, depth = x.shape
-    outputs = y.shape[2]
+    own = own_at(task.thread_space + thread * task.thread_bytes)
+    take_place(task, own, thread, threads)
+    own.kept, own.partials = task.kept, task.partials
     # where there is much to do at a step, panels are cut in two, and threads help each other
-    together = threads > 1 and batch > panel_rows(spec)
-    shares, cut = Shares(thread, threads, queues if together else 0), 2 if together else 1
-    pieces = round_up(hidden, spec.panel) // spec.panel * cut
-    low_output, high_output = share(-(-outputs // spec.lanes), thread, threads)
-    stride = spec.inputs * spec.panel * spec.size
-    table = tables(spec, space + thread * tables(spec, 0, batch * chunk, batch).end, batch * chunk, batch)
-    for start in range(0, steps, chunk):
-        end = min(start + chunk, steps)
-        base = rows_before(sequences, start)
-        gates = memory + parts.gates + (base * stride if taped else 0)
-        note_rows(x, start, end, sequences, table.inputs)
-        count = rows_before(sequences, end) - base
-        each(
-            shares, pieces, False, project_inputs,
-            (spec, cut, table.inputs, count, depth, packed, gates, parts),
-        )  # fmt: skip
+    together = threads > 1 and task.batch > task.recurrent_rows
+    shares, cut = Shares(thread, threads, task.queues if together else 0), 2 if together else 1
+    for start in range(0, task.steps, task.chunk):
+        end = min(start + task.chunk, task.steps)
+        base = rows_before(task, start)
+        gates = task.gates + (base * task.gates_row if task.taped else 0)
+        count = rows_before(task, end) - base
+        note_inputs(task, own, start, end, count)
+        each(shares, task.panels * cut, False, project_inputs, (task, own, cut, count, gates))
         if together:
             barrier(sync, threads)
         for step in range(start, end):
-            active = rows_before(sequences, step + 1) - rows_before(sequences, step)
-            here = first_row(spec, step, taped, sequences)
-            sums = gates + (rows_before(sequences, step) - base) * stride
-            note_step(spec, step, active, here, y, sequences, memory, parts, taped, table)
-            # there and back, so that a step begins with the weights that the one before left in cache
-            each(
-                shares, pieces, step % 2 == 1, step_panel,
-                (spec, cut, active, here, hidden, outputs, packed, sums, memory, parts, table),
-            )  # fmt: skip
-            barrier(sync, threads)
-            if spec.projected:
-                rows_times_planes(
-                    spec, active, table.raw, packed.projection, hidden, low_output, high_output,
-                    table.leaving, outputs, False, table.scratch,
+            before = rows_before(task, step)
+            active = rows_before(task, step + 1) - before
+            note_step(
+                task, own, step, active, first_row(task, step), gates + (before - base) * task.gates_row
+            )
+            for n in range(task.phases):
+                phase = phase_at(task.phase_table + n * PHASE_BYTES)
+                # there and back, so that a step begins with the weights that the one before left in cache
+                backwards = step % 2 == 1
+                if together:
+                    each(shares, task.panels * cut, backwards, run_panel, (task, own, cut, active, phase))
+                else:
+                    run_own_panels(task, own, active, phase, backwards)
+                barrier(sync, threads)
+                if phase.means > 0:
+                    take_means(task, task.partials, phase.mean, phase.means, own.means)
+                    if task.taped and thread == 0:
+                        tape_means(task, own, phase, before, active)
+            if task.projected:
+                call_rows_times_planes(
+                    task.rows_times_planes,
+                    (address_of(task), active, own.leaving, task.projection, task.hidden, own.low_output,
+                     own.high_output, own.projected, task.outputs, 0, own.scratch),
                 )  # fmt: skip
+                if task.moved_projection != 0:
+                    note_uniform(task.raw + task.shift + before * task.width, task.width, active, own.leaving)
+                    call_rows_times_planes(
+                        task.rows_times_planes,
+                        (address_of(task), active, own.leaving, task.moved_projection, task.hidden,
+                         own.low_output, own.high_output, own.projected, task.outputs, 1, own.scratch),
+                    )  # fmt: skip
                 barrier(sync, threads)
 
 
+@inlined
+def start_threads(task, team, threads, patience, work):
+    """Call the C function `work` with the task on several threads of a team, as :func:`team.fork` does."""
+    call_launch(task.launch, (team, threads, patience, work, address_of(task)))
+
+
 @part
-def set_initial(spec, initial, given, sequences, memory, parts):
+def set_initial(task):
     """Copy the initial states, padded with zeros; if none are given, all are zero."""
-    fill_zero(spec, memory + parts.initial, memory + parts.states)
-    if given:
-        set_rows(spec, initial[0], sequences, memory + parts.initial, parts.output_width)
-        for n in range(spec.further):
-            start = memory + parts.initial_states + n * sequences.order.size * parts.width
-            set_rows(spec, initial[n + 1], sequences, start, parts.width)
+    registers = task.registers
+    fill_zero(registers, task.initial, task.initial + task.batch * task.output_width)
+    for n in range(task.further + 1):
+        target, width, columns = task.initial, task.output_width, task.outputs
+        if n > 0:
+            target, width, columns = task.states + (n - 1) * task.states_plane, task.width, task.hidden
+            fill_zero(registers, target, target + task.batch * width)
+        if task.states_given:
+            array, stride = read_int(task.states_in + n * 16), read_int(task.states_in + n * 16 + 8)
+            set_rows(task, array, stride, columns, target, width)
 
 
 @part
-def get_final(spec, y, final, sequences, memory, parts, taped):
+def get_final(task):
     """Copy the states after each sequence's last step; of an empty one, the initial states."""
-    batch = sequences.order.size
-    for row in range(batch):
-        sequence, last = sequences.order[row], sequences.lengths[row] - 1
-        if last < 0:
-            output = memory + parts.initial + row * parts.output_width
-            states, stride = memory + parts.initial_states + row * parts.width, batch * parts.width
-        else:
-            output = row_address(y, sequences, last, row)
-            place = first_row(spec, last, taped, sequences) + row
-            states, stride = memory + parts.states + place * parts.width, parts.rows * parts.width
-        for k in range(y.shape[2]):
-            final[0][sequence, k] = read(spec, output + k * spec.size)
-        for n in range(spec.further):
-            for k in range(final[n + 1].shape[1]):
-                final[n + 1][sequence, k] = read(spec, states + n * stride + k * spec.size)
+    registers = task.registers
+    for row in range(task.batch):
+        sequence, last = sequence_of(task, row), read_int(task.lengths + row * 8) - 1
+        output, place = task.initial + row * task.output_width, row
+        if last >= 0:
+            output = task.y + time_of(task, last, row) * task.y_time + sequence * task.y_row
+            place = task.batch + first_row(task, last) + row
+        for n in range(task.further + 1):
+            array, stride = read_int(task.states_out + n * 16), read_int(task.states_out + n * 16 + 8)
+            source, columns = output, task.outputs
+            if n > 0:
+                source, columns = task.states + (n - 1) * task.states_plane + place * task.width, task.hidden
+            for k in range(0, columns * registers.size, registers.size):
+                write(registers, read(registers, source + k), array + sequence * stride + k)
 
 
-def forward(
-    team,  # address of a team of threads
-    threads,  # how many to use at most
-    patience,  # microseconds for which to wait for them
-    work,  # forward_work, compiled
-    spec,
-    x,  # (T, B, I)
-    y,  # (T, B, P)
-    initial,  # (B, P) and (B, H)s; any arrays if not given
-    given,  # whether initial states are given
-    final,  # (B, P) and (B, H)s
-    packed,  # addresses, as in Packed
-    order,  # as in Sequences
-    lengths,
-    first,
-    reset,
-    reverse,
-    memory,  # bytes, as in Layout
-    hidden,
-    chunk,  # steps whose inputs are projected at once
-    taped,  # whether backward is to follow
-):
-    """Run a sequence in one direction: writes y and the final states, and the tape into `memory`."""
-    sequences = Sequences(order, lengths, first, reset, reverse)
-    batch, steps = x.shape[1], x.shape[0]
-    rows = rows_before(sequences, steps) if taped else state_rows(spec, batch)
-    gate_rows = rows_before(sequences, steps) if taped else batch * chunk
-    parts = layout(spec, hidden, y.shape[2], batch, rows, gate_rows)
-    start = aligned(memory)
-    set_initial(spec, initial, given, sequences, start, parts)
-    # for each thread a queue, and tables
-    space = np.empty(threads * (LINE + tables(spec, 0, batch * chunk, batch).end) + LINE, np.uint8)
-    queues = aligned(space)
-    close_queues(queues, threads)
-    weights = Packed(packed[0], packed[1], packed[2], packed[3], packed[4])
-    args = (
-        spec, x, y, weights, sequences, start, parts, hidden, chunk, taped, queues, queues + threads * LINE
-    )  # fmt: skip
-    run_with(team, threads, patience, work, args, space)
-    zero_padding(y, sequences)
-    get_final(spec, y, final, sequences, start, parts, taped)
+def forward(team, threads, patience, work, task):
+    """Run a sequence in one direction: writes y and the final states, and the tape.
+
+    Args:
+        team: address of a team of threads.
+        threads: how many to use at most.
+        patience: microseconds for which to wait for them.
+        work: address of forward_work, compiled.
+        task: the record.
+    """
+    set_initial(task)
+    close_queues(task.queues, threads)
+    start_threads(task, team, threads, patience, work)
+    zero_padding(task, task.y, task.y_time, task.y_row, task.outputs)
+    get_final(task)

@@ -1,4 +1,4 @@
-"""Where the kernels keep what: the memory of a pass, the order of its rows, tables of addresses.
+"""Where the kernels find the rows of a step: the order of the sequences, and tables of addresses.
 
 Sequences are sorted by descending length, so that those that run at a step are the first rows, and
 padding costs nothing.
@@ -6,11 +6,9 @@ padding costs nothing.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from .simd import inlined, load, part, read, read_byte, read_int, splat, store, write, write_int, write_zero
 
-from .simd import address, inlined, part, read, splat, store, write, write_int
-from .team import LINE
-from .tile import PLANES, plane_rows
+OUTPUT, STATE, OPERAND = 0, 1, 2  # where a late gate finds what its weights multiply, after a step
 
 
 @inlined
@@ -19,203 +17,181 @@ def round_up(n, multiple):
 
 
 @inlined
-def aligned(array):
-    """The first address in an array at which a cache line begins."""
-    return round_up(address(array), LINE)
-
-
-class Sequences(NamedTuple):
-    """Which sequences run at which step; rows are sequences in descending order of length."""
-
-    order: Any  # (B,) int64: the sequence of each row
-    lengths: Any  # (B,) int64: by row
-    first: Any  # (T + 1,) int64: how many rows come before each step; (0,) if all lengths are equal
-    reset: Any  # (T, B) bool, or (0, 0)
-    reverse: Any  # bool
-
-
-@inlined
-def rows_before(sequences, step):
+def rows_before(task, step):
     """How many rows all steps before this one have together."""
-    return sequences.first[step] if sequences.first.size > 0 else step * sequences.order.size
+    return read_int(task.first + step * 8) if task.first != 0 else step * task.batch
 
 
 @inlined
-def time_of(sequences, step, row):
+def sequence_of(task, row):
+    """The sequence that a row belongs to."""
+    return read_int(task.order + row * 8)
+
+
+@inlined
+def time_of(task, step, row):
     """The time, an index of the input, at which a row's sequence is at a step."""
-    return sequences.lengths[row] - 1 - step if sequences.reverse else step
+    return read_int(task.lengths + row * 8) - 1 - step if task.reverse else step
 
 
 @inlined
-def starts_anew(sequences, step, row):
+def starts_anew(task, step, row):
     """Whether the state goes back to the initial one before this step."""
     if step == 0:
         return True
-    if sequences.reset.size == 0:
+    if task.reset == 0:
         return False
-    time = time_of(sequences, step, row) + (1 if sequences.reverse else 0)
-    return sequences.reset[time, sequences.order[row]]
+    time = time_of(task, step, row) + (1 if task.reverse else 0)
+    return read_byte(task.reset + time * task.reset_time + sequence_of(task, row) * task.reset_row) != 0
 
 
 @inlined
-def row_address(array, sequences, step, row):
-    """The address of a row of an array (T, B, ...) at a step."""
-    time = time_of(sequences, step, row)
-    return address(array) + time * array.strides[0] + sequences.order[row] * array.strides[1]
+def first_row(task, step):
+    """Where the rows after a step begin among those of the states and operands."""
+    # a ring of 1 or 2 steps: a division would take longer
+    return rows_before(task, step) if task.taped else (step & (task.ring - 1)) * task.batch
 
 
-@part
-def note_rows(array, start, end, sequences, table):
+@inlined
+def note_rows(task, array, time_stride, row_stride, start, end, table):
     """Write the row addresses of an array (T, B, ...) for some steps to a table."""
     for step in range(start, end):
-        for row in range(rows_before(sequences, step + 1) - rows_before(sequences, step)):
-            write_int(row_address(array, sequences, step, row), table)
+        for row in range(rows_before(task, step + 1) - rows_before(task, step)):
+            place = time_of(task, step, row) * time_stride + sequence_of(task, row) * row_stride
+            write_int(array + place, table)
             table += 8
 
 
+@part
+def note_uniform(start, stride, count, table):
+    """Write `count` addresses at equal distances to a table."""
+    for n in range(count):
+        write_int(start + n * stride, table + n * 8)
+
+
 @inlined
-def note_entering(step, active, y, sequences, memory, parts, table):
-    """Write the addresses of the outputs that enter a step to a table."""
+def note_outputs(task, step, active, initial, y, time_stride, row_stride, table):
+    """Write the addresses of the outputs that enter a step, initial or in `y` (T, B, P), to a table."""
     for row in range(active):
-        if starts_anew(sequences, step, row):
-            write_int(memory + parts.initial + row * parts.output_width, table + row * 8)
+        if starts_anew(task, step, row):
+            write_int(initial + row * task.output_width, table + row * 8)
         else:
-            write_int(row_address(y, sequences, step - 1, row), table + row * 8)
+            place = time_of(task, step - 1, row) * time_stride + sequence_of(task, row) * row_stride
+            write_int(y + place, table + row * 8)
 
 
 @inlined
-def first_row(spec, step, taped, sequences):
-    """Where the rows of the other states after a step begin in Layout.states."""
-    if taped:
-        return rows_before(sequences, step)
-    # two steps take turns if a state is read by all threads while the next one is written
-    return step % 2 * sequences.order.size if spec.operand > 0 else 0
-
-
-@inlined
-def state_rows(spec, batch):
-    """The rows of Layout.states if no tape is kept."""
-    return 2 * batch if spec.operand > 0 else batch
-
-
-@part
-def zero_padding(array, sequences):
-    """Zero in an array (T, B, ...) what lies beyond the end of a sequence."""
-    if sequences.first.size == 0:
-        return
-    for row in range(sequences.order.size):
-        array[sequences.lengths[row] :, sequences.order[row]] = 0
-
-
-class Layout(NamedTuple):
-    """Where the parts of the memory of a forward pass begin, in bytes, and the lengths of its rows.
-
-    With S other states and N rows: all rows of all steps if a tape is kept, else as in state_rows.
-    """
-
-    initial: int  # (B, P): the initial output
-    initial_states: int  # (S, B, H)
-    states: int  # (S, N, H): the other states after each step
-    raw: int  # (N, H): the output before its projection
-    gates: int  # (panels, rows of a chunk, or N, inputs * panel): pre-activations
-    end: int
-    width: int  # bytes of a row of H, padded to whole panels
-    output_width: int  # bytes of a row of P, likewise
-    rows: int  # N
-    gate_rows: int
-
-
-@part
-def layout(spec, hidden, outputs, batch, rows, gate_rows):
-    """The memory of a forward pass; `rows` and `gate_rows` as in Layout."""
-    width = round_up(hidden, spec.panel) * spec.size
-    output_width = round_up(outputs, spec.panel) * spec.size
-    initial_states = batch * output_width
-    states = initial_states + spec.further * batch * width
-    raw = states + spec.further * rows * width
-    gates = raw + (rows * width if spec.projected else 0)
-    end = gates + gate_rows * width * spec.inputs
-    return Layout(0, initial_states, states, raw, gates, end, width, output_width, rows, gate_rows)
-
-
-class Tables(NamedTuple):
-    """Row addresses, 8 bytes each, that a thread notes for the tiles, and scratch space for one tile."""
-
-    inputs: int  # of x, for all rows of a chunk
-    entering: int  # of the output that enters a step
-    leaving: int  # of the output that leaves it
-    raw: int  # of the output before its projection
-    states: int  # of the first state that enters a step
-    strides: int  # from one entering state to the next
-    operands: int  # of what the recurrent weights multiply; `entering` if that is the output
-    scratch: int
-    end: int
-
-
-@inlined
-def tables(spec, start, chunk_rows, batch):
-    """The tables of one thread."""
-    entering = start + chunk_rows * 8
-    row = batch * 8
-    scratch = round_up(entering + 6 * row, LINE)
-    end = round_up(scratch + plane_rows(spec) * PLANES * spec.lanes * spec.size, LINE)
-    return Tables(
-        start,
-        entering,
-        entering + row,
-        entering + 2 * row,
-        entering + 3 * row,
-        entering + 4 * row,
-        entering + (5 * row if spec.operand > 0 else 0),
-        scratch,
-        end,
-    )
-
-
-@inlined
-def note_states(spec, step, active, sequences, memory, parts, taped, table):
-    """Note where each row finds the states, beside the output, that enter a step."""
-    before = first_row(spec, step - 1, taped, sequences) if step > 0 else 0
+def note_entering(task, own, step, active):
+    """Note where the outputs and the other states are that enter a step."""
+    note_outputs(task, step, active, task.initial, task.y, task.y_time, task.y_row, own.entering)
+    if task.tangents:
+        initial = task.initial + task.shift
+        note_outputs(task, step, active, initial, task.p_y, task.p_y_time, task.p_y_row, own.p_entering)
+    before = task.batch + (first_row(task, step - 1) if step > 0 else 0)
     for row in range(active):
-        anew = starts_anew(sequences, step, row)
-        states = parts.initial_states if anew else parts.states + before * parts.width
-        write_int(memory + states + row * parts.width, table.states + row * 8)
-        write_int((sequences.order.size if anew else parts.rows) * parts.width, table.strides + row * 8)
+        place = row if starts_anew(task, step, row) else before + row
+        write_int(place * task.width, own.offsets + row * 8)
 
 
 @inlined
-def note_operands(spec, step, active, y, sequences, memory, parts, taped, table):
-    """Write the addresses of what the recurrent weights multiply at a step to a table."""
-    if spec.operand == 0:
-        note_entering(step, active, y, sequences, memory, parts, table)
+def note_operands(task, own, active, entering, shift, table):
+    """Write the addresses of what the recurrent weights multiply at a step; outputs as in `entering`."""
+    for row in range(active):
+        if task.operand == 0:
+            write_int(read_int(entering + row * 8), table + row * 8)
+        else:
+            state = task.states + shift + (task.operand - 1) * task.states_plane
+            write_int(state + read_int(own.offsets + row * 8), table + row * 8)
+
+
+@part
+def note_all_operands(task, own, start, end, primal, table):
+    """Write the addresses of what the recurrent weights multiply at some steps to a table.
+
+    Of a pass of tangents, those of the values if `primal`.
+    """
+    for step in range(start, end):
+        active = rows_before(task, step + 1) - rows_before(task, step)
+        note_entering(task, own, step, active)
+        if primal:
+            note_operands(task, own, active, own.p_entering, task.shift, table)
+        else:
+            note_operands(task, own, active, own.entering, 0, table)
+        table += active * 8
+
+
+@part
+def note_late_operands(task, start, end, source, place, primal, table):
+    """Write the addresses of what a late gate's weights multiplied at some steps to a table."""
+    first, last = rows_before(task, start), rows_before(task, end)
+    shift = task.shift if primal else 0
+    if source == OUTPUT:
+        if primal:
+            note_rows(task, task.p_y, task.p_y_time, task.p_y_row, start, end, table)
+        else:
+            note_rows(task, task.y, task.y_time, task.y_row, start, end, table)
+    elif source == STATE:
+        at = task.states + shift + place * task.states_plane + (task.batch + first) * task.width
+        note_uniform(at, task.width, last - first, table)
     else:
-        before = first_row(spec, step - 1, taped, sequences) if step > 0 else 0
-        for row in range(active):
-            if starts_anew(sequences, step, row):
-                place = parts.initial_states + ((spec.operand - 1) * sequences.order.size + row) * parts.width
-            else:
-                place = parts.states + ((spec.operand - 1) * parts.rows + before + row) * parts.width
-            write_int(memory + place, table + row * 8)
+        at = task.operands + shift + place * task.operands_plane + first * task.width
+        note_uniform(at, task.width, last - first, table)
 
 
 @part
-def set_rows(spec, source, sequences, target, width):
-    """Copy a state (B, n), rows in order, to padded rows of `width` bytes."""
-    for row in range(sequences.order.size):
-        for k in range(source.shape[1]):
-            write(spec, source[sequences.order[row], k], target + row * width + k * spec.size)
+def zero_padding(task, array, time_stride, row_stride, columns):
+    """Zero in an array (T, B, columns) what lies beyond the end of a sequence."""
+    if task.first == 0:
+        return
+    registers = task.registers
+    for row in range(task.batch):
+        for time in range(read_int(task.lengths + row * 8), task.steps):
+            start = array + time * time_stride + sequence_of(task, row) * row_stride
+            for k in range(columns):
+                write_zero(registers, start + k * registers.size)
 
 
 @part
-def get_rows(spec, source, sequences, target, width):
-    """Copy padded rows of `width` bytes to a state (B, n)."""
-    for row in range(sequences.order.size):
-        for k in range(target.shape[1]):
-            target[sequences.order[row], k] = read(spec, source + row * width + k * spec.size)
+def take_means(task, partials, mean, means, target):
+    """Write the means of a phase: the sum of all panels in their order, over the number of units.
+
+    Each thread does so for itself, which costs less than to wait for another.
+    """
+    registers = task.registers
+    for n in range(mean, mean + means):
+        for place in range(0, task.mean_row, registers.lanes * registers.size):
+            total = load(registers, partials + n * task.partials_plane + place)
+            for p in range(1, task.panels):
+                total = total + load(
+                    registers, partials + n * task.partials_plane + p * task.mean_row + place
+                )
+            store(total / task.hidden, target + n * task.means_plane + place)
 
 
 @part
-def fill_zero(spec, start, end):
+def set_rows(task, source, stride, columns, target, width):
+    """Copy a state (B, columns), rows in order, to padded rows of `width` bytes."""
+    registers = task.registers
+    for row in range(task.batch):
+        start = source + sequence_of(task, row) * stride
+        for k in range(columns):
+            value = read(registers, start + k * registers.size)
+            write(registers, value, target + row * width + k * registers.size)
+
+
+@part
+def get_rows(task, source, width, target, stride, columns):
+    """Copy padded rows of `width` bytes to a state (B, columns)."""
+    registers = task.registers
+    for row in range(task.batch):
+        start = target + sequence_of(task, row) * stride
+        for k in range(columns):
+            value = read(registers, source + row * width + k * registers.size)
+            write(registers, value, start + k * registers.size)
+
+
+@part
+def fill_zero(registers, start, end):
     """Zero whole vectors from one address to another."""
-    for place in range(start, end, spec.lanes * spec.size):
-        store(splat(spec, 0.0), place)
+    for place in range(start, end, registers.lanes * registers.size):
+        store(splat(registers, 0.0), place)

@@ -1,9 +1,9 @@
 """Weights as the kernels read them.
 
-* Panels, for the forward products: [panels][k][gates * units][lanes], the weights of all gates of the
+* Panels, for the forward products: [panels][k][gates * units][lanes], the weights of some gates of the
   hidden units of a panel side by side for each k.
 * Planes, for the gradients and the projection: [vectors][k][lanes], a column of vectors for each vector
-  of results.
+  of results; k goes through the hidden units of one gate after the other.
 
 What is padded is zero.  Weights may come in any layout: loops go along the memory of the two that there
 are, rows (PyTorch's) and columns (Keras's) that are contiguous.
@@ -41,8 +41,8 @@ def pack_vectors(registers, source, across, along, valid, count, target, stride)
 
 def panels_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`pack_panels`."""
-    registers, weight, gates, units, target = captured(arguments)
-    hidden, depth = weight.shape[0] // gates.size, weight.shape[1]
+    registers, weight, gates, hidden, units, target = captured(arguments)
+    depth = weight.shape[1]
     across, along = weight.strides
     lanes, width = registers.lanes, gates.size * units
     vector = lanes * registers.size
@@ -60,37 +60,35 @@ def panels_work(thread, threads, sync, arguments):
                 )
 
 
-def pack_panels(team, threads, patience, work, registers, weight, gates, units, target):
-    """Lay out `weight` (gates*H, K), with the gates in the given order, as panels."""
-    run(team, threads, patience, work, (registers, weight, gates, units, target))
+def pack_panels(team, threads, patience, work, registers, weight, gates, hidden, units, target):
+    """Lay out the given gates, in their order, of `weight` (all gates * hidden, K) as panels."""
+    run(team, threads, patience, work, (registers, weight, gates, hidden, units, target))
 
 
 def planes_work(thread, threads, sync, arguments):
     """What each thread does; see :func:`pack_planes`."""
-    registers, weight, gates, panel, target = captured(arguments)
-    hidden, columns = weight.shape[0] // gates.size, weight.shape[1]
+    registers, weight, gates, hidden, padded, target = captured(arguments)
+    columns = weight.shape[1]
     along, across = weight.strides
     lanes = registers.lanes
     vector = lanes * registers.size
-    panels = round_up(hidden, panel) // panel
     low, high = share(-(-columns // lanes), thread, threads)
     most = high - low if across == registers.size else 1  # how many v in turn
     for start in range(low, high, max(most, 1)):
         for n in range(gates.size):
-            for p in range(panels):
-                for v in range(start, start + most):
-                    row = gates[n] * hidden + p * panel
-                    source = address(weight) + row * along + v * lanes * across
-                    valid, count = min(lanes, columns - v * lanes), min(panel, hidden - p * panel)
-                    to = target + ((v * panels + p) * gates.size + n) * panel * vector
-                    pack_vectors(registers, source, across, along, valid, count, to, vector)
-                    for unit in range(count, panel):
-                        store(splat(registers, 0.0), to + unit * vector)
+            for v in range(start, start + most):
+                source = address(weight) + gates[n] * hidden * along + v * lanes * across
+                to = target + (v * gates.size + n) * padded * vector
+                pack_vectors(
+                    registers, source, across, along, min(lanes, columns - v * lanes), hidden, to, vector
+                )
+                for unit in range(hidden, padded):
+                    store(splat(registers, 0.0), to + unit * vector)
 
 
-def pack_planes(team, threads, patience, work, registers, weight, gates, panel, target):
-    """Lay out `weight` (gates*H, columns) as planes, its rows in the order [panels][gates][panel]."""
-    run(team, threads, patience, work, (registers, weight, gates, panel, target))
+def pack_planes(team, threads, patience, work, registers, weight, gates, hidden, padded, target):
+    """Lay out the given gates of `weight` (all gates * hidden, columns) as [vectors][gates][padded]."""
+    run(team, threads, patience, work, (registers, weight, gates, hidden, padded, target))
 
 
 def transposed_work(thread, threads, sync, arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +12,13 @@ from fusedlstm.cells import Cell
 from fusedlstm.once import once
 
 from . import team
-from .memory import layout, state_rows
-from .spec import Spec
-from .tile import tile_table
+from .memory import round_up
+from .phase import count
+from .program import program
+from .records import OWN, TASK
+from .team import LINE
+from .tile import PLANES
+from .work import launcher
 
 FORWARD_ROWS = 64  # rows of input that are projected at once: enough for full tiles, and still in cache
 # Rows after which the gradients of the weights are added to.  More rows read and write these large
@@ -29,12 +34,16 @@ BARRIER, START = 0.3, 5.0
 MOST_PLANS = 256  # that are kept for one cell and size
 
 
-class Sequences(NamedTuple):
-    """See memory.Sequences."""
+HEADER = 8 * len(TASK)  # bytes of the record of a pass, at the beginning of its memory
+ONLY = np.zeros(1, np.int64)  # the order of the gates of what has no gates
 
-    order: np.ndarray  # (B,) int64
-    lengths: np.ndarray  # (B,) int64
-    first: np.ndarray  # (T + 1,) int64, or (0,) if all lengths are equal
+
+class Sequences(NamedTuple):
+    """Which sequences run at which step; rows are sequences in descending order of length."""
+
+    order: np.ndarray  # (B,) int64: the sequence of each row
+    lengths: np.ndarray  # (B,) int64: by row
+    first: np.ndarray  # (T + 1,) int64: how many rows come before each step; (0,) if all lengths are equal
 
     @property
     def rows(self) -> int:
@@ -58,36 +67,40 @@ class Plan(NamedTuple):
     most: int  # threads that could be used when the plan was made; 0 if one is best in any case
     patience: int  # microseconds for which to wait for the others
     chunk: int  # steps whose inputs are projected at once
-    size: int  # bytes of the memory of a forward pass without a tape
+    forward: Task  # without a tape
     order: Sequences  # if all lengths are equal
+
+
+class Task(NamedTuple):
+    """The record of a pass, but for what a call gives; see records.py."""
+
+    words: np.ndarray  # int64
+    nbytes: int  # of its memory
 
 
 class Layer:
     """What directions of layers of one cell and size have in common, whatever their weights.
 
     Attributes:
-        spec: the compile-time parameters.
-        tiles: the address of the tiles.
+        program: the cell as the kernels run it.
         inputs, hidden, outputs: sizes I, H and P.
         padded: hidden units of whole panels.
-        input_gates, recurrent_gates: the places of the gates, in the order of the products.
     """
 
     def __init__(self, cell: Cell, scalar: types.Float, sizes: tuple[int, int, int], projected: bool) -> None:
-        self.spec = Spec(cell, scalar, projected)
-        self._table = tile_table(self.spec)  # keeps the memory
-        self.tiles = self._table.ctypes.data
+        self.program = program(cell, scalar, projected)
         self.inputs, self.hidden, self.outputs = sizes
-        self.padded = -(-self.hidden // self.spec.panel) * self.spec.panel
-        self.input_gates = np.array([cell.gates.index(gate) for gate in cell.input_gates])
-        self.recurrent_gates = np.array([cell.gates.index(gate) for gate in cell.recurrent_gates])
+        self.sizes = self.outputs, self.hidden
+        self.padded = round_up(self.hidden, self.program.panel)
         self._plans: dict[tuple[int, int], Plan] = {}
+        self.forward_task = lru_cache(MOST_PLANS)(self._forward_task)
+        self.backward_task = lru_cache(MOST_PLANS)(self._backward_task)
 
     def step_time(self, batch: int) -> float:
         """Roughly the microseconds that one thread takes for a step of the recurrence."""
-        spec = self.spec
-        weights = self.hidden * self.outputs * (spec.gates + spec.projected)
-        return float(max(2 * weights * batch / FLOPS, weights * spec.size / BYTES))
+        program = self.program
+        weights = self.hidden * self.outputs * (len(program.cell.gates_with_recurrent) + program.projected)
+        return float(max(2 * weights * batch / FLOPS, weights * program.registers.size / BYTES))
 
     def plan(self, steps: int, batch: int) -> Plan:
         """The plan for sequences of `steps` steps, or fewer."""
@@ -100,24 +113,191 @@ class Layer:
         return plan
 
     def _make_plan(self, steps: int, batch: int) -> Plan:
-        spec = self.spec
-        project = 2 * spec.gates * self.hidden * self.inputs * batch / FLOPS
+        program = self.program
+        project = 2 * len(program.input_order) * self.hidden * self.inputs * batch / FLOPS
         alone = steps * (self.step_time(batch) + project)
-        meetings = START + steps * BARRIER * (1 + spec.projected)
-        panels = self.padded // spec.panel
+        meetings = START + steps * BARRIER * (len(program.steps) + program.projected)
+        panels = self.padded // program.panel
         most = team.get_num_threads() if panels > 1 and meetings < alone / 2 else 0
         threads = min(max(most, 1), panels)
         chunk = max(1, min(steps, FORWARD_ROWS // batch))
-        rows = state_rows(spec, batch)
-        size = layout(spec, self.hidden, self.outputs, batch, rows, chunk * batch).end
-        return Plan(threads, most, int(min(alone / 2, 1000)), chunk, size, sequences(steps, batch, None))
+        task = self.forward_task(steps, batch, None, chunk, threads)
+        order = sequences(steps, batch, None)
+        return Plan(threads, most, int(min(alone / 2, 1000)), chunk, task, order)
 
     def backward_chunk(self, steps: int, batch: int) -> int:
         """The steps after which the gradients of the weights are added to; chunks are equal in size."""
-        row: int = self.padded * self.spec.gates * self.spec.size
+        row: int = self.padded * len(self.program.cell.gates) * self.program.registers.size
         rows = min(BACKWARD_ROWS, BACKWARD_BYTES // row, max(row // 8, 64))
         chunks = -(-steps // max(1, rows // batch))
         return -(-steps // chunks)
+
+    def _forward_task(
+        self, steps: int, batch: int, taped: int | None, chunk: int, threads: int, tangents: bool = False
+    ) -> Task:
+        """A forward pass; `taped` is the number of rows of all steps if a tape is kept.
+
+        A pass of tangents keeps one, laid out as that of the values.
+        """
+        program = self.program
+        cuts = program.tangents if tangents else program.steps
+        words, fields = self._common(
+            steps, batch, chunk, program.tangent_table if tangents else program.phase_table
+        )
+        rows = program.ring * batch if taped is None else taped
+        gate_rows = batch * chunk if taped is None else taped
+        self._lay_out_memory(fields, batch, rows, gate_rows, count(cuts, "kept"))
+        fields |= {"taped": int(taped is not None), "tangents": int(tangents)}
+        if program.projected:
+            fields |= program.routines
+        fields["input_tile"] = program.tile(len(program.input_order))
+        fields["input_rows"] = program.registers.rows(len(program.input_order) * program.units)
+        end = fields["memory_end"]
+        products = 1 + len(program.late_order)
+        inputs = batch * chunk * (2 + products if tangents else 1)
+        space = self._thread_space(fields, batch, inputs, products, program.means, 0)
+        fields["at_more_inputs"] = fields["at_inputs"] + batch * chunk * 8
+        fields["queues"], fields["thread_space"] = end, end + threads * LINE
+        fields["memory_end"] = end + threads * (LINE + space)
+        return _filled(words, fields, fields["memory_end"])
+
+    def _backward_task(
+        self, steps: int, batch: int, rows: int, chunk: int, threads: int, tangents: bool = False
+    ) -> Task:
+        """A backward pass after a forward pass with so many rows in all steps; or its tangent."""
+        program = self.program
+        cuts = program.adjoint_tangents if tangents else program.adjoints
+        words, fields = self._common(
+            steps, batch, chunk, program.adjoint_tangent_table if tangents else program.adjoint_table
+        )
+        self._lay_out_memory(fields, batch, rows, rows, 0)
+        fields |= {"taped": 1, "tangents": int(tangents), **program.routines}
+        self._lay_out_scratch(fields, batch, batch * chunk, count(cuts, "kept"), count(cuts, "sum"))
+        end = fields["scratch_end"]
+        if tangents:  # the same once more
+            fields["moved_shift"] = end - fields["carried"]
+            end += fields["moved_shift"]
+        space = self._thread_space(fields, batch, 0, 0, count(cuts, "sum"), batch * chunk)
+        fields["d_queues"], fields["d_thread_space"] = end, end + 2 * threads * LINE
+        fields["scratch_end"] = end + threads * (2 * LINE + space)
+        return _filled(words, fields, fields["scratch_end"])
+
+    def _common(
+        self, steps: int, batch: int, chunk: int, phases: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, int]]:
+        """What both passes have in common; the record, and what is yet to be written to it."""
+        program, cell = self.program, self.program.cell
+        size, vector = program.registers.size, program.registers.lanes * program.registers.size
+        panels, gate = self.padded // program.panel, program.units * vector
+        slots, mean = len(cell.preactivations), round_up(batch, program.registers.lanes) * size
+        fields = {
+            "steps": steps, "batch": batch, "chunk": chunk,
+            "inputs": self.inputs, "hidden": self.hidden, "outputs": self.outputs,
+            "units": program.units, "panel": program.panel, "panels": panels,
+            "slots": slots, "input_slots": len(program.input_order),
+            "further": len(cell.states) - 1, "learned": len(cell.weights), "operand": cell.operand,
+            "ring": program.ring, "projected": int(program.projected), "late": len(cell.late),
+            "recurrent_slot": program.recurrent_slot, "recurrent_slots": len(program.recurrent_order),
+            "recurrent_rows": program.recurrent_rows, "reads_operand": int(cell.reads_operand),
+            "phase_table": phases.ctypes.data, "phases": len(phases),
+            "launch": launcher().address,
+            "input_order": program.input_order.ctypes.data, "input_gates": len(program.input_order),
+            "recurrent_order": program.recurrent_order.ctypes.data,
+            "recurrent_gates": len(program.recurrent_order),
+            "late_order": program.late_order.ctypes.data, "no_order": ONLY.ctypes.data,
+            "gate": gate, "gates_row": slots * gate, "width": panels * gate,
+            "output_width": round_up(self.outputs, program.panel) * size,
+            "kept_plane": batch * panels * gate,
+            "mean_row": mean, "means_plane": mean, "partials_plane": panels * mean,
+        }  # fmt: skip
+        return np.zeros(len(TASK), np.int64), fields
+
+    def _lay_out_memory(
+        self, fields: dict[str, int], batch: int, rows: int, gate_rows: int, kept: int
+    ) -> None:
+        """Where what is where in the memory of a forward pass that keeps so many rows of states and of gates.
+
+        The output that enters first (B, P); the other states (S, B + rows, H), first the initial ones; what
+        late gates multiply (operands, rows, H); the output before its projection (rows, H); means (means,
+        rows); pre-activations (panels, gate_rows, slots * panel); then what no other pass reads: what a phase
+        hands on (kept, B, H), and sums over the units of a panel (means, panels, B).
+        """
+        program, width = self.program, fields["width"]
+        mean = round_up(rows, program.registers.lanes) * program.registers.size
+        fields["states_plane"], fields["operands_plane"] = (batch + rows) * width, rows * width
+        fields["taped_means_plane"], fields["gates_panel"] = mean, gate_rows * fields["gates_row"]
+        _place_in_turn(
+            fields, HEADER + 32 * (1 + fields["further"]), "memory_end",
+            initial=batch * fields["output_width"],
+            states=fields["further"] * fields["states_plane"],
+            operands=len(program.operands) * fields["operands_plane"],
+            raw=rows * width if program.projected else 0,
+            means=program.means * mean,
+            gates=fields["panels"] * fields["gates_panel"],
+            kept=kept * fields["kept_plane"],
+            partials=program.means * fields["partials_plane"],
+        )  # fmt: skip
+
+    def _lay_out_scratch(
+        self, fields: dict[str, int], batch: int, chunk_rows: int, kept: int, means: int
+    ) -> None:
+        """Where what is where in the memory of a backward pass.
+
+        Gradients: of the output (B, P), carried from step to step; of the output before its projection
+        (B, H); of the other states (S, B, H); of the initial output and the other initial states; of the
+        learned vectors (V, H).  What a phase hands on (kept, B, H); products with the weights of late gates
+        (late, B, H); sums over the units of a panel (means, panels, B).  Gradients of the gates (rows of a
+        chunk, slots, H), and of the output, if it is projected (rows of a chunk, P).
+        """
+        program, width = self.program, fields["width"]
+        # a line more than the row needs, so that the rows of a column do not fall on the same cache set
+        fields["d_row"] = round_up(width * fields["slots"], LINE) + LINE
+        states = fields["further"] * fields["kept_plane"]
+        _place_in_turn(
+            fields, HEADER + 32 * (1 + fields["further"]), "scratch_end",
+            carried=batch * fields["output_width"], d_raw=batch * width, d_states=states,
+            d_initial=batch * fields["output_width"], d_initial_states=states,
+            d_learned=fields["learned"] * width,
+            d_kept=kept * fields["kept_plane"],
+            products_of_late=fields["late"] * fields["kept_plane"],
+            d_partials=means * fields["partials_plane"],
+            d=chunk_rows * fields["d_row"],
+            d_outputs=chunk_rows * fields["output_width"] if program.projected else 0,
+        )  # fmt: skip
+
+    def _thread_space(
+        self, fields: dict[str, int], batch: int, inputs: int, products: int, means: int, chunk_rows: int
+    ) -> int:
+        """Where what is where in the space of a thread, and its size: its record, tables of row addresses,
+        the means of a step, and room for tiles."""
+        registers = self.program.registers
+        vector = registers.lanes * registers.size
+        row = batch * 8
+        size = _place_in_turn(
+            fields, round_up(8 * OWN.words, LINE), "thread_bytes",
+            at_inputs=inputs * 8, at_entering=row, at_leaving=row, at_projected=row, at_offsets=row,
+            at_operands=products * row, at_p_entering=row, at_means=means * fields["mean_row"],
+            at_scratch=registers.rows(PLANES) * PLANES * vector,
+            at_first=chunk_rows * 8, at_second=chunk_rows * 8, at_third=chunk_rows * 8,
+            at_values=chunk_rows * PLANES * vector,
+        )  # fmt: skip
+        return size
+
+
+def _place_in_turn(fields: dict[str, int], start: int, end: str, **sizes: int) -> int:
+    """Give each its place, at the start of a cache line; the place after the last, which `end` is given."""
+    place = int(round_up(start, LINE))
+    for name, size in sizes.items():
+        fields[name] = place
+        place = int(round_up(place + size, LINE))
+    fields[end] = place
+    return place
+
+
+def _filled(words: np.ndarray, fields: dict[str, int], nbytes: int) -> Task:
+    for name, value in fields.items():
+        words[TASK[name]] = value
+    return Task(words, nbytes)
 
 
 @once

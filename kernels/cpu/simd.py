@@ -19,22 +19,24 @@ from numba.extending import intrinsic, lower_builtin, models, overload, register
 INT64 = ir.IntType(64)
 
 # Without reference counts, since all memory belongs to who calls a kernel, and as in C when dividing by 0.
-OPTIONS = {"_nrt": False, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
+# For what only other compiled code calls: nothing that Python or C could call is made.
+INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def part(function: Any) -> Any:
     """A function that compiled code calls."""
-    return register_jitable(**OPTIONS)(function)
+    return register_jitable(**INNER)(function)
 
 
 def inlined(function: Any) -> Any:
     """A function that becomes a part of the compiled code that calls it."""
-    return register_jitable(forceinline=True, **OPTIONS)(function)
+    return register_jitable(forceinline=True, **INNER)(function)
 
 
 def _on_vectors(function: Any) -> Any:
     """Like `numba.extending.overload`, inlined."""
-    return overload(function, jit_options={"forceinline": True, **OPTIONS})
+    return overload(function, jit_options={"forceinline": True, **INNER})
 
 
 class Vector(types.Type):
@@ -292,6 +294,32 @@ def keep(typingctx: Any, vector: Any, count: Any) -> Any:
 
 
 @intrinsic
+def sum_lanes(typingctx: Any, vector: Any) -> Any:
+    """The sum of the lanes of a vector, in pairs."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, lanes = args[0], vector.lanes
+        undefined = ir.Constant(vector.ir, ir.Undefined)
+        while lanes > 1:
+            lanes //= 2
+            order = [*range(lanes, 2 * lanes), *[0] * (vector.lanes - lanes)]
+            upper = builder.shuffle_vector(
+                total, undefined, ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), order)
+            )
+            total = builder.fadd(total, upper)
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return vector.scalar(vector), codegen
+
+
+@inlined
+def add_sum(registers, vector, address, valid, unit):
+    """Write the sum of the first `valid` lanes; to what is there, it is added but for unit 0."""
+    total = sum_lanes(keep(vector, valid))
+    write(registers, total if unit == 0 else read(registers, address) + total, address)
+
+
+@intrinsic
 def splat(typingctx: Any, spec: Any, value: Any) -> Any:
     """A vector that holds `value` in every lane."""
 
@@ -330,6 +358,29 @@ def read_int(typingctx: Any, address: Any) -> Any:
         return builder.load(_pointer(builder, args[0], INT64))
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def read_byte(typingctx: Any, address: Any) -> Any:
+    """The byte at an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = builder.load(_pointer(builder, args[0], ir.IntType(8)))
+        return builder.zext(byte, INT64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def write_zero(typingctx: Any, spec: Any, address: Any) -> Any:
+    """Write the number 0 to an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element = spec.vector.ir.element
+        builder.store(ir.Constant(element, 0.0), _pointer(builder, args[1], element))
+        return context.get_dummy_value()
+
+    return types.void(spec, types.int64), codegen
 
 
 @intrinsic

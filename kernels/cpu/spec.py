@@ -1,9 +1,9 @@
-"""What a kernel is compiled for: the cell, the precision, and the processor's registers."""
+"""What kernels are compiled for: the precision and the processor's registers; and how they are kept."""
 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import llvmlite.binding as llvm
@@ -17,9 +17,6 @@ from fusedlstm.once import once
 
 from .compile import target
 from .simd import Vector
-
-if TYPE_CHECKING:
-    from fusedlstm.cells import Cell
 
 MOST_ROWS = 8  # of a tile
 
@@ -83,7 +80,7 @@ def _named(kind: type[Named], name: str) -> Named:
 
 
 class Registers(Named):
-    """What code is compiled for that knows the precision and the registers, but no cell.
+    """What code is compiled for: the precision and the registers.
 
     Passed to compiled code as an argument without a value.
 
@@ -107,59 +104,12 @@ class Registers(Named):
         return max(1, min(MOST_ROWS, (machine().registers - 1) // width - 1))
 
 
-class Spec(Registers):
-    """The compile-time parameters of the kernels of a cell; its value is the address of its tiles.
-
-    Attributes:
-        cell: the cell.
-        projected: whether the output is projected.
-        gates: number of gates.
-        inputs: number of pre-activations, of which split gates have two.
-        splits: number of split gates.
-        units: vectors of hidden units that a panel holds of each gate; cells with few gates have
-            several, so that a tile is wide enough to hide the latency of its sums.
-        width: vectors of a panel, gates times units.
-        panel: hidden units of a panel.
-        further: number of states beside the output.
-        operand: the place among all states of that which the recurrent weights multiply; 0 is the output.
-        learned: number of learned vectors.
-        reads_operand: whether the cell takes the previous value of that state itself.
-    """
-
-    constants = (
-        *("size", "lanes", "gates", "inputs", "splits", "units", "width", "panel", "further", "learned"),
-        *("operand", "projected", "reads_operand"),
-    )
-
-    def __init__(self, cell: Cell, scalar: types.Float, projected: bool) -> None:
-        self.cell, self.projected = cell, projected
-        self.gates, self.inputs = len(cell.gates), len(cell.preactivations)
-        self.splits, self.further, self.learned = len(cell.split), len(cell.states) - 1, len(cell.weights)
-        self.units = max(1, 4 // self.gates)
-        self.width = self.gates * self.units
-        self.operand, self.reads_operand = cell.operand, cell.reads_operand
-        super().__init__(scalar, f"{cell.key}, projected={projected}")
-        self.panel = self.units * self.lanes
-
-
 register_model(Registers)(models.OpaqueModel)
 
 
 @unbox(Registers)
 def _unbox_registers(typ: Any, obj: Any, c: Any) -> NativeValue:
     return NativeValue(c.context.get_dummy_value())
-
-
-@register_model(Spec)
-class _SpecModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, ir.IntType(64))
-
-
-@unbox(Spec)
-def _unbox_spec(typ: Any, obj: Any, c: Any) -> NativeValue:
-    """In Python, a spec is given to its kernels as the address of its tiles."""
-    return c.unbox(types.int64, obj)
 
 
 @infer_getattr

@@ -13,7 +13,6 @@ file; the product then runs at the rate of the multiply-add units.  Three layout
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,8 @@ from numba.extending import intrinsic, models, overload, register_model
 from fusedlstm.once import once
 
 from .compile import entry_point
-from .shares import share
-from .simd import INT64, call_ir, load, load_row, part, read_int, splat, splat_ir, store, store_row
-from .spec import MOST_ROWS, Registers, Spec
+from .simd import INT64, call_ir, splat_ir
+from .spec import MOST_ROWS, Registers
 
 UNROLL = 4
 PLANES = 4  # vectors of a tile over planes; what is left is done one by one
@@ -179,138 +177,55 @@ def write_addresses(tile, table):
     _write_addresses(tile, table)
 
 
-# The tiles of a spec, in the order in which its table holds their addresses.
-TILES: tuple[tuple[str, Callable[[Spec], int]], ...] = (
-    ("panel", lambda spec: spec.width),
-    ("planes", lambda spec: PLANES),
-    ("planes", lambda spec: 1),
-    ("outer", lambda spec: PLANES),
-    ("outer", lambda spec: 1),
-)
-
-
 @once  # as long as the function is kept, those that it gives the addresses of are
 def _writer(tile: Tile) -> Any:
     return entry_point(write_addresses, tile, types.int64)
 
 
-def _addresses(tile: Tile) -> np.ndarray:
+@once
+def tile_table(scalar: types.Float, layout: str, width: int) -> np.ndarray:
+    """The addresses of the functions of a tile, for 1, 2, ... rows; see :func:`tile_product`.
+
+    Tiles are compiled once and called through their addresses, whatever kernel calls them.
+    """
     table = np.zeros(MOST_ROWS, np.int64)
-    _writer(tile)(None, table.ctypes.data)
+    _writer(Tile(scalar, layout, width))(None, table.ctypes.data)
     return table
 
 
-@once
-def tile_table(spec: Spec) -> np.ndarray:
-    """The addresses of the tiles of a spec, (5, MOST_ROWS) int64; its own address is the spec's value.
+@intrinsic
+def tile_product(
+    typingctx: Any,
+    table: Any,  # address of the table of the tile's functions
+    rows: Any,  # from 1 to what fits the registers
+    source: Any,  # address of the initial sums
+    source_stride: Any,  # bytes from row to row, 0 to give all rows the same
+    target: Any,  # address of the results
+    target_stride: Any,
+    a: Any,  # address of the table of row addresses; "outer": of the values
+    a_stride: Any,  # bytes added to each row address; "outer": from column to column
+    b: Any,  # address of the weights
+    b_stride: Any,  # bytes from plane to plane; unused without planes
+    depth: Any,  # number of products in each sum
+) -> Any:
+    """A product of a few rows with the vectors of a tile."""
 
-    Tiles are compiled once and called through their addresses, whatever cell and kernel call them.
-    """
-    return np.stack([_addresses(Tile(spec.scalar, layout, width(spec))) for layout, width in TILES])
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * ARGUMENTS)
+        table = builder.inttoptr(args[0], kind.as_pointer().as_pointer())
+        place = builder.sub(args[1], _constant(1))
+        builder.call(builder.load(builder.gep(table, [place])), args[2:])
+        return context.get_dummy_value()
 
-
-def _product(slot: int) -> Any:
-    @intrinsic
-    def product(
-        typingctx: Any,
-        spec: Any,
-        rows: Any,  # from 1 to what fits the registers
-        source: Any,  # address of the initial sums
-        source_stride: Any,  # bytes from row to row, 0 to give all rows the same
-        target: Any,  # address of the results
-        target_stride: Any,
-        a: Any,  # address of the table of row addresses; "outer": of the values
-        a_stride: Any,  # bytes added to each row address; "outer": from column to column
-        b: Any,  # address of the weights
-        b_stride: Any,  # bytes from plane to plane; unused without planes
-        depth: Any,  # number of products in each sum
-    ) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = ir.FunctionType(ir.VoidType(), [INT64] * ARGUMENTS)
-            table = builder.inttoptr(args[0], kind.as_pointer().as_pointer())
-            place = builder.add(args[1], _constant(slot * MOST_ROWS - 1))
-            builder.call(builder.load(builder.gep(table, [place])), args[2:])
-            return context.get_dummy_value()
-
-        return types.void(spec, *[types.int64] * 10), codegen
-
-    return product
+    return types.void(*[types.int64] * 11), codegen
 
 
-panel_product, planes_product, plane_product, outer_product, thin_outer_product = map(_product, range(5))
+def plane_rows(registers: Any) -> int:
+    """Rows of a tile over planes."""
+    return int(registers.rows(PLANES))
 
 
-def _rows(width: Callable[[Spec], int]) -> Any:
-    def rows(spec: Any) -> int:
-        return int(spec.rows(width(spec)))
-
-    @overload(rows, jit_options={"forceinline": True})
-    def _(spec):
-        count = spec.rows(width(spec))
-        return lambda spec: count
-
-    return rows
-
-
-panel_rows = _rows(lambda spec: spec.width)
-plane_rows = _rows(lambda spec: PLANES)
-
-
-@part
-def rows_times_planes(spec, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch):
-    """The vectors low to high of `out = a @ b`, or of `out += a @ b`.
-
-    `a_rows` and `out_rows` are the addresses of tables of `count` row addresses; `scratch` has room for
-    a tile.
-    """
-    vector = spec.lanes * spec.size
-    plane, stride = depth * vector, PLANES * vector
-    blocks = -(-count // plane_rows(spec))
-    for block in range(blocks):
-        first, last = share(count, block, blocks)
-        v = low
-        while v < high:
-            wide = min(PLANES, high - v)
-            for row in range(first, last):
-                out = read_int(out_rows + row * 8)
-                for n in range(wide):
-                    start = splat(spec, 0.0)
-                    if accumulate:
-                        start = load_row(spec, out + (v + n) * vector, out_length - (v + n) * spec.lanes)
-                    store(start, scratch + (row - first) * stride + n * vector)
-            if wide == PLANES:
-                planes_product(
-                    spec,
-                    last - first,
-                    scratch,
-                    stride,
-                    scratch,
-                    stride,
-                    a_rows + first * 8,
-                    0,
-                    b + v * plane,
-                    plane,
-                    depth,
-                )
-            else:
-                for n in range(wide):
-                    sums = scratch + n * vector
-                    plane_product(
-                        spec,
-                        last - first,
-                        sums,
-                        stride,
-                        sums,
-                        stride,
-                        a_rows + first * 8,
-                        0,
-                        b + (v + n) * plane,
-                        plane,
-                        depth,
-                    )
-            for row in range(first, last):
-                out = read_int(out_rows + row * 8)
-                for n in range(wide):
-                    value = load(spec, scratch + (row - first) * stride + n * vector)
-                    store_row(spec, value, out + (v + n) * vector, out_length - (v + n) * spec.lanes)
-            v += wide
+@overload(plane_rows, jit_options={"forceinline": True})
+def _(registers):
+    count = registers.rows(PLANES)
+    return lambda registers: count

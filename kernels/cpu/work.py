@@ -76,7 +76,9 @@ def _capture(typingctx: Any, work: Any, arguments: Any) -> Any:
     return types.int64(work, arguments), codegen
 
 
-def _call(count: int) -> Any:
+def calling(count: int) -> Any:
+    """A function of compiled code that calls the C function at an address with `count` integers."""
+
     @intrinsic
     def call(typingctx: Any, function: Any, arguments: Any) -> Any:
         """Call the C function at an address, which takes `count` 64-bit integers."""
@@ -91,7 +93,8 @@ def _call(count: int) -> Any:
     return call
 
 
-_call_work, _call_launch = _call(4), _call(5)
+_call_work, call_launch = calling(4), calling(5)
+call_phase = calling(6)
 
 
 @njit(**OPTIONS)
@@ -105,7 +108,8 @@ def launch(team, threads, patience, work, arguments):
 
 
 @once
-def _launch() -> Any:
+def launcher() -> Any:
+    """The compiled :func:`launch`."""
     return c_function(launch, types.void(*[types.int64] * 5), error_model="numpy")
 
 
@@ -124,7 +128,7 @@ def _addresses(typingctx: Any, work: Any) -> Any:
 def run(team, threads, patience, work, arguments):
     """Call `work` on several threads of a team, as :func:`team.fork` does."""
     start, function = _addresses(work)
-    _call_launch(start, (team, threads, patience, function, _capture(work, arguments)))
+    call_launch(start, (team, threads, patience, function, _capture(work, arguments)))
 
 
 @inlined
@@ -157,4 +161,4 @@ def compiled(function: Callable[..., None], arguments: types.BaseTuple) -> Compi
     """
     signature = types.void(types.int64, types.int64, types.int64, Captured(arguments))
     made = c_function(function, signature, **OPTIONS)
-    return Compiled(made, np.array([_launch().address, made.address]), Work(arguments))
+    return Compiled(made, np.array([launcher().address, made.address]), Work(arguments))

@@ -1,0 +1,170 @@
+"""Products of many rows, cut into register tiles; C functions of their own, which kernels call.
+
+Numba optimises a function anew in every function that calls it, so what is large and called in several
+places is compiled once and called through its address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+
+from fusedlstm.once import once
+
+from .compile import c_function
+from .records import task_type
+from .shares import share
+from .simd import OPTIONS, inlined, load, load_row, part, read_int, splat, store, store_row
+from .tile import PLANES, plane_rows, tile_product
+from .work import calling
+
+
+def rows_times_planes(
+    task, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch
+):  # fmt: skip
+    """The vectors low to high of `out = a @ b`, or of `out += a @ b`.
+
+    `a_rows` and `out_rows` are the addresses of tables of `count` row addresses; `scratch` has room for
+    a tile.
+    """
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    plane, stride = depth * vector, PLANES * vector
+    blocks = -(-count // plane_rows(registers))
+    for block in range(blocks):
+        first, last = share(count, block, blocks)
+        a = a_rows + first * 8
+        v = low
+        while v < high:
+            wide = min(PLANES, high - v)
+            for row in range(first, last):
+                out = read_int(out_rows + row * 8)
+                for n in range(wide):
+                    start = splat(registers, 0.0)
+                    if accumulate:
+                        left = out_length - (v + n) * registers.lanes
+                        start = load_row(registers, out + (v + n) * vector, left)
+                    store(start, scratch + (row - first) * stride + n * vector)
+            width, tile = 1, task.plane_tile
+            if wide == PLANES:
+                width, tile = PLANES, task.planes_tile
+            for n in range(0, wide, width):
+                sums = scratch + n * vector
+                tile_product(
+                    tile, last - first, sums, stride, sums, stride, a, 0, b + (v + n) * plane, plane, depth
+                )
+            for row in range(first, last):
+                out = read_int(out_rows + row * 8)
+                for n in range(wide):
+                    value = load(registers, scratch + (row - first) * stride + n * vector)
+                    left = out_length - (v + n) * registers.lanes
+                    store_row(registers, value, out + (v + n) * vector, left)
+            v += wide
+
+
+def add_outer(
+    task, d, d_stride, d_slot, count, low, high, gates, gate_count, panel, hidden, rows, columns, target,
+    stride, first, values, scratch,
+):  # fmt: skip
+    """Add `d.T @ values` to the rows of a weight gradient that belong to the panels low to high.
+
+    `d` is the address of (count, gates, H), with rows `d_stride` and gates `d_slot` bytes apart; `rows` that
+    of the table of the `count` rows of values; `gates` that of the places of the gates in `target`, whose
+    rows are `stride` bytes apart; if `first`, the target is written.
+    """
+    registers = task.registers
+    lanes, size = registers.lanes, registers.size
+    vector = lanes * size
+    column = 0
+    while column < columns:
+        wide, tile = 1, task.thin_outer_tile
+        if columns - column > (PLANES - 1) * lanes:
+            wide, tile = PLANES, task.outer_tile
+        pack_columns(registers, count, rows, column, columns, wide, values)
+        whole = columns - column >= wide * lanes
+        for p in range(low, high):
+            units = min(panel, hidden - p * panel)
+            blocks = -(-units // plane_rows(registers))
+            for gate in range(gate_count):
+                for block in range(blocks):
+                    begin, end = share(units, block, blocks)
+                    a = d + gate * d_slot + (p * panel + begin) * size
+                    row = read_int(gates + gate * 8) * hidden + p * panel + begin
+                    to = target + row * stride + column * size
+                    sums, sums_stride = to, stride
+                    if not whole:
+                        sums, sums_stride = scratch, wide * vector
+                    if first or not whole:
+                        clear(registers, end - begin, wide, sums, sums_stride)
+                    tile_product(
+                        tile, end - begin, sums, sums_stride, sums, sums_stride, a, d_stride, values, 0, count
+                    )
+                    if not whole:
+                        add_tile(registers, end - begin, wide, scratch, to, stride, columns - column, first)
+        column += wide * lanes
+
+
+@inlined
+def pack_columns(registers, count, rows, column, columns, wide, values):
+    """Lay out some vectors of columns of rows next to each other."""
+    vector = registers.lanes * registers.size
+    for n in range(count):
+        source = read_int(rows + n * 8) + column * registers.size
+        for v in range(wide):
+            left = columns - column - v * registers.lanes
+            store(load_row(registers, source + v * vector, left), values + (n * wide + v) * vector)
+
+
+@inlined
+def clear(registers, rows, wide, target, stride):
+    for row in range(rows):
+        for v in range(wide):
+            store(splat(registers, 0.0), target + row * stride + v * registers.lanes * registers.size)
+
+
+@inlined
+def add_tile(registers, rows, wide, source, target, stride, left, first):
+    """Add a tile to rows of which `left` numbers are left, or write it if `first`."""
+    vector = registers.lanes * registers.size
+    for row in range(rows):
+        for v in range(wide):
+            valid = left - v * registers.lanes
+            if valid > 0:
+                value = load(registers, source + (row * wide + v) * vector)
+                place = target + row * stride + v * vector
+                if not first:
+                    value = value + load_row(registers, place, valid)
+                store_row(registers, value, place, valid)
+
+
+@part
+def add_rows(task, d, d_stride, d_slot, count, low, high, gates, gate_count, target, first):
+    """Add the sum of the rows of `d`, as in :func:`add_outer`, to a bias gradient."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    for gate in range(gate_count):
+        for place in range(low * task.panel, min(high * task.panel, task.hidden), registers.lanes):
+            valid = task.hidden - place
+            to = target + (read_int(gates + gate * 8) * task.hidden + place) * registers.size
+            total = splat(registers, 0.0)
+            if not first:
+                total = load_row(registers, to, valid)
+            column = d + gate * d_slot + place // registers.lanes * vector
+            for n in range(count):
+                total = total + load(registers, column + n * d_stride)
+            store_row(registers, total, to, valid)
+
+
+PLANES_ARGUMENTS, OUTER_ARGUMENTS = 11, 18
+call_rows_times_planes, call_add_outer = calling(PLANES_ARGUMENTS), calling(OUTER_ARGUMENTS)
+
+
+@once
+def routines(scalar: types.Float) -> tuple[Any, Any]:
+    """The compiled `rows_times_planes` and `add_outer`; keep them as long as their addresses are used."""
+    planes, outer = (
+        c_function(function, types.void(task_type(scalar), *[types.int64] * (count - 1)), **OPTIONS)
+        for function, count in ((rows_times_planes, PLANES_ARGUMENTS), (add_outer, OUTER_ARGUMENTS))
+    )
+    return planes, outer

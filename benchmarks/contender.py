@@ -149,29 +149,24 @@ def cell_functions(module: Any, activations: Any) -> dict[str, Callable[..., Any
         name: getattr(activations, name, None) or getattr(module, elsewhere.get(name, name), None)
         for name in DERIVATIVES
     }
+    found["mean"] = lambda x: x.mean(-1, keepdims=True) + 0 * x
     return {name: function for name, function in found.items() if function is not None}
-
-
-def one_product(case: Case) -> Cell:
-    """The cell, which :func:`any_step` can run.
-
-    Raises:
-        Unsupported: if a step has two products with the recurrent weights.
-    """
-    if case.mathematics.half is not None:
-        raise Unsupported(f"no cell {case.cell}, whose step is two half steps")
-    return case.mathematics
 
 
 def any_step(
     cell: Cell, step: Callable[..., Any], weights: storage.Weights, product: Any, states: Any
 ) -> list[Any]:
     """One step of any cell in any framework; `product` is that of the input with its weights and bias."""
-    recurrent_product = states[cell.operand] @ weights.hh.T + weights.bias_hh
-    size = states[0].shape[-1]
-    by_gate = (
-        [part[:, n * size : (n + 1) * size] for n in range(len(cell.gates))]
-        for part in (product, recurrent_product)
-    )
-    new = step(**cell.step_arguments(by_gate, states, weights.vectors))
+
+    def linear(value: Any, weight: Any, bias: Any) -> Any:
+        return value @ weight.T + bias
+
+    new = step(**cell.step_arguments_of(product, states, weights, linear, _chunk))
     return list(new) if isinstance(new, tuple) else [new]
+
+
+def _chunk(array: Any, count: int, axis: int) -> list[Any]:
+    """The array in `count` parts along its first or last axis."""
+    size = array.shape[axis] // count
+    parts = [slice(n * size, (n + 1) * size) for n in range(count)]
+    return [array[part] if axis == 0 else array[..., part] for part in parts]

@@ -8,7 +8,7 @@ from typing import Any
 from fusedlstm.derive import compile_source
 
 from .cases import Case, Data, name_results
-from .contender import Contender, Prepared, any_step, cell_functions, layer_weights, one_product, stepping
+from .contender import Contender, Prepared, any_step, cell_functions, layer_weights, stepping
 
 
 class JaxScan(Contender):
@@ -21,7 +21,7 @@ class JaxScan(Contender):
         jax: Any = importlib.import_module("jax")
         jax.config.update("jax_enable_x64", case.dtype == "float64")
         jnp = jax.numpy
-        cell = one_product(case)
+        cell = case.mathematics
         namespace = cell_functions(jnp, jax.nn)
         step = compile_source(cell.source, namespace, f"<{cell.name} in JAX>").step
 

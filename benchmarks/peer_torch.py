@@ -18,7 +18,6 @@ from .contender import (
     as_parts,
     cell_functions,
     layer_weights,
-    one_product,
     stepping,
 )
 
@@ -152,7 +151,7 @@ class TorchLoop(Torch):
             name: torch.tensor(array, requires_grad=case.mode == "train")
             for name, array in data.weights.items()
         }
-        cell = one_product(case)
+        cell = case.mathematics
         step = compile_source(cell.source, cell_functions(torch, torch), f"<{cell.name} in PyTorch>").step
         layers = layer_weights(case, parameters)
 

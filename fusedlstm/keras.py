@@ -28,10 +28,9 @@ from . import cells, host, math
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
-from .directions import half_states, second_halves
 from .host import Run
 from .once import once
-from .weights import GATE_ORDERS
+from .weights import GATE_ORDERS, Weights
 
 __all__ = ["GRU", "LSTM", "Recurrent", "RecurrentCell", "SimpleRNN", "accelerate", "restore"]
 
@@ -200,14 +199,6 @@ class _Fused(layers.RNN):  # type: ignore[misc]
 
     def _run(self, cell: Cell, training: bool, x: Any, mask: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         """What is shown of the outputs, and the final states."""
-        if cell.half is not None:  # two recurrent products a step: two steps of half of it
-            x, mask = ops.repeat(x, 2, axis=1), None if mask is None else ops.repeat(mask, 2, axis=1)
-            halves = half_states(cell, states, states[0], ops.zeros_like(states[0]))
-            shown, finals = self._run(cell.half, training, x, mask, list(halves))
-            found = dict(zip(cell.half.states, finals))
-            if self.return_sequences:
-                shown = shown[:, second_halves(reverse=False)]
-            return shown, [found[name] for name in cell.states]
         run = Run(
             cell,
             self.go_backwards,
@@ -339,9 +330,12 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
             setattr(self, name, _kind(name).get(value))
 
     def build(self, input_shape: Any) -> None:
-        cell, rows = self.mathematics, len(self.mathematics.gates) * self.units
+        cell = self.mathematics
+        rows, recurrent_rows = (
+            len(gates) * self.units for gates in (cell.gates_with_input, cell.gates_with_recurrent)
+        )
         self.kernel = self._add("kernel", "kernel", (input_shape[-1], rows))
-        self.recurrent_kernel = self._add("recurrent", "recurrent_kernel", (self.units, rows))
+        self.recurrent_kernel = self._add("recurrent", "recurrent_kernel", (self.units, recurrent_rows))
         self.bias = None
         if self.use_bias:
             self.bias = self._add("bias", "bias", (2, rows) if cell.split else (rows,))
@@ -353,17 +347,25 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: Any, states: Any, training: bool = False) -> Any:
         """The new output (B, H) and the new states."""
-        cell, operand = self.mathematics, states[self.mathematics.operand]
+        cell, masks = self.mathematics, []
         if training and self.dropout:
             inputs = inputs * self.get_dropout_mask(inputs)
         if training and self.recurrent_dropout:
-            operand = operand * self.get_recurrent_dropout_mask(operand)
-        products = [ops.matmul(inputs, self.kernel), ops.matmul(operand, self.recurrent_kernel)]
-        if self.bias is not None:
-            biases = self.bias if cell.split else [self.bias, 0]
-            products = [product + bias for product, bias in zip(products, biases)]
-        by_gate = (ops.split(product, len(cell.gates), axis=-1) for product in products)
-        new = list(_step(cell)(**cell.step_arguments(by_gate, states, self.vectors)))
+            masks = [self.get_recurrent_dropout_mask(states[cell.operand])]
+        biases = [None, None] if self.bias is None else self.bias if cell.split else [self.bias, None]
+        recurrent = ops.transpose(self.recurrent_kernel)
+        weights = Weights(None, recurrent, None, biases[1], vectors=tuple(self.vectors))
+        product = ops.matmul(inputs, self.kernel)
+        if biases[0] is not None:
+            product = product + biases[0]
+
+        def linear(value: Any, weight: Any, bias: Any) -> Any:
+            for mask in masks:
+                value = value * mask
+            result = ops.matmul(value, ops.transpose(weight))
+            return result if bias is None else result + bias
+
+        new = list(_step(cell)(**cell.step_arguments_of(product, states, weights, linear, ops.split)))
         return new[0], new
 
     def get_config(self) -> dict[str, Any]:
@@ -383,10 +385,15 @@ def _kind(option: str) -> Any:
     return _KINDS[option.rpartition("_")[2]]
 
 
+def _mean(x: Any) -> Any:
+    return ops.broadcast_to(ops.mean(x, axis=-1, keepdims=True), ops.shape(x))
+
+
 @once
 def _step(cell: Cell) -> Callable[..., tuple[Any, ...]]:
     """The step of a cell in operations of Keras."""
     functions = {name: getattr(ops, name) for name in (*math.DERIVATIVES, "full_like")}
+    functions["mean"] = _mean
     step = compile_source(cell.source, functions, f"<cell {cell.name} in Keras>").step
     return cast("Callable[..., tuple[Any, ...]]", step)
 

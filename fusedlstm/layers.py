@@ -29,7 +29,7 @@ from fusedlstm.kernels.random import dropout_mask
 from . import cells, dispatch
 from . import weights as storage
 from .cells import Cell
-from .directions import Nothing, RecurrentDropout, prepare
+from .directions import Nothing, RecurrentDropout
 from .dispatch import Direction
 from .once import fork_lock
 from .weights import Weights
@@ -438,7 +438,7 @@ class Recurrent:
     def _prepare(self, place: _Place, x: Any, dropping: bool = False) -> Direction:
         cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
         engine = dispatch.engine(self.backend, x, self.precision, self.form)
-        direction = prepare(engine, cell, place.weights)
+        direction = engine.prepare(cell, place.weights)
         return (place.dropping if dropping else place.ready).setdefault(type(x), direction)
 
     def _dropping(self, place: _Place, x: Any, n: int, draw: Any, xp: Any) -> Direction:
@@ -661,7 +661,7 @@ class LSTM(Recurrent):
 class GRU(Recurrent):
     """``torch.nn.GRU`` with fused kernels; arguments as :class:`Recurrent`'s, and `reset_after`: whether
     the reset gate applies after the product with the recurrent weights, as in PyTorch and cuDNN, or
-    before it, as in Cho et al. (2014), which takes about twice the time."""
+    before it, as in Cho et al. (2014), where a step has two products, one after the other."""
 
     def __init__(
         self,

@@ -37,8 +37,7 @@ from . import cells, dispatch, layers
 from . import weights as storage
 from .cells import Cell
 from .derive import compile_source
-from .directions import half_states, prepare, second_halves
-from .dispatch import Direction
+from .dispatch import Direction, TwiceDifferentiable
 from .once import lazy, once
 from .weights import Weights
 
@@ -171,8 +170,8 @@ def _places(weights: Sequence[Tensor]) -> list[Any]:
     With the sizes that are compared beside it, this tells a matrix from its transpose and from another one,
     from a part of it, and from the same bits as another type.
     """
-    ih, hh = weights[:2]
-    return [*map(Tensor.data_ptr, weights), *map(_TYPE_AND_BYTES, weights), ih.stride(), hh.stride()]
+    matrices = map(Tensor.stride, weights[:2])
+    return [*map(Tensor.data_ptr, weights), *map(_TYPE_AND_BYTES, weights), *matrices]
 
 
 def _pack(weights: Sequence[Tensor], x: Tensor, shape: _Shape, d: int) -> Direction:
@@ -184,12 +183,12 @@ def _pack(weights: Sequence[Tensor], x: Tensor, shape: _Shape, d: int) -> Direct
     own = storage.unflatten(cell, [_array(weight.contiguous()) for weight in weights])
     dense = [weight if weight.is_contiguous() else weight.t() for weight in weights]
     if not all(weight.is_contiguous() for weight in dense):  # what would be looked at is a copy
-        return prepare(engine, cell, own)
+        return engine.prepare(cell, own)
     arrays = [_array(weight) for weight in dense]
     table = None if x.is_cuda else _bits().table(arrays)
-    sparse = 1 + (weights[0].numel() + weights[1].numel()) // _LOOKED_AT
+    sparse = 1 + sum(weight.numel() for weight in weights[:2]) // _LOOKED_AT
     stamps = {every: _stamp(table, weights, every) for every in {1, sparse}}
-    direction = prepare(engine, cell, own)
+    direction = engine.prepare(cell, own)
 
     def drop(reference: Any) -> None:
         if (entry := _packed.get(key)) is not None and any(owner is reference for owner in entry.owners):
@@ -219,13 +218,6 @@ def _bits() -> Any:
     from fusedlstm.kernels.cpu import fingerprint
 
     return fingerprint
-
-
-@once
-def _second_order() -> Any:
-    from . import second_order
-
-    return second_order
 
 
 # --- What is known of one layer ---------------------------------------------------------------------------
@@ -339,36 +331,40 @@ def _shape(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> _
         ValueError, RuntimeError: if these cannot be the input and the weights of a layer.
     """
     number = len(weights)
-    if number < 2:
-        raise ValueError(f"weights must be two matrices at least, got {number} tensors")
+    if not number:
+        raise ValueError("weights must be one matrix at least, got no tensors")
+    second = weights[1].shape if number > 1 else None
     try:
-        return _shape_of(x.shape, weights[0].shape, weights[1].shape, number, key, directions)
+        return _shape_of(x.shape, weights[0].shape, second, number, key, directions)
     except TypeError:  # symbols, of a graph that is compiled for any size, have no hash
-        return _shape_of.__wrapped__(x.shape, weights[0].shape, weights[1].shape, number, key, directions)
+        return _shape_of.__wrapped__(x.shape, weights[0].shape, second, number, key, directions)
 
 
 @lru_cache(1024)
 def _shape_of(
-    x: torch.Size, ih: torch.Size, hh: torch.Size, weights: int, key: str, directions: int
+    x: torch.Size, ih: torch.Size, second: torch.Size | None, weights: int, key: str, directions: int
 ) -> _Shape:
     cell = _cells.get(key)
     if cell is None:
         raise ValueError(f"cell must be the key of a cell that a module has been made of, got {key!r}")
+    least, most = (2, 5) if cell.gates_with_recurrent else (1, 2)
     each, more = divmod(weights, directions) if directions in (1, 2) else (0, 1)
-    if more or not 2 <= each - len(cell.weights) <= 5:
+    if more or not least <= each - len(cell.weights) <= most:
         raise ValueError(
-            f"weights must be those of 1 or 2 directions, each 2 to 5 and {len(cell.weights)} vectors of the "
-            f"cell {cell.name}, got {weights} for {directions} directions"
+            f"weights must be those of 1 or 2 directions, each {least} to {most} and {len(cell.weights)} "
+            f"vectors of the cell {cell.name}, got {weights} for {directions} directions"
         )
-    if not len(x) - 1 == len(ih) == len(hh) == 2:
+    matrices = [ih] if second is None or not cell.gates_with_recurrent else [ih, second]
+    if len(x) != 3 or any(len(matrix) != 2 for matrix in matrices):
         raise RuntimeError(
             "input must have 3 dimensions and the matrices of weights 2, got the shapes "
-            f"{tuple(x)}, {tuple(ih)} and {tuple(hh)}"
+            f"{', '.join(str(tuple(shape)) for shape in (x, *matrices))}"
         )
-    sizes = _Sizes(x[2], ih[0] // len(cell.gates), hh[1])
-    if not sizes.hidden:
+    hidden = ih[0] // len(cell.gates_with_input)
+    if not hidden:
         raise RuntimeError(f"weight_ih must have rows for each gate of the cell, got the shape {tuple(ih)}")
-    return _Shape(cell, directions, x[0], x[1], sizes)
+    outputs = hidden if len(matrices) == 1 else matrices[1][1]
+    return _Shape(cell, directions, x[0], x[1], _Sizes(x[2], hidden, outputs))
 
 
 def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
@@ -731,6 +727,7 @@ _FUNCTIONS: dict[str, Any] = {
     "maximum": _pairwise(torch.maximum),
     "where": _where,
     "full_like": torch.full_like,
+    "mean": lambda x: x.mean(-1, keepdim=True).expand_as(x),
 }
 
 
@@ -776,19 +773,16 @@ def _replay_direction(
     reset: Tensor | None,  # (T, B)
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    if cell.half is not None:
-        return _replay_halves(cell, cell.half, weights, x, initial, lengths, reset, reverse)
     steps = x.shape[0]
     running, anew = _schedule(steps, lengths, reset, reverse)
     from_input = nn.functional.linear(x, weights.ih, weights.bias_ih)
-    step, count, states = _step(cell), len(cell.gates), initial
+    step, states = _step(cell), initial
     y: list[Tensor] = [x] * steps
     for t in range(steps)[:: -1 if reverse else 1]:
         if anew is not None:
             states = [torch.where(anew[t], s0, s) for s0, s in zip(initial, states)]
-        from_output = nn.functional.linear(states[cell.operand], weights.hh, weights.bias_hh)
-        by_gate = (product.chunk(count, -1) for product in (from_input[t], from_output))
-        new = list(step(**cell.step_arguments(by_gate, states, weights.vectors)))
+        given = cell.step_arguments_of(from_input[t], states, weights, nn.functional.linear, torch.chunk)
+        new = list(step(**given))
         if weights.hr is not None:
             new[0] = nn.functional.linear(new[0], weights.hr)
         if running is None:
@@ -812,27 +806,6 @@ def _schedule(
     if reset is not None and running is not None:
         reset = reset & running  # what lies beyond the end of a sequence does not touch its state
     return None if running is None else running[..., None], None if reset is None else reset[..., None]
-
-
-def _replay_halves(
-    cell: Cell,
-    half: Cell,
-    weights: Weights,
-    x: Tensor,
-    initial: list[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Each step as two of half of it, as :class:`fusedlstm.directions.TwoProducts` runs it."""
-    halves = half_states(cell, initial, initial[0], torch.zeros_like(initial[0]))
-    anew = None if reset is None else torch.stack([reset, torch.zeros_like(reset)], 1).flatten(0, 1)
-    y, final = _replay_direction(
-        half, weights, x.repeat_interleave(2, 0), list(halves),
-        None if lengths is None else 2 * lengths, anew, reverse,
-    )  # fmt: skip
-    found = dict(zip(half.states, final))
-    return y[second_halves(reverse)], [found[name] for name in cell.states]
 
 
 def _replay_backward(
@@ -943,7 +916,7 @@ def _record_layers(
     if cell.key not in _PYTORCHS:
         raise _no_operator(cell)
     rows, (ih, hh) = num_layers * directions, weights[:2]
-    sizes = (hh.shape[1], ih.shape[0] // len(cell.gates))[: len(cell.states)]
+    sizes = (hh.shape[1], ih.shape[0] // len(cell.gates_with_input))[: len(cell.states)]
     states = initial or [source[0].new_zeros((rows, batch, size)) for size in sizes]
     bias = storage.unflatten(cell, weights[: len(weights) // rows]).bias_ih is not None
     hx = states if len(states) > 1 else states[0]
@@ -1063,26 +1036,27 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
 
 
 def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    grads, _, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions = inputs
+    grads, handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions = inputs
     ctx.counts = len(grads), len(initial)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(lengths, reset, y, x, *grads, *initial, *weights)
+    ctx.save_for_backward(lengths, reset, handle, y, x, *grads, *initial, *weights)
 
 
 def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any:
     """The gradient of `_backward`."""
-    lengths, reset, y, x, *rest = ctx.saved_tensors
+    lengths, reset, handle, y, x, *rest = ctx.saved_tensors
     first, second = ctx.counts[0], sum(ctx.counts)
     grads, initial, weights = rest[:first], rest[first:second], rest[second:]
     shape = _shape(x, weights, ctx.cell, ctx.directions)
     given = [seed for seed in seeds if seed is not None]
-    known = x.is_cpu and shape.batch and shape.cell.half is None and shape.cell.operand == 0
-    if known and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
-        _check_backward(grads, y, x, initial, weights, shape, None)
-        ends, flags = _host_lengths(lengths, shape), _flags(reset, shape, "cpu")
-        marks = None if flags is None else flags.numpy()
+    if x.is_cpu and shape.batch and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
+        record = _records.get(int(handle))
+        _check_backward(grads, y, x, initial, weights, shape, record)
+        if record is None:
+            args = (x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
+            (y, *_), record = _run(*args, True)
         dgrads, dx, dinitial, dweights = _run_second(
-            grads, y, x, initial, weights, seeds, ends, marks, shape, wants_x
+            cast(_Record, record), grads, y, x, initial, weights, seeds, shape, wants_x
         )
     else:
         dgrads, dx, dinitial, dweights = _replay_second(
@@ -1092,42 +1066,63 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any
 
 
 def _run_second(
+    record: _Record,
     grads: list[Tensor],
     y: Tensor,
     x: Tensor,
     initial: list[Tensor],
     weights: list[Tensor],
     seeds: list[Tensor | None],  # of the gradients of x, of the initial states and of the weights
-    lengths: np.ndarray | None,
-    reset: np.ndarray | None,
     shape: _Shape,
     wants_x: bool,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of `grads`, x, the initial states and the weights, by kernels."""
-    moved_x, *moved = seeds
+    """Gradients of `grads`, x, the initial states and the weights, by kernels.
+
+    With g = J^T dy the first gradients, J the derivative of the outputs, and v the seeds, it is the gradient
+    of <v, g> = <J v, dy>: with respect to dy the tangent of the outputs along v, with respect to all else
+    the tangent of the backward pass along v (Pearlmutter, Fast exact multiplication by the Hessian, Neural
+    Computation 6, 1994).
+    """
+    moved_x, *moved = [None if seed is None else _array(seed) for seed in seeds]
+    source, output = _array(x), _array(y)
+    dy, *dfinal = map(_array, grads)
     each = len(weights) // shape.directions
-
-    def of(d: int, states: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if state is None else state[d] for state in states]
-
-    results = []
-    for d in range(shape.directions):
-        part, own = slice(d * shape.outputs, (d + 1) * shape.outputs), slice(d * each, (d + 1) * each)
-        results.append(
-            _second_order().second_backward(
-                shape.cell, x, y[..., part], of(d, initial),
-                storage.unflatten(shape.cell, weights[own]),
-                grads[0][..., part], [state[d] for state in grads[1:]],
-                moved_x, of(d, moved[: len(initial)]),
-                storage.unflatten(shape.cell, moved[len(initial) :][own]), lengths, reset, d == 1, wants_x,
-            )
-        )  # fmt: skip
-    dy, dfinal, dx, dinitial, dweights = zip(*results)
+    moved_initial: list[Any] = []
+    if any(part is not None for part in moved[: len(initial)]):
+        for sizes, part in zip(shape.results[1:], moved):
+            moved_initial.append(np.zeros(sizes, source.dtype) if part is None else part)
+    ty = np.empty(shape.results[0], source.dtype)
+    tfinal = [np.empty(sizes, source.dtype) for sizes in shape.results[1:]]
+    dinitial, dweights = [], []
+    dx: list[Any] = []
+    for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
+        here = weights[d * each : (d + 1) * each]
+        if record.places[d] != _places(here):  # as in the first backward pass
+            direction = _direction(here, x, shape, d)
+        twice = cast(TwiceDifferentiable, direction)
+        part = slice(d * shape.outputs, (d + 1) * shape.outputs)
+        values = _bound(tape, source, output[..., part])
+        own = moved[len(initial) :][d * each : (d + 1) * each]
+        tangent = twice.tangent(
+            values,
+            moved_x,
+            tuple([state[d] for state in moved_initial]) or None,
+            storage.unflatten(shape.cell, own),
+            ty[..., part],
+            tuple([state[d] for state in tfinal]),
+        )
+        target = np.empty_like(source) if wants_x else None
+        states, gradients = twice.backward_tangent(
+            values, tangent, dy[..., part], tuple([state[d] for state in dfinal]), target
+        )
+        dx.append(target)
+        dinitial.append([_tensor(state) for state in states])
+        dweights += [_tensor(array) for array in storage.flatten(gradients)]
     return (
-        [torch.cat(dy, -1), *map(torch.stack, zip(*dfinal))],
-        sum(dx[1:], dx[0]) if wants_x else None,
-        list(map(torch.stack, zip(*dinitial))) if initial else [],
-        [entry for each in dweights for entry in storage.flatten(each)],
+        [_tensor(array) for array in (ty, *tfinal)],
+        _tensor(sum(dx[1:], dx[0])) if wants_x else None,
+        [torch.stack(parts) for parts in zip(*dinitial)] if initial else [],
+        dweights,
     )
 
 

@@ -76,6 +76,22 @@ def transfer(units: Owned, numbers: int) -> Transfer:
     return Transfer(load, store)
 
 
+def handed_on(numbers: int) -> Transfer:
+    """For some `numbers` of one unit: (memory, row of the batch, unit, registers)."""
+
+    @device
+    def load(source: Any, b: Any, u: Any, target: Any) -> None:
+        for i in range(numbers):
+            target[U(i)] = source[i, b, u]
+
+    @device
+    def store(source: Any, b: Any, u: Any, target: Any) -> None:
+        for i in range(numbers):
+            target[i, b, u] = source[U(i)]
+
+    return Transfer(load, store)
+
+
 def times(own: Owned, resets: bool) -> Any:
     """(t, start, rows, lengths, reset, reverse, active, anew): of each one that the thread has, whether its
     sequence has step t, and whether it begins step `start` with the initial state."""

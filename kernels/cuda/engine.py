@@ -17,6 +17,7 @@ from fusedlstm.weights import Weights
 
 from .gemm import cublas, matmul
 from .launch import array_module, current_device, kernel
+from .phases import phases, recurrent_slots, unsupported
 from .plan import BARRIER_EVERY, Device, Form, Plan, Precision, Product, choose
 
 
@@ -27,10 +28,11 @@ class Tape(NamedTuple):
     pre: Any  # (T, B, A, H)
     entering: Any  # (T, B, P)
     entering_states: Any  # (S, T, B, H)
-    raw: Any  # (T, B, H)
+    inner: Any  # (T, B, H), what the product within a step has multiplied
     lengths: Any  # (B,)
     reset: Any  # (T, B) or None
     reverse: bool
+    padded: bool  # whether sequences may end before the last step
 
 
 class CUDA:
@@ -46,7 +48,7 @@ class CUDA:
 
     Raises:
         ImportError, RuntimeError: if CuPy, cuBLAS, the driver or a GPU is missing.
-        ValueError: for an argument that is none of the above.
+        ValueError: for an argument that is none of the above, and by `prepare` for a cell without kernels.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class CUDA:
             cublas()
 
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
+        if why := unsupported(cell):
+            raise ValueError(f"backend 'cuda' has no kernels for cell {cell.name}: {why}")
         return Direction(cell, weights, self.precision, self.form, self.barrier_every)
 
 
@@ -158,12 +162,14 @@ class Resident:
         self.xp = xp = array_module()
         self.device: Device = current_device()
         self.dtype = weights.ih.dtype
-        gates = len(cell.gates)
-        self.hidden, self.inputs = weights.ih.shape[0] // gates, weights.ih.shape[1]
+        self.hidden, self.inputs = cell.hidden_size(weights), weights.ih.shape[1]
         self.outputs = weights.hh.shape[1]
-        self.ih = _ordered(xp.asarray(weights.ih), cell, cell.input_gates)
-        hh = _ordered(xp.asarray(weights.hh), cell, cell.recurrent_gates)
-        self.hh = hh.reshape(gates, self.hidden, self.outputs)
+        # a late gate's weights come behind those of the recurrent product
+        self.recurrent = (*cell.recurrent_gates, *cell.late)
+        self.ih = _ordered(xp.asarray(weights.ih), cell.input_gates, cell.gates_with_input)
+        hh = _ordered(xp.asarray(weights.hh), self.recurrent, cell.gates_with_recurrent)
+        gates = len(cell.recurrent_gates)
+        self.hh, self.late = hh[: gates * self.hidden], hh[gates * self.hidden :]
         self.hr = None if weights.hr is None else xp.asarray(weights.hr)
         self.bias = self._biases(weights)
         self.learned = xp.zeros((len(cell.weights), self.hidden), self.dtype)
@@ -190,11 +196,16 @@ class Resident:
         cell, xp = self.cell, self.xp
         bias = xp.zeros((len(cell.preactivations), self.hidden), self.dtype)
         if weights.bias_ih is not None:
-            ih = _ordered(xp.asarray(weights.bias_ih), cell, cell.input_gates)
-            hh = _ordered(xp.asarray(weights.bias_hh), cell, cell.recurrent_gates)
-            bias[: len(cell.gates)] += ih.reshape(-1, self.hidden)
-            bias[len(cell.split) :] += hh.reshape(-1, self.hidden)
+            ih = _ordered(xp.asarray(weights.bias_ih), cell.input_gates, cell.gates_with_input)
+            hh = _ordered(xp.asarray(weights.bias_hh), self.recurrent, cell.gates_with_recurrent)
+            bias[: len(cell.input_gates)] += ih.reshape(-1, self.hidden)
+            bias[self._slots()] += hh.reshape(-1, self.hidden)
         return bias
+
+    def _slots(self) -> list[int]:
+        """The places among the pre-activations of `self.recurrent`."""
+        late = [self.cell.preactivations.index(gate) for gate in self.cell.late]
+        return [*range(*recurrent_slots(self.cell)), *late]
 
     def _plan(self, batch: int, backward: bool) -> Plan:
         projected = 0 if self.hr is None else self.outputs
@@ -205,14 +216,15 @@ class Resident:
 
     def _pack(self, plan: Plan) -> tuple[Any, Any]:
         """The weights of both products of a plan."""
-        recurrent, projection = self.hh, self.hr
+        recurrent = self.hh.reshape(-1, self.hidden, self.outputs)
+        inner = self.hr if plan.late is None else self.late
         if plan.backward:
-            recurrent = self.hh.reshape(1, -1, self.outputs).transpose(0, 2, 1)
-            projection = None if self.hr is None else self.hr.T
+            recurrent = self.hh.T[None]
+            inner = None if inner is None else inner.T
         packed = plan.recurrent.pack(self.xp, recurrent, plan.blocks)
         second = packed[:0]
-        if plan.projection is not None and projection is not None:
-            second = plan.projection.pack(self.xp, projection[None], plan.blocks)
+        if plan.inner is not None and inner is not None:
+            second = plan.inner.pack(self.xp, inner[None], plan.blocks)
         self._settle()
         return packed, second
 
@@ -235,10 +247,12 @@ class Resident:
         """Launch a plan's kernel; `arrays` are those before the exchange buffers."""
         xp = self.xp
         exchange = self._exchange(plan, plan.recurrent, batch)
-        second = exchange[:0] if plan.projection is None else self._exchange(plan, plan.projection, batch)
+        second = exchange[:0] if plan.inner is None else self._exchange(plan, plan.inner, batch)
+        crossing = plan.form == "stepwise" and plan.late is not None
+        between = self._empty(phases(self.cell, plan.backward).slots if crossing else 0, batch, self.hidden)
         arrivals = xp.zeros(plan.grid(batch)[1], np.uint64)
         launch = kernel(self.cell, plan, *options, self.device.capability)
-        arrays = (*arrays, exchange, second, *self._packed(plan), arrivals)
+        arrays = (*arrays, between, exchange, second, *self._packed(plan), arrivals)
         launch(plan.grid(batch), arrays, list(_runs(plan, steps, reverse)))
 
     def forward(
@@ -254,7 +268,7 @@ class Resident:
     ) -> Tape | None:
         xp, cell, hidden = self.xp, self.cell, self.hidden
         steps, batch, _ = x.shape
-        gates, inputs, further = len(cell.gates), len(cell.preactivations), len(cell.states) - 1
+        gates, inputs, further = len(cell.input_gates), len(cell.preactivations), len(cell.states) - 1
         rows = xp.ascontiguousarray(x).reshape(steps * batch, self.inputs)
         fed = matmul(rows, self.ih.T, self.precision, xp).reshape(steps, batch, gates * hidden)
         output, states = self._states(initial, batch)
@@ -262,24 +276,26 @@ class Resident:
         if reset is not None:
             initial_output, initial_states = output.copy(), states.copy()
             reset = xp.ascontiguousarray(reset)
-        lengths = self._endless(batch) if lengths is None else xp.ascontiguousarray(lengths)
+        padded = lengths is not None
+        lengths = xp.ascontiguousarray(lengths) if padded else self._endless(batch)
         taped = (steps, batch) if training else (0, 0)
-        in_place = training and not cell.split  # each thread writes what it alone has read
+        in_place = training and inputs == gates  # each thread writes what it alone has read
         pre = fed.reshape(*fed.shape[:2], gates, hidden) if in_place else self._empty(*taped, inputs, hidden)
         entering = self._empty(*taped, self.outputs)
         entering_states = self._empty(further, *taped, hidden)
-        raw = self._empty(*(taped if self.hr is not None else (0, 0)), hidden)
+        plan = self.plan(batch, False)
+        inner = self._empty(*(taped if plan.inner is not None else (0, 0)), hidden)
         arrays = (
             fed, self.bias, self.learned, lengths, xp.zeros((0, 0), bool) if reset is None else reset,
-            initial_output, initial_states, output, states, y, pre, entering, entering_states, raw,
+            initial_output, initial_states, output, states, y, pre, entering, entering_states, inner,
         )  # fmt: skip
         options = (reset is not None, training)
-        self._run(self.plan(batch, False), batch, steps, reverse, options, arrays)
+        self._run(plan, batch, steps, reverse, options, arrays)
         for target, state in zip(final, (output, *states)):
             target[...] = state
         if not training:
             return None
-        return Tape(x, pre, entering, entering_states, raw, lengths, reset, reverse)
+        return Tape(x, pre, entering, entering_states, inner, lengths, reset, reverse, padded)
 
     def _states(self, given: States | None, batch: int) -> tuple[Any, Any]:
         """The first state (B, P), and the others (S, B, H), in arrays of their own."""
@@ -297,7 +313,7 @@ class Resident:
     ) -> tuple[States, Weights]:
         xp, cell, hidden = self.xp, self.cell, self.hidden
         steps, batch, _ = tape.x.shape
-        gates, inputs = len(cell.gates), len(cell.preactivations)
+        gates, inputs = len(cell.input_gates), len(cell.preactivations)
         plan = self.plan(batch, True)
         precision = plan.recurrent.precision
         doutput, dstates = self._states(dfinal, batch)
@@ -314,41 +330,54 @@ class Resident:
         self._run(plan, batch, steps, tape.reverse, options, arrays)
 
         rows = d.reshape(steps * batch, inputs * hidden)
-        d_input, d_output = rows[:, : gates * hidden], rows[:, (inputs - gates) * hidden :]
-        x = xp.ascontiguousarray(tape.x).reshape(steps * batch, self.inputs)
+        d_input = rows[:, : gates * hidden]
         if dx is not None:
             here = matmul(d_input, self.ih, precision, xp).reshape(tape.x.shape)
             if accumulate:
                 dx += here
             else:
                 dx[...] = here
-        grads = self._weight_gradients(x, d_input, d_output, tape, dprojected, dlearned, precision)
+        grads = self._weight_gradients(rows, tape, dprojected, dlearned, precision)
         return (doutput + total_output, *(dstates + total_states)), grads
+
+    def _rows(self, array: Any, tape: Tape) -> Any:
+        """(T, B, N) as (T*B, N); 0 beyond the ends of sequences: NaN there would meet a gradient of 0."""
+        xp = self.xp
+        array = xp.ascontiguousarray(array)
+        if tape.padded and array.size:
+            active = xp.arange(len(array))[:, None] < tape.lengths
+            array = xp.where(active[..., None], array, 0)
+        return array.reshape(-1, array.shape[2])
 
     def _weight_gradients(
         self,
-        x: Any,
-        d_input: Any,
-        d_output: Any,
+        d: Any,  # (T*B, A*H)
         tape: Tape,
         dprojected: Any,
         dlearned: Any,
         precision: Precision,
     ) -> Weights:
-        xp, cell = self.xp, self.cell
+        xp, cell, hidden = self.xp, self.cell, self.hidden
+        d_input = d[:, : len(cell.input_gates) * hidden]
+        first, end = recurrent_slots(cell)
         operands = tape.entering_states[cell.operand - 1] if cell.operand else tape.entering
+        products = [(d[:, first * hidden : end * hidden], operands.reshape(len(d), self.outputs))]
+        x, inner = self._rows(tape.x, tape), self._rows(tape.inner, tape)
+        for gate in cell.late:
+            at = cell.preactivations.index(gate) * hidden
+            products.append((d[:, at : at + hidden], inner))
         ih = matmul(d_input.T, x, precision, xp)
-        hh = matmul(d_output.T, operands.reshape(len(x), self.outputs), precision, xp)
+        hh = _stacked([matmul(part.T, operand, precision, xp) for part, operand in products], xp)
         bias_ih = bias_hh = hr = None
         if self.biased:
-            bias_ih = _ordered(d_input.sum(0), cell, cell.gates, cell.input_gates)
-            bias_hh = _ordered(d_output.sum(0), cell, cell.gates, cell.recurrent_gates)
+            bias_ih = _ordered(d_input.sum(0), cell.gates_with_input, cell.input_gates)
+            sums = _stacked([part.sum(0) for part, _ in products], xp)
+            bias_hh = _ordered(sums, cell.gates_with_recurrent, self.recurrent)
         if self.hr is not None:
-            dprojected = dprojected.reshape(len(x), self.outputs)
-            hr = matmul(dprojected.T, tape.raw.reshape(len(x), self.hidden), precision, xp)
+            hr = matmul(dprojected.reshape(len(d), self.outputs).T, inner, precision, xp)
         return Weights(
-            _ordered(ih, cell, cell.gates, cell.input_gates),
-            _ordered(hh, cell, cell.gates, cell.recurrent_gates),
+            _ordered(ih, cell.gates_with_input, cell.input_gates),
+            _ordered(hh, cell.gates_with_recurrent, self.recurrent),
             bias_ih,
             bias_hh,
             hr,
@@ -369,9 +398,12 @@ def _runs(plan: Plan, steps: int, reverse: bool) -> Iterator[tuple[int, int, int
             yield step, step + 1, int(reverse), phase
 
 
-def _ordered(stacked: Any, cell: Cell, wanted: tuple[str, ...], given: tuple[str, ...] | None = None) -> Any:
+def _stacked(parts: list[Any], xp: Any) -> Any:
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts)
+
+
+def _ordered(stacked: Any, wanted: tuple[str, ...], given: tuple[str, ...]) -> Any:
     """An array whose first axis stacks the gates, in another order of them."""
-    given = cell.gates if given is None else given
     if wanted == given:
         return stacked
     parts = stacked.reshape(len(given), -1, *stacked.shape[1:])

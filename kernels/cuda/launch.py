@@ -31,6 +31,7 @@ from fusedlstm.folders import cuda_kernels, is_private, warn
 from fusedlstm.once import once
 
 from . import backward, forward
+from .phases import phases
 from .plan import Device, Plan
 from .ptx import SIMULATED
 from .scalar import element
@@ -211,7 +212,8 @@ def cached_ptx(cell: Cell, plan: Plan, resets: bool, training: bool, capability:
     import numba_cuda  # type: ignore[import-untyped]  # not needed in a simulator
 
     compilers = [numba.__version__, numba_cuda.__version__]
-    state = [_SOURCES.hexdigest(), *compilers, cell.key, replace(plan, why=""), resets, training, capability]
+    made_of = [cell.key, phases(cell, plan.backward), replace(plan, why="")]
+    state = [_SOURCES.hexdigest(), *compilers, *made_of, resets, training, capability]
     digest = hashlib.sha256(repr(state).encode()).hexdigest()
     stem = f"{cell.name}_{digest[:24]}"
     return _kept(stem, ".ptx", lambda: compile_ptx(cell, plan, resets, training, capability).encode())

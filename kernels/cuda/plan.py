@@ -19,6 +19,7 @@ from fusedlstm.cells import Cell
 from fusedlstm.once import lazy
 
 from . import ptx
+from .phases import phases
 
 Precision = Literal["float32", "float64", "tf32", "bfloat16", "float16"]
 Form = Literal["persistent", "stepwise"]
@@ -273,6 +274,7 @@ class Plan:
     backward: bool
     recurrent: Product  # forward: outputs are units; backward: elements of the output
     projection: Product | None
+    late: Product | None  # of a late gate: outputs are units; never beside a projection
     outputs: tuple[int, int]  # number of hidden units, and of elements of the output
     blocks: int  # along the units
     why: str
@@ -302,8 +304,13 @@ class Plan:
         return self.recurrent.units if self.backward else self.projection.units
 
     @property
+    def inner(self) -> Product | None:
+        """The product within a step, of what is computed behind the recurrent one."""
+        return self.projection or self.late
+
+    @property
     def products(self) -> tuple[Product, ...]:
-        return (self.recurrent,) if self.projection is None else (self.recurrent, self.projection)
+        return (self.recurrent,) if self.inner is None else (self.recurrent, self.inner)
 
     @property
     def threads(self) -> int:
@@ -393,8 +400,9 @@ def _clocks(plan: Plan, device: Device, batch: int) -> tuple[float, int]:
 
 
 def _held(plan: Plan) -> Iterator[int]:
-    """From no step in registers to as many as they take."""
-    for held in range(plan.recurrent.steps + 1):
+    """From no step in registers to as many as they take; beside what several cells keep meanwhile, none."""
+    several = plan.late is not None and plan.units * plan.recurrent.batch > plan.threads
+    for held in range(1 if several else plan.recurrent.steps + 1):
         product = replace(plan.recurrent, held=held)
         each = 2 * product.tiles // product.shares if product.tensor else ROWS * product.width
         if product.held_weights <= HELD and held * each <= UNROLLED[product.tensor]:
@@ -421,8 +429,11 @@ def _candidates(
 ) -> Iterator[Plan]:
     """Plans whose tiles fit the threads."""
     tensor = precision in TENSOR_CORES
-    outputs, gates = proj or hidden, len(cell.gates)
-    state = gates + len(cell.states) + len(cell.weights)
+    outputs, gates = proj or hidden, len(cell.recurrent_gates)
+    cuts = phases(cell, backward).cuts
+    state = len(cell.gates) + len(cell.states) + len(cell.weights)
+    if form == "persistent" and len(cuts) > 1:  # what is kept meanwhile, and where it goes
+        state += len({*cuts[0].stores, *cuts[1].takes}) + 1
     for columns, units in pairs(_columns(batch, tensor, device.threads), range(1, min(hidden, 64) + 1)):
         blocks = ceil(hidden / units)
         elements = ceil(outputs / blocks) if proj else units
@@ -430,11 +441,13 @@ def _candidates(
         groups = 1 if backward else gates
         rest = (columns, device.threads, device.warps, form == "persistent")
         recurrent = Product(precision, groups, rows // groups, size, *rest)
-        projection = None
+        projection = late = None
         if proj:
             one, depth = (units, proj) if backward else (elements, hidden)
             projection = Product(precision, 1, one, depth, *rest)
-        plan = Plan(form, backward, recurrent, projection, (hidden, outputs), blocks, "")
+        if len(cuts) > 1:
+            late = Product(precision, 1, units, hidden, *rest)
+        plan = Plan(form, backward, recurrent, projection, late, (hidden, outputs), blocks, "")
         registers = ceil(units * columns / device.threads) * state * recurrent.real_size // 4
         fits = all(p.fits for p in plan.products) and plan.partial <= device.shared
         if fits and (registers <= STATE or units == 1):

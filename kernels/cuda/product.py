@@ -33,12 +33,12 @@ class Functions(NamedTuple):
 
 
 def products(plan: Plan) -> tuple[Functions, Functions]:
-    """Compile the recurrent product and that of the projection; without one, the recurrent one again."""
+    """Compile the recurrent product and that within a step; without one, the recurrent one again."""
     first = plan.partial // plan.recurrent.operand.itemsize  # behind the partial sums
     recurrent = _functions(plan, plan.recurrent, first)
-    if plan.projection is None:
+    if plan.inner is None:
         return recurrent, recurrent
-    return recurrent, _functions(plan, plan.projection, first + plan.recurrent.shared_weights)
+    return recurrent, _functions(plan, plan.inner, first + plan.recurrent.shared_weights)
 
 
 def _functions(plan: Plan, product: Product, shared_base: int) -> Functions:

@@ -1,4 +1,4 @@
-"""The functions that a cell may use, for the scalars of a CUDA thread, and a cell's step and adjoint.
+"""The functions that a cell may use, for the scalars of a CUDA thread, and the phases of a cell.
 
 float32 stays float32: Numba would compute `1.0 - x` in float64, so every constant of the generated
 code is cast.  Accuracy is that of CUDA's math library, without its fast variants; only the division
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import cuda
@@ -20,6 +20,7 @@ from fusedlstm.derive import compile_source
 from fusedlstm.math import DERIVATIVES, erf
 
 from . import ptx
+from .phases import phases
 from .ptx import SIMULATED
 
 # In a simulator a scalar is NumPy's, and NumPy keeps its precision.
@@ -88,46 +89,34 @@ def device_library(name: str) -> Any:
     return erf if SIMULATED and name == "erf" else getattr(_LIBRARY, name)  # NumPy has none
 
 
-class Update(NamedTuple):
-    """A cell's generated functions over one thread's arrays.
+def phase_functions(cell: Cell, real: Any, backward: bool) -> list[Any]:
+    """The phases of a cell's step, or of its adjoint, as functions (values, at) for scalars of type `real`.
 
-    `values` holds, in this order, every pre-activation, every state and every learned vector,
-    whether the cell takes it or not; `new` and `seeds` hold one number a state.
+    They take the numbers of a unit, which lie in `values` from place `at` on, and put there what they store.
     """
+    cuts, places, _ = phases(cell, backward)
+    stored = {value for cut in cuts for value in cut.stores}
+    # the gradient of what the cell does not take
+    unused = [n for value, n in places.items() if value.role == "result" and value not in stored]
+    compiled = []
+    for cut in cuts:
+        given = [f"values[U(at + {places[value]})]" for value in cut.takes]
+        lines = [f"    new = phase({', '.join(given)})"]
+        lines += [f"    values[U(at + {places[value]})] = new[{n}]" for n, value in enumerate(cut.stores)]
+        if cut is cuts[-1]:
+            lines += [f"    values[U(at + {n})] = 0.0" for n in unused]
+        text = "\n".join([cut.code, "def run(values, at):", *lines])
+        cast = ast.unparse(ast.fix_missing_locations(_CastConstants().visit(ast.parse(text))))
+        # unsigned: Numba guards a signed index against being negative
+        namespace = {**functions(real), "real": real, "full_like": device(_full_like), "U": np.uint32}
+        module: Any = compile_source(cast, namespace, f"<CUDA phase of {cell.name}>")
+        module.phase = device(module.phase)
+        compiled.append(device(module.run))
+    return compiled
 
-    step: Any  # (values, new): new states from values
-    adjoint: Any  # (values, seeds, gradients): the gradient of each of values from those of the states
 
-
-def update(cell: Cell, real: Any) -> Update:
-    """Compile the generated code of a cell for scalars of type `real`."""
-    slots = {name: n for n, name in enumerate((*cell.preactivations, *cell.states, *cell.weights))}
-    given = [f"values[u{slots[name]}]" for name in cell.arguments]
-    seeds = [f"seeds[u{n}]" for n in range(len(cell.seeds))]
-    step = [f"    new[u{n}] = result[{n}]" for n in range(len(cell.states))]
-    gradients = [f"    gradients[u{slots[name]}] = result[{n}]" for n, name in enumerate(cell.arguments)]
-    unused = [f"    gradients[u{n}] = real(0.0)" for name, n in slots.items() if name not in cell.arguments]
-    text = "\n".join(
-        [
-            "def apply_step(values, new):",
-            f"    result = step({', '.join(given)})",
-            *step,
-            "",
-            "def apply_adjoint(values, seeds, gradients):",
-            f"    result = adjoint({', '.join(given + seeds)})",
-            *gradients,
-            *unused,
-        ]
-    )
-    # unsigned: Numba guards a signed index against being negative
-    indices = {f"u{n}": np.uint32(n) for n in range(len(slots) + len(seeds))}
-    cast = ast.unparse(ast.fix_missing_locations(_CastConstants().visit(ast.parse(cell.source))))
-    full_like = device(lambda x, value: value)
-    namespace = {**functions(real), "real": real, "full_like": full_like}
-    derived = compile_source(cast, namespace, f"<CUDA cell {cell.name}>")
-    parts = {"step": device(derived.step), "adjoint": device(derived.adjoint), "real": real}
-    applied = compile_source(text, {**indices, **parts}, f"<CUDA update of {cell.name}>")
-    return Update(device(applied.apply_step), device(applied.apply_adjoint))
+def _full_like(x: Any, value: Any) -> Any:
+    return value
 
 
 class _CastConstants(ast.NodeTransformer):

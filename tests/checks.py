@@ -14,6 +14,7 @@ from fusedlstm.math import (
     hard_sigmoid,
     log,
     maximum,
+    mean,
     minimum,
     relu,
     sigmoid,
@@ -85,11 +86,84 @@ def other_operand(a: Any, b_x: Any, b_h: Any, h: Any, c: Any, s: Any, w: Any) ->
     return tanh(c) + 0.25 * h, c, tanh(c * a) - 0.5 * s
 
 
-OWN = (one_gate, three_states, five_gates, unused_state, other_operand)
-# those that engines run as they are
-BUILT_IN = tuple(value for value in layers.BUILT_IN.values() if value.half is None)
+@cell(gates=("i", "f", "g", "o"), states=("h", "c"), weights=("s_i", "s_f", "s_g", "s_o", "s_c"))
+def layer_norm_lstm(
+    i: Any, f: Any, g: Any, o: Any, c: Any, s_i: Any, s_f: Any, s_g: Any, s_o: Any, s_c: Any
+) -> Any:
+    """Means of means: gates and the new state are normalized over the units of a row."""
+
+    def normalized(x: Any) -> Any:
+        moved = x - mean(x)
+        return moved / sqrt(mean(moved * moved) + 0.01)
+
+    c = sigmoid(s_f * normalized(f)) * c + sigmoid(s_i * normalized(i)) * tanh(s_g * normalized(g))
+    return sigmoid(s_o * normalized(o)) * tanh(s_c * normalized(c)), c
+
+
+@cell(gates=("a", "b"), weights=("u",), without_recurrent=("a", "b"))
+def independent(a: Any, b: Any, h: Any, u: Any) -> Any:
+    """No recurrent weights at all: a unit sees its own past by a learned vector."""
+    return sigmoid(b) * h + tanh(a + u * h)
+
+
+@cell(gates=("a", "b", "n"), states=("h", "s"), late=("n",), without_recurrent=("a",), without_input=("b",))
+def late_of_output(a: Any, b: Any, n: Any, s: Any) -> Any:
+    """A late gate multiplies the new output itself; beside it every kind of gate but a split one."""
+    h = tanh(a + b * s)
+    return h, 0.5 * s + tanh(n(h)) * (1 - b)
+
+
+@cell(
+    gates=("r", "z", "n", "m", "k"), states=("h", "s", "t"), late=("n", "m"), weights=("p",),
+    without_input=("m",), split=("k",), recurrent="s",
+)  # fmt: skip
+def late_and_means(r: Any, z: Any, n: Any, m: Any, k_x: Any, k_h: Any, h: Any, s: Any, t: Any, p: Any) -> Any:
+    """Late gates one after the other, with means before, between and behind them; three kinds of operands."""
+    first = tanh(n(sigmoid(r) * h + mean(s)))
+    scale = mean(first * first)
+    second = m(first * p + scale)
+    t = 0.5 * t - sigmoid(k_x) * mean(second * k_h)
+    return first + sigmoid(z) * (h - first) * scale, tanh(second) - s * scale, t
+
+
+@cell(gates=("n", "a"), states=("h", "s"), late=("n",))
+def late_without_gradient(n: Any, a: Any, h: Any) -> Any:
+    """A late gate decides alone, so that its gradient is zero; a result is a number, a state not read."""
+    return where(n(tanh(a)) > 0.125, 0.5 * tanh(a), 0.25 * h), 1.5
+
+
+@cell(gates=("a", "n", "m"), states=("h", "c"), late=("n", "m"), weights=("w",))
+def tangents_alike(a: Any, n: Any, m: Any, h: Any, c: Any, w: Any) -> Any:
+    """What late gates multiply is no result, but its tangent is that of one; or a learned vector alone."""
+    c = tanh(a) + 0.5 * c
+    return tanh(n(c + 1.0)) * h + 0.125 * m(2 * w), c
+
+
+OWN = (
+    one_gate,
+    three_states,
+    five_gates,
+    unused_state,
+    other_operand,
+    layer_norm_lstm,
+    independent,
+    late_of_output,
+    late_and_means,
+    late_without_gradient,
+    tangents_alike,
+)
+BUILT_IN = tuple(layers.BUILT_IN.values())
 ALL = (*BUILT_IN, *OWN)
-PROJECTED = (cells.lstm, three_states)  # the cells that are tried with a projection
+
+
+def _sees_units(cell: cells.Cell) -> bool:
+    """Whether a step has more than one phase, or gates that lack a product."""
+    return bool(cell.step.means() or cell.late or cell.without_input or cell.without_recurrent)
+
+
+# those of one phase, all of whose gates have both products
+PLAIN = tuple(value for value in ALL if not _sees_units(value))
+PROJECTED = (cells.lstm, three_states)  # cells that are tried with a projection
 
 
 def name(value: Any) -> str:

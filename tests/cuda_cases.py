@@ -9,14 +9,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from checks import error
+from checks import ALL, error
 
 from fusedlstm.cells import Cell
 from fusedlstm.kernels import reference
 from fusedlstm.kernels.cuda.engine import CUDA
 from fusedlstm.kernels.cuda.launch import array_module
+from fusedlstm.kernels.cuda.phases import unsupported
 from fusedlstm.kernels.cuda.plan import BARRIER_EVERY
 from fusedlstm.weights import Weights, flatten
+from fusedlstm.weights import shapes as weight_shapes
+
+RUN = tuple(cell for cell in ALL if not unsupported(cell))  # the cells that the engine has kernels for
 
 # Relative error of the norm; float32 and float64 for one step, of T steps sqrt(T) times as much.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-13, "tf32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
@@ -75,7 +79,8 @@ class Arrays:
 def arrays(case: Case) -> Arrays:
     rng = np.random.default_rng(case.seed)
     dtype = np.float64 if case.precision == "float64" else np.float32
-    gates, hidden, outputs = len(case.cell.gates), case.hidden, case.proj or case.hidden
+    hidden, outputs = case.hidden, case.proj or case.hidden
+    shapes = weight_shapes(case.cell, case.inputs, hidden, case.bias, case.proj)
 
     def uniform(*shape: int) -> np.ndarray:
         # bounded: where a gate saturates, rounding errors of its derivative are relatively large
@@ -85,22 +90,22 @@ def arrays(case: Case) -> Arrays:
         return (uniform(*shape) * shape[-1] ** -0.5).astype(dtype)
 
     weights = Weights(
-        weight(gates * hidden, case.inputs),
-        weight(gates * hidden, outputs),
-        uniform(gates * hidden) if case.bias else None,
-        uniform(gates * hidden) if case.bias else None,
-        weight(case.proj, hidden) if case.proj else None,
+        weight(*shapes.ih),
+        weight(*shapes.hh) if shapes.hh else None,
+        uniform(*shapes.bias_ih) if case.bias else None,
+        uniform(*shapes.bias_hh) if shapes.bias_hh else None,
+        weight(*shapes.hr) if case.proj else None,
         tuple(uniform(hidden) for _ in case.cell.weights),
     )
-    shapes = [(case.batch, hidden if n else outputs) for n in range(len(case.cell.states))]
+    states = [(case.batch, hidden if n else outputs) for n in range(len(case.cell.states))]
     return Arrays(
         weights,
         uniform(case.steps, case.batch, case.inputs),
-        tuple(uniform(*shape) / 2 for shape in shapes) if case.initial else None,
+        tuple(uniform(*shape) / 2 for shape in states) if case.initial else None,
         rng.integers(0, case.steps + 1, case.batch) if case.lengths else None,
         rng.random((case.steps, case.batch)) < 0.4 if case.reset else None,
         uniform(case.steps, case.batch, outputs),
-        tuple(uniform(*shape) for shape in shapes),
+        tuple(uniform(*shape) for shape in states),
         uniform(case.steps, case.batch, case.inputs),
     )
 

@@ -22,6 +22,7 @@ CASES = [
     for case in (
         Case(cells.lstm, 2, 5, 2, 5, lengths=True, reset=True, form=form),
         Case(cells.gru, 2, 5, 2, 5, lengths=True, reset=True, form=form),
+        Case(cells.gru_reset_before, 2, 5, 2, 5, lengths=True, reset=True, form=form),
         Case(cells.lstm, 2, 2, 2, 4, proj=3, reverse=True, form=form),
     )
 ]

@@ -40,6 +40,8 @@ OPTIONS: dict[str, tuple[Layer, dict[str, Any]]] = {
     "float64": (partial(LSTM, *SIZES, dtype="float64", bidirectional=True), {}),
     "gru": (partial(GRU, *SIZES, bidirectional=True), {"lengths": LENGTHS}),
     "gru-reset-before": (partial(GRU, *SIZES, bidirectional=True, reset_after=False), {"reset": RESET}),
+    "output-sees-cell": (partial(Recurrent, cells.lstm_output_sees_cell, *SIZES, bidirectional=True), {}),
+    "output-from-memory": (partial(Recurrent, cells.lstm_output_from_memory, *SIZES), {"lengths": LENGTHS}),
     "rnn-tanh": (partial(RNN, *SIZES, bidirectional=True), {"lengths": LENGTHS}),
     "rnn-relu": (partial(RNN, *SIZES, nonlinearity="relu"), {"reset": RESET}),
     "peephole": (partial(Recurrent, cells.peephole_lstm, *SIZES, bidirectional=True), {}),

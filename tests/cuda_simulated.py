@@ -18,9 +18,18 @@ from typing import Any
 import cuda_options
 import numpy as np
 import pytest
-from checks import ALL, BUILT_IN, error, five_gates, name, other_operand, three_states
+from checks import (
+    BUILT_IN,
+    error,
+    five_gates,
+    independent,
+    layer_norm_lstm,
+    name,
+    other_operand,
+    three_states,
+)
 from cuda_ahead import kernels
-from cuda_cases import TOLERANCE, Case, actual, arrays, check, expected
+from cuda_cases import RUN, TOLERANCE, Case, actual, arrays, check, expected
 from cuda_simulator import Stuck, concurrent_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +41,7 @@ from fusedlstm.kernels.cuda import backward, engine, forward, launch, product
 from fusedlstm.kernels.cuda import plan as plans
 from fusedlstm.kernels.cuda.plan import Device, Plan, choose
 from fusedlstm.kernels.cuda.ptx import SIMULATED
+from fusedlstm.math import sigmoid, tanh
 
 assert SIMULATED, "set NUMBA_ENABLE_CUDASIM=1"
 
@@ -39,6 +49,14 @@ FORMS = ("persistent", "stepwise")
 TENSOR = ("tf32", "bfloat16", "float16")
 PLAIN_DEVICE = Device("8 threads a block", (9, 0), 6, 1 << 20, threads=8)
 TENSOR_DEVICE = Device("64 threads a block", (9, 0), 6, 1 << 20, threads=64)
+
+LATE = (cells.gru_reset_before, cells.lstm_output_sees_cell, cells.lstm_output_from_memory)
+
+
+@fusedlstm.cell(gates=("r", "a", "b"), late=("a", "b"))
+def two_late(r: Any, a: Any, b: Any, h: Any) -> Any:
+    return tanh(b(tanh(a(sigmoid(r) * h))))
+
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -76,7 +94,7 @@ def three_blocks(case: Case) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("cell", ALL, ids=name)
+@pytest.mark.parametrize("cell", RUN, ids=name)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_cell(form: str, cell: fusedlstm.Cell, options: str) -> None:
     case = Case(cell, 3, 5, 2, 7, form=form, **OPTIONS[options])
@@ -85,7 +103,7 @@ def test_every_cell(form: str, cell: fusedlstm.Cell, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("cell", [c for c in ALL if not c.unprojectable], ids=name)
+@pytest.mark.parametrize("cell", [c for c in RUN if not c.unprojectable], ids=name)
 @pytest.mark.parametrize("form", FORMS)
 def test_projection(form: str, cell: fusedlstm.Cell, options: str) -> None:
     case = Case(cell, 3, 3, 2, 7, proj=5, form=form, **OPTIONS[options])
@@ -94,16 +112,23 @@ def test_projection(form: str, cell: fusedlstm.Cell, options: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, three_states], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, three_states, *LATE], ids=name)
 def test_float64(cell: fusedlstm.Cell, form: str) -> None:
-    check(Case(cell, 3, 5, 2, 7, precision="float64", form=form, lengths=True, reset=True))
+    check(Case(cell, 3, 5, 2, 6, precision="float64", form=form, lengths=True, reset=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", TENSOR)
 @pytest.mark.parametrize(
     ("cell", "hidden"),
-    [(cells.lstm, 33), (cells.gru, 33), (cells.rnn_tanh, 35), (three_states, 40), (other_operand, 36)],
+    [
+        (cells.lstm, 33),
+        (cells.gru, 33),
+        (cells.rnn_tanh, 35),
+        (three_states, 40),
+        (other_operand, 36),
+        *((cell, 34) for cell in LATE),
+    ],
     ids=name,
 )
 def test_tensor_cores(
@@ -136,27 +161,29 @@ def test_small_gradients_are_not_lost(precision: str, monkeypatch: pytest.Monkey
         assert error(found[what] * scale, wanted[what] * scale) < TOLERANCE[precision], what
 
 
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru_reset_before], ids=name)
 @pytest.mark.parametrize("precision", ["float32", "float64", *TENSOR])
-def test_weights_in_registers(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_registers(precision: str, cell: fusedlstm.Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Little shared memory: some weights stay in registers, others do not."""
     device = TENSOR_DEVICE if precision in TENSOR else PLAIN_DEVICE
-    batch, hidden = 3, 33 if precision in TENSOR else 19
+    # of a cell with a late gate only where a thread has one unit
+    batch, hidden = 3, 33 if precision in TENSOR else 11 if cell.late else 19
     chosen = []
     for backwards in (False, True):
-        roomy = choose(device, cells.lstm, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
+        roomy = choose(device, cell, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
         few = replace(roomy.recurrent, held=1)
         tight = replace(device, shared=replace(roomy, recurrent=few).shared)
-        plan = choose(tight, cells.lstm, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
+        plan = choose(tight, cell, precision, hidden, 0, batch, backwards)  # type: ignore[arg-type]
         assert 0 < plan.recurrent.held < plan.recurrent.steps or plan.recurrent.steps == 1
         chosen.append(plan)
     monkeypatch.setattr(launch, "simulated_device", device)
     monkeypatch.setattr(engine, "choose", lambda *args: chosen[args[6]])
-    check(Case(cells.lstm, 2, batch, 3, hidden, precision=precision))
+    check(Case(cell, 2, batch, 3, hidden, precision=precision))
 
 
 @settings(max_examples=60)
 @given(
-    cell=st.sampled_from(ALL),
+    cell=st.sampled_from(RUN),
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 3), st.integers(1, 9)),
     proj=st.integers(0, 4),
     flags=st.tuples(*[st.booleans()] * 7),
@@ -169,24 +196,42 @@ def test_any_size_and_option(
 ) -> None:
     # float64: where a result is a single number, float32 may lose it to cancellation
     options = ("bias", "lengths", "reset", "reverse", "initial", "strided", "accumulate")
-    proj = 0 if cell.unprojectable else min(proj, sizes[3])
+    steps, batch, inputs, hidden = sizes
+    if cell.late:
+        hidden = min(hidden, 6)  # each thread may keep the numbers of one unit meanwhile
+    proj = 0 if cell.unprojectable else min(proj, hidden)
     rest = dict(zip(options, flags))
     check(
         Case(
-            cell, *sizes, proj, precision="float64", form=form, barrier_every=barrier_every, seed=seed, **rest
+            cell,
+            steps,
+            batch,
+            inputs,
+            hidden,
+            proj,
+            precision="float64",
+            form=form,
+            barrier_every=barrier_every,
+            seed=seed,
+            **rest,
         )
     )
 
 
-@pytest.mark.parametrize("proj", [0, 5])
+@pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 5), (LATE[0], 0), (LATE[2], 0)])
 @pytest.mark.parametrize(("form", "barrier_every"), [("persistent", 1), ("persistent", 2), ("stepwise", 1)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_same_bits_under_any_schedule(
-    precision: str, form: str, barrier_every: int, proj: int, monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    form: str,
+    barrier_every: int,
+    cell: fusedlstm.Cell,
+    proj: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE if precision != "float32" else PLAIN_DEVICE)
     options: dict[str, Any] = {"lengths": True, "reset": True, "precision": precision, "form": form}
-    case = Case(cells.lstm, 3, 5, 2, 11, proj, barrier_every=barrier_every, **options)
+    case = Case(cell, 3, 5, 2, 11, proj, barrier_every=barrier_every, **options)
     given_arrays = arrays(case)
     results = []
     for seed in range(4):
@@ -202,7 +247,7 @@ def test_same_bits_under_any_schedule(
 
 @pytest.mark.parametrize("barrier_every", [1, 2, 3])
 @pytest.mark.parametrize("proj", [0, 5])
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, other_operand], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, other_operand, *LATE], ids=name)
 def test_buffers_are_used_again(cell: fusedlstm.Cell, proj: int, barrier_every: int) -> None:
     """There are twice as many as `barrier_every`."""
     case = Case(cell, 8, 3, 2, 7, 0 if cell.unprojectable else proj, form="persistent", lengths=True)
@@ -211,10 +256,13 @@ def test_buffers_are_used_again(cell: fusedlstm.Cell, proj: int, barrier_every: 
     check(replace(case, barrier_every=barrier_every, batch=4, hidden=8, proj=case.proj and 4))
 
 
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru_reset_before], ids=name)
 @pytest.mark.parametrize("precision", TENSOR)
-def test_buffers_are_used_again_on_tensor_cores(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_are_used_again_on_tensor_cores(
+    precision: str, cell: fusedlstm.Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "simulated_device", TENSOR_DEVICE)
-    check(Case(cells.lstm, 5, 9, 3, 33, precision=precision, form="persistent", barrier_every=2))
+    check(Case(cell, 5, 9, 3, 33, precision=precision, form="persistent", barrier_every=2))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", *TENSOR])
@@ -232,16 +280,19 @@ def test_any_nan_may_be_exchanged(precision: str, monkeypatch: pytest.MonkeyPatc
         np.testing.assert_array_equal(np.isnan(found[what]), np.isnan(wanted[what]), err_msg=what)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["projection", "late"])
 @pytest.mark.parametrize("module", [forward, backward], ids=lambda module: module.__name__.rpartition(".")[2])
-def test_buffers_must_be_made_ready(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_must_be_made_ready(module: Any, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was published some steps ago must not be taken for what is awaited."""
-    recurrent, withdraw = product.products, []
+    compiled, withdraw = product.products, []
 
     def products(plan: Any) -> Any:
-        return tuple(p._replace(withdraw=lambda *args: withdraw.append(args)) for p in recurrent(plan))
+        recurrent, inner = compiled(plan)
+        inner = inner._replace(withdraw=lambda *args: withdraw.append(args))
+        return recurrent if late else recurrent._replace(withdraw=inner.withdraw), inner
 
     monkeypatch.setattr(module, "products", products)
-    assert is_wrong(POLLED)
+    assert is_wrong(replace(POLLED, cell=cells.gru_reset_before, proj=0) if late else POLLED)
     assert withdraw
 
 
@@ -353,7 +404,7 @@ def test_persistent_kernels_have_all_barriers() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cell", BUILT_IN, ids=name)
+@pytest.mark.parametrize("cell", [c for c in BUILT_IN if c in RUN], ids=name)
 def test_nan_and_infinity_come_out_as_in_the_reference(cell: fusedlstm.Cell, form: str) -> None:
     case = Case(cell, 3, 4, 2, 5, form=form)
     given_arrays = arrays(case)
@@ -365,6 +416,24 @@ def test_nan_and_infinity_come_out_as_in_the_reference(cell: fusedlstm.Cell, for
     for what in ("y", "final 0"):
         np.testing.assert_array_equal(np.isnan(found[what]), np.isnan(wanted[what]))
         np.testing.assert_allclose(found[what], wanted[what], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(cells.gru_reset_before, 3, 4, 2, 5, lengths=True, reverse=True),
+        Case(cells.lstm, 3, 4, 2, 5, proj=3, lengths=True),
+    ],
+    ids=str,
+)
+def test_nan_beyond_the_end_of_a_sequence_is_not_seen(case: Case) -> None:
+    given_arrays = arrays(case)
+    assert given_arrays.lengths is not None
+    given_arrays.lengths[:2] = 3, 1
+    given_arrays.x[np.arange(3)[:, None] >= given_arrays.lengths] = np.nan
+    wanted, found = expected(case, given_arrays), actual(case, given_arrays)
+    for what in wanted:
+        np.testing.assert_allclose(found[what], wanted[what], rtol=1e-4, atol=1e-5, err_msg=what)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -510,6 +579,21 @@ def test_explain_says_which_kernel_and_why() -> None:
 def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (layer_norm_lstm, "layer_norm_lstm: it takes means over the hidden units"),
+        (independent, "independent: it has no gate whose recurrent weights multiply a state"),
+        (two_late, "two_late: it has several late gates, 'a', 'b', and kernels have one product within"),
+    ],
+    ids=name,
+)
+def test_a_cell_without_kernels_is_refused(cell: fusedlstm.Cell, message: str) -> None:
+    weights = arrays(Case(cell, 1, 1, 1, 3)).weights
+    with pytest.raises(ValueError, match=f"backend 'cuda' has no kernels for cell {message}"):
+        engine.CUDA().prepare(cell, weights)
 
 
 def test_what_a_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

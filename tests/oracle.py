@@ -32,6 +32,7 @@ _FUNCTIONS: dict[str, Any] = {
     "maximum": lambda x, y: torch.maximum(*torch.broadcast_tensors(*map(_tensor, (x, y)))),
     "where": lambda c, x, y: torch.where(c, _tensor(x), _tensor(y)),
     "full_like": torch.full_like,
+    "mean": lambda x: x.mean().expand_as(x),  # of one row
 }
 
 
@@ -121,13 +122,27 @@ def _direction(
 def _step(
     cell: Cell, step: Any, weights: dict[str, Tensor], x: Tensor, states: list[Tensor], dropout: Tensor
 ) -> list[Tensor]:
-    from_x, from_h = weights["weight_ih"] @ x, weights["weight_hh"] @ (dropout * states[cell.operand])
-    if "bias_ih" in weights:
-        from_x, from_h = from_x + weights["bias_ih"], from_h + weights["bias_hh"]
-    count = len(cell.gates)
-    given = dict(zip(cell.states, states)) | {name: weights[name] for name in cell.weights}
-    for gate, a, b in zip(cell.gates, from_x.chunk(count), from_h.chunk(count)):
-        given |= {f"{gate}_x": a, f"{gate}_h": b, gate: a + b}
+    def product(gate: str, which: str, value: Tensor) -> Tensor:
+        """Of a row with the weights of a gate, plus their bias; zero of a gate without such weights."""
+        own = [
+            g
+            for g in cell.gates
+            if g not in (cell.without_input if which == "ih" else cell.without_recurrent)
+        ]
+        if gate not in own:
+            return torch.zeros(())
+        n, count = own.index(gate), len(own)
+        found = weights[f"weight_{which}"].chunk(count)[n] @ value
+        return found + weights[f"bias_{which}"].chunk(count)[n] if f"bias_{which}" in weights else found
+
+    given: dict[str, Any] = dict(zip(cell.states, states)) | {name: weights[name] for name in cell.weights}
+    for gate in cell.gates:
+        from_x = product(gate, "ih", x)
+        if gate in cell.late:
+            given[gate] = lambda value, gate=gate, a=from_x: a + product(gate, "hh", dropout * value)
+        else:
+            from_h = product(gate, "hh", dropout * states[cell.operand])
+            given |= {f"{gate}_x": from_x, f"{gate}_h": from_h, gate: from_x + from_h}
     new = list(step(*(given[name] for name in cell.arguments)))
     if "weight_hr" in weights:
         new[0] = weights["weight_hr"] @ new[0]

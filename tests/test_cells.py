@@ -12,11 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import BUILT_IN, five_gates, name, one_gate, other_operand, three_states
+from checks import (
+    ALL,
+    BUILT_IN,
+    five_gates,
+    late_and_means,
+    late_of_output,
+    name,
+    one_gate,
+    other_operand,
+    three_states,
+)
 
 from fusedlstm import cell, cells
 from fusedlstm.cells import Cell, CellError
-from fusedlstm.math import maximum, relu, sigmoid, tanh, where
+from fusedlstm.math import maximum, mean, relu, sigmoid, tanh, where
 
 FUNCTIONS = (
     "absolute, erf, exp, hard_sigmoid, log, maximum, minimum, relu, sigmoid, softplus, sqrt, tanh, where"
@@ -66,6 +76,32 @@ def test_gru() -> None:
     assert np.allclose(cells.gru.numpy.step(**v), [(1 - z) * n + z * v["h"]], rtol=1e-13)
 
 
+def test_gru_reset_before() -> None:
+    v = values(cells.gru_reset_before)
+    r, z = s(v["r"]), s(v["z"])
+    n = np.tanh(v["n"] + 0.5 * r * v["h"])
+    given = v | {"n": lambda operand: v["n"] + 0.5 * operand}
+    assert np.allclose(cells.gru_reset_before.numpy.step(**given), [(1 - z) * n + z * v["h"]], rtol=1e-13)
+
+
+def test_lstm_output_sees_cell() -> None:
+    v = values(cells.lstm_output_sees_cell)
+    c = s(v["f"]) * v["c"] + s(v["i"]) * np.tanh(v["g"])
+    h = s(v["o"] + 0.5 * c) * np.tanh(c)
+    given = v | {"o": lambda operand: v["o"] + 0.5 * operand}
+    assert np.allclose(cells.lstm_output_sees_cell.numpy.step(**given), [h, c], rtol=1e-14)
+
+
+def test_lstm_output_from_memory() -> None:
+    """The output gate has a product with the new cell state, and one with the previous output."""
+    cell, v = cells.lstm_output_from_memory, values(cells.lstm_output_from_memory)
+    c = s(v["f"]) * v["c"] + s(v["i"]) * np.tanh(v["g"])
+    h = s(v["o"] + 0.5 * c) * np.tanh(c)
+    assert np.allclose(cell.numpy.step(**v | {"m": lambda operand: 0.5 * operand}), [h, c], rtol=1e-14)
+    assert cell.gates_with_input == ("i", "f", "g")
+    assert cell.gates_with_recurrent == cell.gates
+
+
 def test_rnn() -> None:
     a = np.linspace(-2, 2, 9)
     assert np.array_equal(cells.rnn_tanh.numpy.step(a), [np.tanh(a)])
@@ -96,17 +132,9 @@ def test_with_functions_keeps_constants_and_closures() -> None:
     assert made.numpy.step(2.0, 10.0) == (11.0,)
 
 
-def test_a_cell_of_two_products_is_not_taken_for_its_half() -> None:
-    whole = cells.gru_reset_before
-    assert whole.half is not None
-    assert whole.key != whole.half.key
-
-
-def test_with_functions_of_a_cell_of_two_products() -> None:
+def test_with_functions_of_a_cell_with_a_late_gate() -> None:
     made = cells.with_functions(cells.gru_reset_before, tanh=relu)
-    assert made.states == ("h",)
-    assert made.half is not None
-    assert made.half.recurrent == "operand"
+    assert (made.states, made.late) == (("h",), ("n",))
     assert "relu" in made.source
     assert "tanh" not in made.source
 
@@ -117,9 +145,9 @@ def test_with_gates() -> None:
     assert made.split == ("n",)
     v = values(cells.gru)
     assert np.array_equal(made.numpy.step(**v), cells.gru.numpy.step(**v))
-    halves = cells.with_gates(cells.gru_reset_before, ("z", "r", "n"))
-    assert halves.half is not None
-    assert halves.half.gates == halves.gates == ("z", "r", "n")
+    late = cells.with_gates(late_and_means, ("k", "m", "n", "r", "z"))
+    assert (late.late, late.without_input, late.split) == (("m", "n"), ("m",), ("k",))
+    assert (late.recurrent, late.weights, late.states) == ("s", ("p",), late_and_means.states)
     with pytest.raises(CellError, match="the gates of cell gru are"):
         cells.with_gates(cells.gru, ("z", "r"))
 
@@ -140,13 +168,60 @@ def test_arguments_are_those_in_use_in_a_fixed_order() -> None:
     assert cells.lstm.arguments == ("i", "f", "g", "o", "c")
 
 
+def test_preactivations_of_gates_with_one_product_and_of_late_ones() -> None:
+    """What the input product gives is at the front, what the recurrent product gives one stretch."""
+    assert late_of_output.preactivations == ("n", "a", "b")
+    assert (late_of_output.input_gates, late_of_output.recurrent_gates) == (("n", "a"), ("b",))
+    assert late_of_output.gates_with_input == ("a", "n")
+    assert late_of_output.gates_with_recurrent == ("b", "n")
+    assert late_and_means.preactivations == ("n", "k_x", "r", "z", "k_h", "m")
+    assert late_and_means.input_gates == ("n", "k", "r", "z")
+    assert late_and_means.recurrent_gates == ("r", "z", "k")
+    assert late_and_means.plain == ("r", "z")
+    for made in ALL:
+        parts = made.preactivations
+        by_input = [f"{gate}_x" if gate in made.split else gate for gate in made.input_gates]
+        by_output = [f"{gate}_h" if gate in made.split else gate for gate in made.recurrent_gates]
+        assert list(parts[: len(by_input)]) == by_input
+        first = parts.index(by_output[0]) if by_output else 0
+        assert list(parts[first : first + len(by_output)]) == by_output
+        assert {*by_input, *by_output, *made.late} == {*parts}
+
+
+def test_why_an_output_cannot_be_projected() -> None:
+    reasons = {cell.name: cell.unprojectable for cell in ALL}
+    assert not reasons["lstm"]
+    assert not reasons["layer_norm_lstm"]
+    assert "reads its own output 'h'" in reasons["gru_reset_before"]
+    assert "late gate 'o' multiply values of the hidden units" in reasons["lstm_output_sees_cell"]
+    states = {"states": ("h", "s"), "recurrent": "s"}
+    assert "multiply 's', not the output" in define(lambda a, s: (a, s), **states).unprojectable
+    assert "no recurrent weights" in define(lambda a: a, without_recurrent=("a",)).unprojectable
+
+
 def test_arguments_of_a_step_from_its_products() -> None:
-    given = other_operand.step_arguments([(1, 2), (10, 20)], (100, 200, 300), (4,))
+    given = other_operand.step_arguments({"a": 1, "b": 2}, {"a": 10, "b": 20}, (100, 200, 300), (4,), None)
     assert list(given.items()) == [
         ("b_x", 2), ("a", 11), ("b_h", 20), ("h", 100), ("c", 200), ("s", 300), ("w", 4)
     ]  # fmt: skip
-    given = cells.lstm.step_arguments([(1, 2, 3, 4), (10, 20, 30, 40)], (100, 200), ())
+    products = [dict(zip("ifgo", part)) for part in ((1, 2, 3, 4), (10, 20, 30, 40))]
+    given = cells.lstm.step_arguments(*products, (100, 200), (), None)
     assert list(given.items()) == [("i", 11), ("f", 22), ("g", 33), ("o", 44), ("c", 200)]
+
+
+def test_arguments_of_a_step_with_late_gates() -> None:
+    """Functions; of gates with one product that alone."""
+
+    def multiply(gate: str, value: int) -> int:
+        return {"n": 3, "o": 5, "m": 7}[gate] * value
+
+    given = late_of_output.step_arguments({"a": 1, "n": 2}, {"b": 10}, (100, 200), (), multiply)
+    assert (given["a"], given["b"], given["s"]) == (1, 10, 200)
+    assert given["n"](4) == 2 + 3 * 4
+    own = {"i": 1, "f": 2, "g": 3}
+    products = {"i": 10, "f": 20, "g": 30, "o": 40}
+    given = cells.lstm_output_from_memory.step_arguments(own, products, (100, 200), (), multiply)
+    assert (given["o"], given["i"], given["m"](4)) == (40, 11, 28)
 
 
 def test_reads_output() -> None:
@@ -157,6 +232,7 @@ def test_reads_output() -> None:
 
 
 def test_the_state_that_the_recurrent_weights_multiply() -> None:
+    assert (late_and_means.recurrent, late_and_means.operand, late_and_means.reads_operand) == ("s", 1, True)
     assert (cells.gru.recurrent, cells.gru.operand, cells.gru.reads_operand) == ("h", 0, True)
     assert (other_operand.recurrent, other_operand.operand, other_operand.reads_operand) == ("s", 2, True)
     keys = {define(lambda a, h: (a, h), states=("h", "s"), recurrent=r).key for r in (None, "h", "s")}
@@ -175,6 +251,24 @@ def test_recurrent_dropout() -> None:
     assert cells.recurrent_dropout(cells.gru) is dropped
     assert pickle.loads(pickle.dumps(dropped)) is dropped
     assert cells.recurrent_dropout(other_operand).constants == other_operand.constants
+
+
+def test_recurrent_dropout_of_a_late_gate() -> None:
+    """What it multiplies is masked too; what the cell reads is not."""
+    dropped, v = cells.recurrent_dropout(cells.gru_reset_before), values(cells.gru_reset_before)
+    mask = np.array([0, 2, 2, 0, 2, 0, 2.0])
+    operands = []
+
+    def product(operand: np.ndarray) -> np.ndarray:
+        operands.append(operand)
+        return v["n"] + 0.5 * operand
+
+    h, _, product_mask = dropped.numpy.step(**v | {"n": product, "dropout_mask": mask})
+    assert np.allclose(operands, [mask * s(v["r"]) * v["h"]], rtol=1e-14)
+    new = np.tanh(v["n"] + 0.5 * operands[0])
+    assert np.allclose(h, new + s(v["z"]) * (v["h"] - new), rtol=1e-14)
+    assert np.array_equal(product_mask, mask * h)
+    assert (dropped.late, dropped.without_input) == (("n",), ())
 
 
 def test_key_is_of_the_mathematics() -> None:
@@ -197,6 +291,19 @@ def test_key_is_of_the_mathematics() -> None:
     assert define(other).key != key
     clipped.__name__ = "renamed"
     assert define(clipped).key != key
+
+
+def test_key_tells_kinds_of_gates_apart() -> None:
+    """Also where the code is the same."""
+
+    def same(a: Any, b: Any, h: Any) -> Any:
+        return a + b * h
+
+    kinds: list[dict[str, Any]] = [
+        {}, {"without_input": ("b",)}, {"without_recurrent": ("b",)}, {"without_recurrent": ("a", "b")},
+        {"without_input": ("a",)},
+    ]  # fmt: skip
+    assert len({define(same, ("a", "b"), **kind).key for kind in kinds}) == len(kinds)
 
 
 @pytest.mark.parametrize("cell", BUILT_IN, ids=name)
@@ -254,11 +361,51 @@ def test_arithmetic_that_is_accepted() -> None:
         (lambda a: a**2.5, r"got 2.5; write 1 / x\*\*n for x\*\*-n"),
         (lambda a: None, "cell <lambda> returns nothing; it must return the new states"),
         (lambda a: {"a": a}, "result of <lambda>"),
+        (lambda a: a - mean(3.0 + 0 * a), "what is the same for all hidden units of a row: it is that value"),
+        (lambda a: mean(mean(a)), "mean.. is taken of what is the same"),
+        (lambda a: mean(2 * mean(a) - 1), "mean.. is taken of what is the same"),
+        (lambda a: mean(a > 0), r"comparison is used as a number in mean\(\)"),
     ],
 )
 def test_mathematics_that_cannot_become_a_kernel(function: Any, message: str) -> None:
     with pytest.raises(CellError, match=message):
         define(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda a, n: a, "the late gate 'n' is not called; call it with what its recurrent weights multiply"),
+        (
+            lambda a, n: n(a) + n(a),
+            "the late gate 'n' is called twice; a second product needs a gate of its own",
+        ),
+        (lambda a, n: a + n, r"the gate 'n' is late, a function: call it .*such as n\(sigmoid\(r\) \* h\)"),
+        (lambda a, n: n * a, "the gate 'n' is late, a function"),
+        (lambda a, n: where(a > 0, a, n), "the gate 'n' is late, a function"),
+        (lambda a, n: where(a > n, a, 1.0), "the gate 'n' is late, a function"),
+        (lambda a, n: -n, "the gate 'n' is late, a function"),
+        (lambda a, n: where(n > 0, a, 0.0), "the gate 'n' is late, a function"),
+        (lambda a, n: tanh(n), "the gate 'n' is late, a function"),
+        (lambda a, n: maximum(n, 0.0), "the gate 'n' is late, a function"),
+        (lambda a, n: mean(n), "the gate 'n' is late, a function"),
+        (lambda a, n: n, "the gate 'n' is late, a function"),
+        (
+            lambda a, n: n(1.0),
+            "the late gate 'n' is called with 1.0; call it with the value that its recurrent",
+        ),
+        (lambda a, n: n(0 * a), "the late gate 'n' is called with"),
+        (lambda a, n: n(n), "the late gate 'n' is called with"),
+        (lambda a, n: n(), "missing 1 required positional argument"),
+        (lambda a, n: n(a, a), "takes 2 positional arguments but 3 were given"),
+        (lambda a, n: n(a > 0), r"comparison is used as a number in n\(\)"),
+        (lambda a, n: (n(a), a)[1], "nothing depends on what the late gate 'n' gives; use it, or leave"),
+        (lambda a, n: a + 0 * n(a), "nothing depends on what the late gate 'n' gives"),
+    ],
+)
+def test_late_gates_that_cannot_become_a_kernel(function: Any, message: str) -> None:
+    with pytest.raises(CellError, match=message):
+        define(function, gates=("a", "n"), late=("n",))
 
 
 def two_results(a: Any) -> Any:
@@ -295,6 +442,36 @@ def stars(*a: Any) -> Any:
         (stars, {}, "'a' is none of"),
         (lambda a: a, {"split": ("a",)}, "gate 'a' is split: take a_x and a_h"),
         (lambda a_x: a_x, {"split": ("a",)}, "'a_h' is declared but not taken"),
+        (
+            lambda a_h: a_h,
+            {"split": ("a",)},
+            "'a_x' is declared but not taken: take both a_x and a_h, or leave",
+        ),
+        (lambda a, x: a, {}, "'x' is none of a, h; the input is in the gates already.*name it in split"),
+        (lambda a, inputs: a, {}, "the input is in the gates already"),
+        (lambda a: a, {"late": ("b",)}, r"late names 'b', which is not a gate; the gates are \('a',\)"),
+        (lambda a: a, {"late": "a"}, "late must be a tuple of names"),
+        (lambda a: a, {"without_input": ("b",)}, "without_input names 'b', which is not a gate"),
+        (lambda a: a, {"without_input": ("a",)}, "without_input names all gates: one at least must see the"),
+        (
+            lambda a: a,
+            {"late": ("a",), "split": ("a",)},
+            "gate 'a' is named in late and in split: a late gate",
+        ),
+        (
+            lambda a: a,
+            {"late": ("a",), "without_recurrent": ("a",)},
+            "is named in late and in without_recurrent",
+        ),
+        (lambda a: a, {"split": ("a",), "without_input": ("a",)}, "is named in split and in without_input"),
+        (lambda a: a, {"split": ("a",), "without_recurrent": ("a",)}, "in split and in without_recurrent"),
+        (lambda a: a, {"without_input": ("a",), "without_recurrent": ("a",)}, "nothing is left of it"),
+        (
+            lambda n, n_transposed: n,
+            {"gates": ("n",), "late": ("n",), "weights": ("n_transposed",)},
+            "'n_transposed' is used twice",
+        ),
+        (lambda mean: mean, {"gates": ("mean",)}, "'mean' is reserved"),
         (lambda a: a, {"split": ("b",)}, r"split names 'b', which is not a gate; the gates are \('a',\)"),
         (lambda a: a, {"recurrent": "c"}, r"recurrent is 'c', which is not a state; the states are \('h',\)"),
         (lambda a: a, {"gates": "a"}, r"gates must be a tuple of names, got the text 'a'; write \('a',\)"),

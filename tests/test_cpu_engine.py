@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from checks import ALL, assert_close, error, five_gates, name, one_gate, other_operand, three_states
+from checks import (
+    ALL,
+    assert_close,
+    error,
+    five_gates,
+    late_and_means,
+    late_of_output,
+    layer_norm_lstm,
+    name,
+    one_gate,
+    other_operand,
+    three_states,
+)
 from hypothesis import given
 
 import fusedlstm
@@ -22,6 +36,7 @@ from fusedlstm.math import maximum, minimum, sigmoid, tanh, where
 from fusedlstm.weights import Weights, shapes
 
 BOTH = [np.float32, np.float64]
+LATE = (cells.gru_reset_before, cells.lstm_output_sees_cell, late_of_output, late_and_means, layer_norm_lstm)
 
 
 @cell(gates=("a", "b", "c", "d", "e", "f", "g"), states=("h", "s", "t", "u"), weights=("v", "w"))
@@ -89,9 +104,9 @@ def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
     sizes = [case.proj or hidden, *[hidden] * (len(cell.states) - 1)]
     weights = Weights(
         normal(*ih, scale=inputs**-0.5),
-        normal(*hh, scale=0.7 * hh[1] ** -0.5),
-        normal(*bias_ih) if case.bias else None,
-        normal(*bias_hh) if case.bias else None,
+        normal(*hh, scale=0.7 * hh[1] ** -0.5) if hh else None,
+        normal(*bias_ih) if bias_ih else None,
+        normal(*bias_hh) if bias_hh else None,
         normal(*hr, scale=hidden**-0.5) if hr else None,
         tuple(normal(*shape) for shape in vectors),
     )
@@ -207,7 +222,9 @@ def test_every_cell(cell: Cell, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru], ids=name)
+@pytest.mark.parametrize(
+    "cell", [cells.lstm, cells.gru, cells.lstm_output_from_memory, late_and_means, layer_norm_lstm], ids=name
+)
 def test_float32(cell: Cell, case: Case) -> None:
     check(cell, case, np.float32)
 
@@ -220,12 +237,14 @@ def test_projection(case: Case, proj: int, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES[1:], ids=str)
-def test_projection_of_a_split_cell(case: Case) -> None:
-    check(three_states, case._replace(proj=4), np.float64)
+@pytest.mark.parametrize("cell", [three_states, layer_norm_lstm], ids=name)
+def test_projection_of_other_cells(cell: Cell, case: Case) -> None:
+    """One whose gate is split; one of several phases."""
+    check(cell, case._replace(proj=4), np.float64)
 
 
 @given(
-    cell=st.sampled_from([cells.lstm, cells.gru, three_states, one_gate, five_gates, other_operand]),
+    cell=st.sampled_from([cells.lstm, cells.gru, three_states, one_gate, five_gates, other_operand, *LATE]),
     sizes=st.tuples(*[st.integers(1, most) for most in (40, 30, 40, 70)]),
     flags=st.tuples(*[st.booleans()] * 9),
     proj=st.sampled_from([0, 0, 1, 6]),
@@ -246,7 +265,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, other_operand], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, other_operand, *LATE], ids=name)
 def test_several_chunks(cell: Cell, case: Case) -> None:
     check(cell, case, np.float64)
 
@@ -256,7 +275,7 @@ def test_several_chunks_with_a_projection() -> None:
 
 
 @pytest.mark.parametrize("case", [*SIZES, *LONG, Case(40, 2, 70, 100)], ids=str)
-@pytest.mark.parametrize("cell", [cells.peephole_lstm, cells.gru], ids=name)
+@pytest.mark.parametrize("cell", [cells.peephole_lstm, cells.gru, late_and_means], ids=name)
 def test_weights_whose_columns_are_contiguous_and_are_gone_before_backward(cell: Cell, case: Case) -> None:
     p = problem(cell, case, np.float64)
     columns = [None if w is None else np.asfortranarray(w) for w in p.weights[:5]]
@@ -276,38 +295,75 @@ def test_weights_whose_columns_are_contiguous_and_are_gone_before_backward(cell:
             assert_close(array, wanted[what], case.steps, what, True)
 
 
-@pytest.mark.parametrize("cell", [cells.lstm, five_gates], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, five_gates, late_and_means], ids=name)
 def test_a_tape_is_used_twice(cell: Cell) -> None:
     check(cell, SIZES[3], np.float64, backward_twice=True)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 20), (other_operand, 0)], ids=name)
-def test_any_number_of_threads(cell: Cell, proj: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where several are not worth while; the bits are the same."""
-    from fusedlstm.kernels.cpu import team
+@contextmanager
+def several_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So many threads, even where several are not worth while; plans made before are forgotten, and after."""
+    with monkeypatch.context() as patch:
+        for figure, value in (("START", 0.0), ("BARRIER", 0.0), ("FLOPS", 100.0)):
+            patch.setattr(plan, figure, value)
+        plan.layer.cache_clear()
+        fusedlstm.set_num_threads(threads)
+        yield
+    plan.layer.cache_clear()
 
-    monkeypatch.setattr(team, "_requested", None)  # put back afterwards
-    monkeypatch.setattr(team, "_team", None)
-    # several tiles of rows, and panels that threads share
-    case = Case(8, 20, 9, 75, proj=proj, padded=True, reset=True)
+
+# Several tiles of rows, and panels that threads share; or so few rows that each has panels of its own.
+SHARED = Case(8, 20, 9, 75, padded=True, reset=True)
+APART = Case(30, 3, 9, 75, padded=True, reset=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("case", [SHARED, APART], ids=str)
+@pytest.mark.parametrize(
+    ("cell", "proj"),
+    [
+        (cells.lstm, 0),
+        (cells.lstm, 20),
+        (other_operand, 0),
+        (cells.lstm_output_sees_cell, 0),
+        (late_of_output, 0),
+        (late_and_means, 0),
+        (layer_norm_lstm, 20),
+    ],
+    ids=name,
+)
+def test_any_number_of_threads(
+    cell: Cell, proj: int, case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where several are not worth while; the bits are the same."""
+    check_threads(cell, case._replace(proj=proj), threads, monkeypatch)
+
+
+@pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 20), (late_and_means, 0)], ids=name)
+def test_several_chunks_on_two_threads(cell: Cell, proj: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward pass too: gradients of gates are read until the next chunk may write its own."""
+    case = Case(40, 20, 9, 75, proj=proj)
+    made = direction(cell, case, np.float64)
+    assert made.layer.backward_chunk(case.steps, case.batch) < case.steps
+    check_threads(cell, case, 2, monkeypatch)
+
+
+def check_threads(cell: Cell, case: Case, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = problem(cell, case, np.float64).weights
     fusedlstm.set_num_threads(1)
     alone = run(cell, case, np.float64, made=CPU().prepare(cell, weights))
-    for figure, value in (("START", 0.0), ("BARRIER", 0.0), ("FLOPS", 100.0)):
-        monkeypatch.setattr(plan, figure, value)
-    fusedlstm.set_num_threads(threads)
-    made = CPU().prepare(cell, weights)
-    made.layer._plans.clear()  # made with the figures that are right
-    assert made.layer.plan(case.steps, case.batch).threads == threads
-    for _ in range(5):
-        check(cell, case, np.float64, made=made)
-        for what, array in run(cell, case, np.float64, made=made).items():
-            assert np.array_equal(array, alone[what]), what
+    check(cell, case, np.float64)
+    with several_threads(threads, monkeypatch):
+        made = CPU().prepare(cell, weights)
+        panels = made.layer.padded // made.program.panel
+        assert made.layer.plan(case.steps, case.batch).threads == min(threads, panels)
+        for _ in range(5):
+            for what, array in run(cell, case, np.float64, made=made).items():
+                assert np.array_equal(array, alone[what]), what
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("cell", [cells.lstm, seven_gates], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, seven_gates, late_and_means, layer_norm_lstm], ids=name)
 def test_gradients_are_finite_differences(cell: Cell, reverse: bool) -> None:
     """Along random directions in x, the initial states and every weight at once."""
     case = Case(6, 3, 2, 4, padded=True, reset=True, reverse=reverse)
@@ -335,10 +391,11 @@ def test_gradients_are_finite_differences(cell: Cell, reverse: bool) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", BOTH)
-def test_nan_and_infinity_stay_in_their_row(dtype: Any, value: float) -> None:
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
+def test_nan_and_infinity_stay_in_their_row(cell: Cell, dtype: Any, value: float) -> None:
     """The others keep their bits, in forward and in backward."""
     case = Case(9, 14, 3, 17)
-    p, made = problem(cells.lstm, case, dtype), direction(cells.lstm, case, dtype)
+    p, made = problem(cell, case, dtype), direction(cell, case, dtype)
     spoilt = p.x.copy()
     spoilt[2, 5, 1] = value
     found = []
@@ -416,10 +473,13 @@ def test_sequences_are_sorted_by_length(lengths: list[int] | None) -> None:
 
 def test_explain() -> None:
     text = direction(cells.lstm, PLAIN, np.float64).explain(7, 5, training=True)
-    assert set(text) == {"kernel", "tile", "threads", "layout", "chunk", "bound"}
+    assert set(text) == {"kernel", "phases", "tile", "threads", "layout", "chunk", "bound"}
     assert "lstm" in text["kernel"]
     assert "backward" in text["kernel"]
+    assert text["phases"] == "1 a step, 1 backward"
     assert "float64" in text["tile"]
+    text = direction(late_and_means, PLAIN, np.float64).explain(7, 5, training=False)
+    assert text["phases"] == "6 a step"
 
 
 def test_the_comparison_can_fail() -> None:

@@ -37,9 +37,15 @@ def layouts(matrix: np.ndarray) -> list[np.ndarray]:
     return [apart(matrix), apart(matrix.T).T, np.repeat(matrix, 2, 1)[:, ::2]]
 
 
-def by_gate(weight: np.ndarray, gates: np.ndarray, padded: int) -> np.ndarray:
+def orders(gates: int) -> list[np.ndarray]:
+    """All gates in some order, and some of them, as the products of a cell need them."""
+    order = np.random.default_rng(gates).permutation(gates)
+    return [order, order[: max(gates // 2, 1)]]
+
+
+def by_gate(weight: np.ndarray, gates: int, order: np.ndarray, padded: int) -> np.ndarray:
     """(gates, padded, columns), the gates in the given order."""
-    split = weight.reshape(gates.size, -1, weight.shape[1])[gates]
+    split = weight.reshape(gates, -1, weight.shape[1])[order]
     return np.pad(split, ((0, 0), (0, padded - split.shape[1]), (0, 0)))
 
 
@@ -49,38 +55,35 @@ def by_gate(weight: np.ndarray, gates: np.ndarray, padded: int) -> np.ndarray:
 def test_panels(units: int, threads: int, scalar: types.Float) -> None:
     """[panels][k][gates * units][lanes]"""
     lanes, dtype = Registers(scalar).lanes, np.dtype(str(scalar))
+    pack, _ = engine.packers(scalar)
     for gates, hidden, depth in SIZES:
-        generator = np.random.default_rng(hidden)
-        order = generator.permutation(gates)
-        weight = generator.normal(size=(gates * hidden, depth)).astype(dtype)
+        weight = np.random.default_rng(hidden).normal(size=(gates * hidden, depth)).astype(dtype)
         panels = -(-hidden // (units * lanes))
-        pack, _ = engine.packers(scalar)
-        size = panels * units * lanes * gates * depth
-        expected = by_gate(weight, order, panels * units * lanes)
-        expected = expected.reshape(gates, panels, units, lanes, depth).transpose(1, 4, 0, 2, 3)
-        for given in layouts(weight):
-            found = packed(pack, threads, size, dtype, given, order, units)
-            assert np.array_equal(found.reshape(expected.shape), expected)
+        for order in orders(gates):
+            expected = by_gate(weight, gates, order, panels * units * lanes)
+            expected = expected.reshape(-1, panels, units, lanes, depth).transpose(1, 4, 0, 2, 3)
+            for given in layouts(weight):
+                found = packed(pack, threads, expected.size, dtype, given, order, hidden, units)
+                assert np.array_equal(found.reshape(expected.shape), expected)
 
 
 @DTYPES
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("units", [1, 2])
-def test_planes(units: int, threads: int, scalar: types.Float) -> None:
-    """[vectors][panels][gates][panel][lanes]"""
+def test_planes(threads: int, scalar: types.Float) -> None:
+    """[vectors][gates][padded][lanes]"""
     lanes, dtype = Registers(scalar).lanes, np.dtype(str(scalar))
+    _, pack = engine.packers(scalar)
     for gates, hidden, columns in SIZES:
-        generator = np.random.default_rng(hidden)
-        order, panel = generator.permutation(gates), units * lanes
-        weight = generator.normal(size=(gates * hidden, columns)).astype(dtype)
-        panels, vectors = -(-hidden // panel), -(-columns // lanes)
-        _, pack = engine.packers(scalar)
-        size = vectors * panels * gates * panel * lanes
-        expected = by_gate(np.pad(weight, ((0, 0), (0, vectors * lanes - columns))), order, panels * panel)
-        expected = expected.reshape(gates, panels, panel, vectors, lanes).transpose(3, 1, 0, 2, 4)
-        for given in layouts(weight):
-            found = packed(pack, threads, size, dtype, given, order, panel)
-            assert np.array_equal(found.reshape(expected.shape), expected)
+        weight = np.random.default_rng(hidden).normal(size=(gates * hidden, columns)).astype(dtype)
+        vectors = -(-columns // lanes)
+        wide = np.pad(weight, ((0, 0), (0, vectors * lanes - columns)))
+        for order in orders(gates):
+            for padded in (hidden, -(-hidden // lanes) * lanes, hidden + 3 * lanes):
+                expected = by_gate(wide, gates, order, padded).reshape(-1, padded, vectors, lanes)
+                expected = expected.transpose(2, 0, 1, 3)
+                for given in layouts(weight):
+                    found = packed(pack, threads, expected.size, dtype, given, order, hidden, padded)
+                    assert np.array_equal(found.reshape(expected.shape), expected)
 
 
 @DTYPES

@@ -9,7 +9,7 @@ import pytest
 from numba import njit
 
 from fusedlstm.kernels.cpu import team
-from fusedlstm.kernels.cpu.memory import aligned
+from fusedlstm.kernels.cpu.entry import aligned
 from fusedlstm.kernels.cpu.shares import LINE, Shares, close_queues, each, share
 from fusedlstm.kernels.cpu.team import barrier, fork
 

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from checks import five_gates, other_operand, three_states, unused_state
 from numba import njit, types
+from numba.core.errors import TypingError
 
-from fusedlstm import cells
 from fusedlstm.kernels.cpu import spec as spec_module
 from fusedlstm.kernels.cpu.compile import target
-from fusedlstm.kernels.cpu.spec import Machine, Named, Registers, Spec, machine
+from fusedlstm.kernels.cpu.records import OWN, Record, address_of, record_at, task_type
+from fusedlstm.kernels.cpu.spec import MOST_ROWS, Machine, Named, Registers, machine
+from fusedlstm.kernels.cpu.tile import Tile
 
 TESTS = Path(__file__).parent
 
@@ -185,49 +187,78 @@ print(machine().bits in (128, 256, 512), describe()["features"])
 # --- What a kernel is compiled for ----------------------------------------------------------
 
 
-def test_constants_of_a_cell() -> None:
-    lanes = machine().bits // 32
-    found = Spec(cells.lstm, types.float32, False)
-    assert (found.gates, found.inputs, found.splits, found.units, found.width) == (4, 4, 0, 1, 4)
-    assert (found.lanes, found.size, found.panel, found.further, found.learned) == (lanes, 4, lanes, 1, 0)
-    found = Spec(three_states, types.float64, True)
-    assert (found.gates, found.inputs, found.splits, found.units, found.width) == (2, 3, 1, 2, 4)
-    assert (found.lanes, found.size, found.panel) == (lanes // 2, 8, lanes)
-    assert (found.further, found.learned, found.reads_operand, found.projected) == (2, 1, False, True)
-    assert Spec(five_gates, types.float32, False).reads_operand
-    assert (found.operand, Spec(other_operand, types.float32, False).operand) == (0, 2)
-    assert Spec(unused_state, types.float32, False).units == 4
+@pytest.mark.parametrize("scalar", [types.float32, types.float64], ids=str)
+def test_registers_of_a_precision(scalar: types.Float) -> None:
+    found = Registers(scalar)
+    assert found.size == scalar.bitwidth // 8
+    assert found.lanes * scalar.bitwidth == machine().bits
+
+
+@pytest.mark.parametrize("width", range(1, 40))
+def test_a_tile_is_as_high_as_registers_allow(width: int) -> None:
+    """Its sums, a column of weights and a broadcast value are all in registers."""
+
+    def needed(rows: int) -> int:
+        return rows * width + width + 1
+
+    rows = Registers(types.float32).rows(width)
+    assert 1 <= rows <= MOST_ROWS
+    assert rows == 1 or needed(rows) <= machine().registers
+    assert rows == MOST_ROWS or needed(rows + 1) > machine().registers
 
 
 def test_compiled_code_reads_the_constants() -> None:
-    spec = Spec(cells.gru, types.float64, False)
-    names = spec.constants
-    scope: dict[str, Any] = {}
-    exec(f"def read(spec): return ({', '.join(f'spec.{name}' for name in names)})", scope)
-    read = njit(scope["read"])
-    read.compile((spec,))
-    values = read.overloads[(spec,)].entry_point(0)
-    assert values == tuple(getattr(spec, name) for name in names)
+    registers = Registers(types.float64)
+    read = njit(lambda registers: (registers.size, registers.lanes))
+    read.compile((registers,))
+    assert read.overloads[(registers,)].entry_point(0) == (8, machine().bits // 64)
 
 
 def test_types_are_equal_by_what_they_are_for() -> None:
-    spec = Spec(cells.lstm, types.float32, False)
-    assert spec is Spec(cells.lstm, types.float32, False)
+    single, double = Registers(types.float32), Registers(types.float64)
+    assert single is Registers(types.float32)
+    assert task_type(types.float32) is task_type(types.float32)
+    assert Record("a", "x y", True, single) is Record("a", "x y", True, single)
     others = [
-        Spec(cells.lstm, types.float64, False),
-        Spec(cells.lstm, types.float32, True),
-        Spec(cells.coupled_lstm, types.float32, False),
-        Registers(types.float32),
+        single,
+        double,
+        task_type(types.float32),
+        task_type(types.float64),
+        Record("a", "x y", True, single),
+        Record("a", "x y", False, single),
+        Record("a", "x y", True, double),
+        Record("a", "y x", True, single),
+        Record("b", "x y", True, single),
+        Tile(types.float32, "panel", 3),
+        Tile(types.float32, "planes", 3),
     ]
-    assert len({spec, *others}) == 5
+    assert len(set(others)) == len(others)
 
 
-def test_types_are_pickled_by_name() -> None:
-    spec = Spec(cells.lstm, types.float32, False)
-    assert pickle.loads(pickle.dumps(spec)) is spec
-    stranger = object.__new__(Spec)
-    stranger.name = "Spec(of another process)"
+@pytest.mark.parametrize("made", [Registers(types.float32), task_type(types.float32), OWN], ids=str)
+def test_types_are_pickled_by_name(made: Named) -> None:
+    assert pickle.loads(pickle.dumps(made)) is made
+    stranger = object.__new__(type(made))
+    stranger.name = "type of another process"
     read = pickle.loads(pickle.dumps(stranger))
     assert read == stranger
-    assert read != spec
-    assert "Spec(of another process)" not in Named._known
+    assert read != made
+    assert stranger.name not in Named._known
+
+
+def test_records_are_read_and_written_by_name() -> None:
+    """Fields that a record does not have are refused when the code is compiled."""
+    made = Record("test", "first second third", constant=False)
+    at = record_at(made)
+
+    @njit
+    def move(address):
+        record = at(address)
+        record.third = record.first + record.second
+        return address_of(record)
+
+    words = np.array([5, 7, -1])
+    assert move(words.ctypes.data) == words.ctypes.data
+    assert words.tolist() == [5, 7, 12]
+    with pytest.raises(TypingError, match="fourth"):
+        njit(lambda record: record.fourth).compile((made,))

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit, types
+from numba import types
+from tasks import GUARD, c_entry, guarded
 
-from fusedlstm import cells
-from fusedlstm.kernels.cpu import tile
-from fusedlstm.kernels.cpu.shares import share
-from fusedlstm.kernels.cpu.spec import MOST_ROWS, Spec, machine
-from fusedlstm.kernels.cpu.tile import ARGUMENTS, PLANES, Tile, rows_times_planes, tile_table
+from fusedlstm.kernels.cpu.spec import MOST_ROWS, Registers, machine
+from fusedlstm.kernels.cpu.tile import ARGUMENTS, PLANES, Tile, tile_table
 
 SCALARS = {np.float32: types.float32, np.float64: types.float64}
 DTYPES = pytest.mark.parametrize("dtype", SCALARS)
 DEPTHS = [*range(10), 31, 130]
 WIDTHS = {"panel": (3, 4, 5, 7, 17), "planes": (PLANES, 1), "outer": (PLANES, 1)}  # 17: more than registers
-GUARD = 7  # numbers around each operand: NaN, and at an odd place
-
-
-def guarded(shape: tuple[int, ...], dtype: Any, generator: np.random.Generator) -> tuple[Any, Any]:
-    """An array of normal numbers that is no multiple of a vector from any boundary, and what it lies in."""
-    around = np.full(int(np.prod(shape)) + 2 * GUARD, np.nan, dtype)
-    inner = around[GUARD : around.size - GUARD].reshape(shape)
-    inner[...] = generator.normal(size=shape)
-    return inner, around
 
 
 def call(made: Tile, rows: int, *arguments: int) -> None:
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * ARGUMENTS)
-    kind(int(tile._addresses(made)[rows - 1]))(*arguments)
+    assert len(arguments) == ARGUMENTS
+    c_entry(int(tile_table(made.scalar, made.layout, made.width)[rows - 1]))(*arguments)
 
 
 @DTYPES
@@ -96,45 +84,12 @@ def test_a_tile_fits_the_registers(width: int) -> None:
     assert rows == 1 or rows * width + width + 1 <= machine().registers
 
 
-def test_shares_are_whole_and_equal() -> None:
-    for count in range(20):
-        for parts in range(1, 9):
-            ranges = [share(count, part, parts) for part in range(parts)]
-            assert [n for low, high in ranges for n in range(low, high)] == list(range(count))
-            assert max(high - low for low, high in ranges) <= -(-count // parts)
-
-
 @DTYPES
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_rows_times_planes(accumulate: bool, dtype: Any) -> None:
-    """Any number of rows, any share of the vectors, and outputs that end within a vector."""
-    spec = Spec(cells.rnn_tanh, SCALARS[dtype], False)
-    kind = [spec, *[types.int64] * 8, types.boolean, types.int64]
-    compiled = njit(
-        lambda spec, count, rows, b, depth, low, high, out, length, accumulate, scratch: rows_times_planes(
-            spec, count, rows, b, depth, low, high, out, length, accumulate, scratch
-        )
-    )
-    compiled.compile(tuple(kind))
-    entry = compiled.overloads[tuple(kind)].entry_point
-    table = tile_table(spec)
-    for count, length, depth in ((1, 1, 1), (5, 2 * spec.lanes + 1, 7), (19, 6 * spec.lanes, 5), (8, 3, 40)):
-        vectors = -(-length // spec.lanes)
-        generator = np.random.default_rng(length)
-        for low, high in ((0, vectors), (0, vectors // 2), (vectors // 2, vectors)):
-            a, _ = guarded((count, depth), dtype, generator)
-            planes, _ = guarded((vectors, depth, spec.lanes), dtype, generator)
-            out, around = guarded((count, length + 2), dtype, generator)
-            before = around.copy()
-            rows, places = (m.ctypes.data + np.arange(count)[::-1] * np.int64(m.strides[0]) for m in (a, out))
-            scratch = np.full(MOST_ROWS * PLANES * spec.lanes, np.nan, dtype)
-            entry(
-                table.ctypes.data, count, rows.ctypes.data, planes.ctypes.data, depth, low, high,
-                places.ctypes.data, length, accumulate, scratch.ctypes.data,
-            )  # fmt: skip
-            expected = before.copy()
-            inner = expected[GUARD : expected.size - GUARD].reshape(out.shape)
-            here = slice(low * spec.lanes, min(high * spec.lanes, length))
-            product = a @ planes.transpose(1, 0, 2).reshape(depth, -1)[:, here]
-            inner[:, here] = product + (inner[:, here] if accumulate else 0)
-            np.testing.assert_allclose(around, expected, atol=200 * np.finfo(dtype).eps)
+def test_a_table_names_a_function_for_each_number_of_rows(dtype: Any) -> None:
+    """Once: whoever asks again gets the same."""
+    most = Registers(SCALARS[dtype]).rows(4)
+    table = tile_table(SCALARS[dtype], "panel", 4)
+    assert len(set(table[:most])) == most
+    assert table[:most].all()
+    assert not table[most:].any()
+    assert tile_table(SCALARS[dtype], "panel", 4) is table

@@ -124,6 +124,39 @@ def test_recurrent_dropout(backward: bool) -> None:
     check(dropped, "bfloat16", "persistent", backward, hidden=256, batch=32)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("form", ["persistent", "stepwise"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cell", [cells.gru_reset_before, cells.lstm_output_from_memory], ids=name)
+def test_late_gates(cell: Cell, precision: Precision, form: Form, backward: bool) -> None:
+    check(cell, precision, form, backward, hidden=512, batch=16)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("cell", "precision", "hidden", "form"),
+    [
+        (cells.gru_reset_before, "tf32", 512, "persistent"),
+        (cells.lstm_output_from_memory, "bfloat16", 1024, "stepwise"),
+        (cells.lstm_output_from_memory, "float32", 1024, "stepwise"),
+    ],
+    ids=name,
+)
+def test_late_gates_of_several_units_a_thread(
+    cell: Cell, precision: Precision, hidden: int, form: Form, backward: bool
+) -> None:
+    """Persistent, their numbers stay in registers while the blocks exchange what the late gate multiplies."""
+    plan = choose(H200, cell, precision, hidden, 0, 128, backward)
+    assert plan.form == form
+    assert plan.units * plan.recurrent.batch > plan.threads
+    check_resources(cell, plan)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_late_gates_with_a_barrier_every_step(backward: bool) -> None:
+    check(cells.gru_reset_before, "float32", "persistent", backward, hidden=512, batch=16, barrier_every=1)
+
+
 def test_kernels_of_tests_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In other processes, to which cells of a user go by name."""
     monkeypatch.setenv("FUSEDLSTM_CACHE", str(tmp_path))

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import sympy
-from checks import ALL, name
+from checks import ALL, late_and_means, name, unused_state
 
 import fusedlstm.math
 from fusedlstm import cell
 from fusedlstm.cells import Cell, lstm
-from fusedlstm.derive import CellError, Graph, compile_source, differentiate, source, tangents, trace
+from fusedlstm.derive import CellError, Graph, compile_source, differentiate
 from fusedlstm.math import DERIVATIVES, exp, log, maximum, relu, sqrt, tanh, where
 
 
@@ -51,26 +51,68 @@ SYMPY: dict[str, Any] = {
 }
 
 
-def points(cell: Cell, count: int = 40) -> dict[str, np.ndarray]:
+# cells whose step is one of numbers, and those whose hidden units see each other
+ELEMENTWISE = [cell for cell in ALL if not cell.late and not cell.step.means()]
+OF_ROWS = [cell for cell in ALL if cell not in ELEMENTWISE]
+FUNCTIONS = {name: getattr(fusedlstm.math, name) for name in (*DERIVATIVES, "mean")} | {
+    "full_like": np.full_like
+}
+
+
+def points(cell: Cell, shape: Any = 40) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(len(cell.arguments))
-    return {name: generator.normal(0, 1.5, count) for name in (*cell.arguments, *cell.seeds)}
+    return {name: generator.normal(0, 1.5, shape) for name in (*cell.arguments, *cell.seeds)}
 
 
 def inputs(cell: Cell, values: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [values[name] for name in cell.arguments]
 
 
+class Rows:
+    """A step of some rows, whose late gates are products; and what these were given and gave."""
+
+    def __init__(self, cell: Cell, units: int = 6) -> None:
+        self.cell, self.generator = cell, np.random.default_rng(5)
+        self.values = points(cell, (4, units))
+        self.weights = {gate: self.generator.normal(0, 0.5, (units, units)) for gate in cell.late}
+        self.operands: dict[str, np.ndarray] = {}
+        self.products: dict[str, np.ndarray] = {}
+
+    def given(self, values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The arguments of the step: late gates, whose values are their own parts, as functions."""
+
+        def late(gate: str) -> Any:
+            def call(operand: np.ndarray) -> np.ndarray:
+                self.operands[gate] = operand
+                self.products[gate] = values[gate] + operand @ weights[gate].T
+                return self.products[gate]
+
+            return call
+
+        return {name: late(name) if name in self.cell.late else values[name] for name in self.cell.arguments}
+
+    def step(self, values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        return tuple(self.cell.numpy.step(**self.given(values, weights)))
+
+    def adjoint(self) -> dict[str, np.ndarray]:
+        """The gradients of the arguments; of a late gate that of its pre-activation."""
+        self.step(self.values, self.weights)
+        transposed = {f"{gate}_transposed": lambda d, w=w: d @ w for gate, w in self.weights.items()}
+        values = self.values | self.products
+        return dict(zip(self.cell.arguments, self.cell.numpy.adjoint(**values, **transposed)))
+
+
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_step_is_the_function(cell: Cell) -> None:
-    values = points(cell)
-    given = {name: values[name] for name in cell.arguments}
+    rows = Rows(cell)
+    given = rows.given(rows.values, rows.weights)
     results = cell.function(**given, **cell.constants)
     results = results if isinstance(results, tuple) else (results,)
     for derived, result in zip(cell.numpy.step(**given), results):
         assert derived == pytest.approx(np.broadcast_to(result, derived.shape), rel=1e-14, abs=1e-14)
 
 
-@pytest.mark.parametrize("cell", ALL, ids=name)
+@pytest.mark.parametrize("cell", ELEMENTWISE, ids=name)
 def test_adjoint_is_what_sympy_derives(cell: Cell) -> None:
     values = points(cell)
     symbols = {name: sympy.Symbol(name, real=True) for name in values}
@@ -86,7 +128,7 @@ def test_adjoint_is_what_sympy_derives(cell: Cell) -> None:
         assert gradient == pytest.approx(expected, rel=1e-11, abs=1e-11), argument
 
 
-@pytest.mark.parametrize("cell", ALL, ids=name)
+@pytest.mark.parametrize("cell", ELEMENTWISE, ids=name)
 def test_adjoint_is_what_finite_differences_give(cell: Cell) -> None:
     values = points(cell)
 
@@ -100,22 +142,76 @@ def test_adjoint_is_what_finite_differences_give(cell: Cell) -> None:
         assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-7), argument
 
 
+@pytest.mark.parametrize("cell", OF_ROWS, ids=name)
+def test_adjoint_of_rows_is_what_finite_differences_give(cell: Cell) -> None:
+    """Along random directions, of arguments and of the weights of late gates."""
+    rows = Rows(cell)
+    gradients = rows.adjoint()
+    by_weight = {gate: gradients[gate].T @ rows.operands[gate] for gate in cell.late}
+
+    def loss(values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> float:
+        return float(sum((rows.values[s] * r).sum() for s, r in zip(cell.seeds, rows.step(values, weights))))
+
+    h = 1e-5
+    for among, found in ((rows.values, gradients), (rows.weights, by_weight)):
+        for what, gradient in found.items():
+            for _ in range(3):
+                direction = rows.generator.normal(size=gradient.shape)
+                sides = []
+                for shift in (h, -h):
+                    moved = among | {what: among[what] + shift * direction}
+                    sides.append(
+                        loss(*((moved, rows.weights) if among is rows.values else (rows.values, moved)))
+                    )
+                slope = (sides[0] - sides[1]) / (2 * h)
+                assert (gradient * direction).sum() == pytest.approx(slope, rel=1e-6, abs=1e-7), what
+
+
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_tangents_are_the_transpose_of_the_adjoint(cell: Cell) -> None:
-    """<seeds, J directions> = <J^T seeds, directions>, and the adjoint is held against SymPy above."""
-    graph = Graph()
-    results = trace(cell.function, cell.arguments, cell.constants, graph)
-    moved = [f"moved_{name}" for name in cell.arguments]
-    symbols = [[graph.symbol(name) for name in names] for names in (cell.arguments, moved)]
-    text = source("tangent", (*cell.arguments, *moved), tangents(results, *symbols))
-    functions = {name: getattr(fusedlstm.math, name) for name in DERIVATIVES}
-    tangent = compile_source(text, functions | {"full_like": np.full_like}, "<tangent>").tangent
-    values = points(cell)
-    directions = np.random.default_rng(1).normal(size=(len(moved), 40))
-    along = tangent(*inputs(cell, values), *directions)
-    gradients = cell.numpy.adjoint(*inputs(cell, values), *(values[name] for name in cell.seeds))
-    forward = sum(values[name] * part for name, part in zip(cell.seeds, along))
-    np.testing.assert_allclose(forward, (directions * gradients).sum(0), rtol=1e-12, atol=1e-12)
+    """<seeds, J directions> = <J^T seeds, directions>, and the adjoint is held against others above."""
+    rows = Rows(cell)
+    gradients = rows.adjoint()
+    tangent = cell.step.tangent(cell.moved)
+    functions = [f"{gate}_moved" for gate in cell.late]
+    text = tangent.code("tangent", tangent.given, functions)
+    directions = {name: rows.generator.normal(size=(4, 6)) for name in cell.arguments}
+    turns = {gate: rows.generator.normal(size=(6, 6)) for gate in cell.late}
+    moved = {
+        f"{gate}_moved": lambda d, operand, gate=gate: (
+            directions[gate] + d @ rows.weights[gate].T + operand @ turns[gate].T
+        )
+        for gate in cell.late
+    }
+    values = rows.values | rows.products | {cell.moved + name: d for name, d in directions.items()}
+    given = {name: values[name] for name in tangent.given}
+    along = compile_source(text, FUNCTIONS, "<tangent>").tangent(**given, **moved)
+    forward = sum((rows.values[name] * part).sum() for name, part in zip(cell.seeds, along))
+    back = sum((directions[name] * gradients[name]).sum() for name in cell.arguments)
+    back += sum((turns[gate] * (gradients[gate].T @ rows.operands[gate])).sum() for gate in cell.late)
+    assert forward == pytest.approx(back, rel=1e-12)
+
+
+def test_a_number_beside_late_gates_is_like_a_value() -> None:
+    """The first argument of generated code may be a function."""
+
+    @cell(gates=("n",), states=("h", "s"), late=("n",))
+    def with_number(n: Any, h: Any) -> Any:
+        return tanh(n(h)), 1.5
+
+    rows = Rows(with_number)
+    _, number = rows.step(rows.values, rows.weights)
+    assert np.array_equal(number, np.full((4, 6), 1.5))
+    assert np.array_equal(unused_state.numpy.step(np.zeros(3))[1], np.full(3, 1.5))
+
+
+def test_source_of_late_gates_can_be_read() -> None:
+    """The step calls them, the adjoint is given what they gave."""
+    step, adjoint = late_and_means.source.split("def ")[1:]
+    assert step.count(" = n(") == step.count(" = m(") == 1
+    assert step.count(" = mean(") == 3
+    assert adjoint.count(" = n_transposed(") == adjoint.count(" = m_transposed(") == 1
+    assert adjoint.split("\n")[0].endswith("n_transposed, m_transposed):")
 
 
 def test_source_is_readable_and_short() -> None:

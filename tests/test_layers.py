@@ -595,7 +595,7 @@ def test_gru_says_where_it_resets() -> None:
     assert repr(layer) == "GRU(3, 5, reset_after=False)"
     assert (layer.reset_after, GRU(3, 5).reset_after) == (False, True)
     assert layer.cell is pickle.loads(pickle.dumps(layer)).cell
-    assert "two with the recurrent weights" in str(fusedlstm.explain(layer, np.zeros((2, 1, 3), "f4")))
+    assert "phases: 2 a step" in str(fusedlstm.explain(layer, np.zeros((2, 1, 3), "f4")))
     dropped = cells.recurrent_dropout(layer.cell)
     assert dropped.states == ("h", "dropout_mask", "dropped")
     assert pickle.loads(pickle.dumps(dropped)) is dropped

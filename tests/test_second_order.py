@@ -1,18 +1,27 @@
-"""Gradients of gradients by kernels, against the layer replayed with PyTorch's operators in float64."""
+"""Tangents of both passes on the CPU engine, which are gradients of gradients.
+
+They are held against the layer replayed with PyTorch's operators in float64, which rounds alone tells
+apart, and against finite differences of the reference, which share nothing with them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import checks
-import numba
 import numpy as np
 import pytest
 import torch
+from checks import ALL, late_and_means, layer_norm_lstm, name, three_states
+from test_cpu_engine import Case as Sizes
+from test_cpu_engine import problem, several_threads
 from torch import Tensor
 
 import fusedlstm.torch as fused
-from fusedlstm import cells, second_order
+from fusedlstm import cells
+from fusedlstm.cells import Cell
+from fusedlstm.kernels import reference
+from fusedlstm.kernels.cpu.engine import CPU, CPUDirection
+from fusedlstm.weights import flatten, unflatten
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of the norm, for one step
 
@@ -20,9 +29,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of the norm, for one 
 class Case:
     """Both directions of a layer, random gradients of its results, and cotangents of the first gradients."""
 
-    def __init__(
-        self, cell: cells.Cell, sizes: tuple[int, int, int, int], dtype: Any, **settings: Any
-    ) -> None:
+    def __init__(self, cell: Cell, sizes: tuple[int, int, int, int], dtype: Any, **settings: Any) -> None:
         torch.manual_seed(0)
         steps, batch, inputs, hidden = sizes
         module = fused.Recurrent(cell, inputs, hidden, bidirectional=True, dtype=dtype, **settings)
@@ -34,23 +41,23 @@ class Case:
         self.seeds: list[Tensor | None] = [
             torch.randn_like(t) for t in (self.x, *self.initial, *self.weights)
         ]
-        self.lengths = self.reset = None
+        self.lengths: Tensor | None = None
+        self.reset: Tensor | None = None
 
     def cut(self) -> Case:
         """Give the sequences lengths and boundaries."""
         generator = np.random.default_rng(0)
         steps, batch, _ = self.x.shape
-        self.lengths = generator.integers(1, steps + 1, batch)
-        self.reset = generator.random((steps, batch)) < 0.3
+        self.lengths = torch.from_numpy(generator.integers(1, steps + 1, batch))
+        self.reset = torch.from_numpy(generator.random((steps, batch)) < 0.3)
         return self
 
     def check(self) -> None:
-        masks = [None if mask is None else torch.from_numpy(mask) for mask in (self.lengths, self.reset)]
-        (y, *_), _ = fused._run(self.x, self.initial, self.weights, *masks, self.shape.cell.key, 2, False)
+        masks = self.lengths, self.reset
+        (y, *_), record = fused._run(self.x, self.initial, self.weights, *masks, self.shape.cell.key, 2, True)
         given = (self.grads, self.x, self.initial, self.weights, self.seeds)
-        found = fused._run_second(given[0], y, *given[1:], self.lengths, self.reset, self.shape, True)
-        exact = map(doubled, given)
-        expected = fused._replay_second(*exact, self.lengths, self.reset, self.shape)
+        found = fused._run_second(record, self.grads, y, *given[1:], self.shape, True)
+        expected = fused._replay_second(*map(doubled, given), *masks, self.shape)
         for ours, right in zip(flat(found), flat(expected), strict=True):
             assert ours.dtype is self.x.dtype
             assert ours.shape == right.shape
@@ -71,15 +78,16 @@ def flat(results: Any) -> list[Tensor]:
     return [*grads, x, *initial, *weights]
 
 
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, checks.three_states], ids=checks.name)
-def test_sequences_that_end_and_begin_anew(cell: cells.Cell) -> None:
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_sequences_that_end_and_begin_anew(cell: Cell) -> None:
     Case(cell, (7, 5, 3, 37), torch.float64).cut().check()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (9, 2, 5, 16), (130, 5, 33, 33)], ids=str)
-def test_sizes(sizes: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
+def test_sizes(cell: Cell, sizes: tuple[int, int, int, int]) -> None:
     """One of a single step; one whose gates fill whole vectors; one of more rows than stay in cache."""
-    Case(cells.lstm, sizes, torch.float64, bias=sizes[0] > 1).check()
+    Case(cell, sizes, torch.float64, bias=sizes[0] > 1).check()
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 4, 0], [0, 0, 0, 0]], ids=str)
@@ -92,22 +100,24 @@ def test_sequences_without_steps(lengths: list[int], reset: bool) -> None:
     case.check()
 
 
-def test_projection() -> None:
-    Case(checks.three_states, (6, 3, 4, 17), torch.float64, proj_size=5).cut().check()
+@pytest.mark.parametrize("cell", [three_states, layer_norm_lstm], ids=name)
+def test_projection(cell: Cell) -> None:
+    Case(cell, (6, 3, 4, 17), torch.float64, proj_size=5).cut().check()
 
 
-def test_single_precision() -> None:
-    Case(cells.lstm, (20, 6, 40, 50), torch.float32).check()
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru_reset_before], ids=name)
+def test_single_precision(cell: Cell) -> None:
+    Case(cell, (20, 6, 40, 50), torch.float32).check()
 
 
-def test_cotangents_that_are_zero() -> None:
+@pytest.mark.parametrize("cell", [cells.gru, cells.lstm_output_from_memory, three_states], ids=name)
+def test_cotangents_that_are_zero(cell: Cell) -> None:
     """As in a gradient penalty, where only the gradient of the input matters."""
-    case = Case(cells.gru, (5, 3, 4, 9), torch.float64)
-    for kept in (0, 1, 3):
-        given = case.seeds
+    case = Case(cell, (5, 3, 4, 9), torch.float64)
+    given = case.seeds
+    for kept in range(len(given)):
         case.seeds = [seed if n == kept else None for n, seed in enumerate(given)]
         case.check()
-        case.seeds = given
 
 
 def test_boundaries_alone() -> None:
@@ -117,8 +127,9 @@ def test_boundaries_alone() -> None:
     case.check()
 
 
-def test_weights_and_cotangents_that_are_not_contiguous() -> None:
-    case = Case(cells.lstm, (5, 3, 4, 9), torch.float64)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru_reset_before], ids=name)
+def test_weights_and_cotangents_that_are_not_contiguous(cell: Cell) -> None:
+    case = Case(cell, (5, 3, 4, 9), torch.float64)
     case.weights = [columns_first(weight) for weight in case.weights]
     case.seeds = [None if seed is None else columns_first(seed) for seed in case.seeds]
     case.check()
@@ -130,26 +141,86 @@ def columns_first(tensor: Tensor) -> Tensor:
     return tensor.permute(axes).contiguous().permute(axes)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 16, 8), (70, 33, 150), (1100, 5, 67)], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_products(sizes: tuple[int, int, int], dtype: Any) -> None:
-    """Of fewer and more rows than stay in cache, by widths that are no whole number of vectors."""
-    rows, depth, columns = sizes
-    tiles = second_order.products(numba.from_dtype(np.dtype(str(dtype).removeprefix("torch."))))
-    source, weight = torch.randn(2, rows, depth, dtype=dtype), torch.randn(depth, columns, dtype=dtype)
-    limit = 100 * rows**0.5 * depth * torch.finfo(dtype).eps
-    for given in (weight, weight.T.contiguous().T, weight.repeat_interleave(2, 1)[:, ::2]):
-        target = torch.ones(rows, columns, dtype=dtype)
-        tiles.add(target, source[0], given)
-        assert (target - 1 - source[0] @ weight).abs().max() <= limit
-        planes = torch.from_numpy(tiles.pack(given).array).view(-1, depth, tiles.spec.lanes)
-        laid_out = planes.transpose(0, 1).flatten(1)
-        assert torch.equal(laid_out[:, :columns], weight)
-        assert not laid_out[:, columns:].any()
-    d, entering = torch.randn(2, rows, columns, dtype=dtype), torch.randint(0, rows, (rows,))
-    values, moved = source[:, entering]
-    for moves in (False, True):
-        target = torch.full((columns, depth), torch.nan, dtype=dtype)
-        tiles.outer(target, d, source[0], source[1] if moves else None, entering.numpy())
-        expected = d[1].T @ values + moves * d[0].T @ moved
-        assert (target - expected).abs().max() <= 100 * rows * torch.finfo(dtype).eps
+# --- One direction, by itself -----------------------------------------------------------------------------
+
+
+def second(made: CPUDirection, case: Sizes, dtype: Any = np.float64) -> list[np.ndarray]:
+    """Tangents of outputs, final states and all gradients, along :func:`directions`; all was NaN before."""
+    p = problem(made.program.cell, case, dtype)
+    x, dy, v = (array.astype(dtype) for array in (p.x, p.dy, moved(p.x)))
+    initial, dfinal = ([part.astype(dtype) for part in parts] for parts in (p.initial, p.dfinal))
+    y, final = np.full_like(dy, np.nan), tuple(np.full_like(part, np.nan) for part in initial)
+    tape = made.forward(x, tuple(initial), y, final, p.lengths, p.reset, case.reverse, True)
+    along = unflatten(made.program.cell, [moved(part).astype(dtype) for part in flatten(p.weights)])
+    ty, tfinal = np.full_like(y, np.nan), tuple(np.full_like(part, np.nan) for part in final)
+    starts = tuple(moved(part).astype(dtype) for part in initial)
+    tangent = made.tangent(tape, v, starts, along, ty, tfinal)
+    tdx = np.full_like(x, np.nan)
+    dinitial, grads = made.backward_tangent(tape, tangent, dy, tuple(dfinal), tdx)
+    return [ty, *tfinal, tdx, *dinitial, *flatten(grads)]
+
+
+def moved(array: np.ndarray) -> np.ndarray:
+    """A direction in which to move an array, always the same."""
+    return np.random.default_rng(array.size).normal(size=array.shape)
+
+
+def differences(cell: Cell, case: Sizes) -> list[np.ndarray]:
+    """What :func:`second` should give, by finite differences of the reference."""
+    p = problem(cell, case, np.float64)
+
+    def at(shift: float) -> list[np.ndarray]:
+        weights = unflatten(cell, [part + shift * moved(part) for part in flatten(p.weights)])
+        initial = tuple(part + shift * moved(part) for part in p.initial)
+        x = p.x + shift * moved(p.x)
+        y, final, tape = reference.forward(cell, weights, x, initial, p.lengths, p.reset, case.reverse)
+        dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal)
+        return [y, *final, dx, *dinitial, *flatten(grads)]
+
+    h = 1e-5
+    return [(high - low) / (2 * h) for high, low in zip(at(h), at(-h))]
+
+
+@pytest.mark.parametrize("options", [{}, {"padded": True, "reset": True, "reverse": True}], ids=str)
+@pytest.mark.parametrize("cell", ALL, ids=name)
+def test_tangents_are_finite_differences(cell: Cell, options: dict[str, bool]) -> None:
+    case = Sizes(5, 4, 3, 6, bias=not options, **options)
+    made = CPU().prepare(cell, problem(cell, case, np.float64).weights)
+    for found, right in zip(second(made, case), differences(cell, case), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_the_input_may_be_left_out() -> None:
+    """And the tangents of the input: None is zero."""
+    cell, case = cells.gru_reset_before, Sizes(5, 4, 3, 6)
+    p = problem(cell, case, np.float64)
+    made = CPU().prepare(cell, p.weights)
+    y, final = np.empty_like(p.dy), tuple(np.empty_like(part) for part in p.initial)
+    tape = made.forward(p.x, p.initial, y, final, None, None, False, True)
+    results = []
+    for x, dx in ((None, None), (np.zeros_like(p.x), np.empty_like(p.x))):
+        along = unflatten(cell, [moved(part) for part in flatten(p.weights)])
+        tangent = made.tangent(tape, x, None, along, np.empty_like(y), final)
+        dinitial, grads = made.backward_tangent(tape, tangent, p.dy, None, dx)
+        results.append([*dinitial, *flatten(grads)])
+    for without, zeros in zip(*results, strict=True):
+        np.testing.assert_allclose(without, zeros, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch", [3, 20], ids=["each its own panels", "threads help each other"])
+@pytest.mark.parametrize(
+    ("cell", "proj"),
+    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (layer_norm_lstm, 20), (late_and_means, 0)],
+    ids=name,
+)
+def test_two_threads_give_the_bits_of_one(
+    cell: Cell, proj: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True)
+    alone = second(CPU().prepare(cell, problem(cell, case, np.float64).weights), case)
+    with several_threads(2, monkeypatch):
+        made = CPU().prepare(cell, problem(cell, case, np.float64).weights)
+        assert made.layer.plan(case.steps, case.batch).threads == 2
+        for _ in range(10):
+            for found, right in zip(second(made, case), alone, strict=True):
+                assert np.array_equal(found, right)

@@ -312,6 +312,29 @@ def test_any_cell_is_the_array_layer(cell: fusedlstm.Cell) -> None:
     assert_same(found, [torch.from_numpy(np.array(a)) for a in expected])
 
 
+def test_a_layer_of_a_single_parameter() -> None:
+    """Without recurrent weights, biases and learned vectors, which the second parameter would be."""
+
+    @fusedlstm.cell(gates=("a",), without_recurrent=("a",))
+    def leaky(a: Any, h: Any) -> Any:
+        return 0.5 * h + 0.25 * a * a
+
+    module = fused.Recurrent(leaky, 2, 3, bias=False, dtype=torch.float64)
+    assert [name for name, _ in module.named_parameters()] == ["weight_ih_l0"]
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"weight_ih_l0": weight}, (x,))[0]
+
+    assert torch.autograd.gradcheck(run, (x, module.weight_ih_l0))
+    assert torch.autograd.gradgradcheck(run, (x, module.weight_ih_l0))
+    before = module(x)[0]
+    with torch.no_grad():
+        module.weight_ih_l0.mul_(2.0)  # in place: what was packed is out of date
+    assert not torch.allclose(module(x)[0], before)
+    assert_same(module(x)[0], run(x, module.weight_ih_l0.detach().clone()))
+
+
 def np_leaves(y: np.ndarray, final: Any) -> list[np.ndarray]:
     return [y, *(final if isinstance(final, tuple) else (final,))]
 
@@ -509,7 +532,7 @@ def test_other_data_before_the_second_backward_is_refused() -> None:
     ours, x = fused.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
     (dx,) = torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
     swap(x, 1, 1, INPUTS)
-    with pytest.raises(RuntimeError, match=r"y must have the shape \(1, 1, 7\), got \(5, 3, 7\)"):
+    with pytest.raises(RuntimeError, match="other data between forward and backward"):
         dx.sum().backward()
 
 
@@ -1271,7 +1294,7 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "state of one row": (RuntimeError, r"state c.*\(2, 3, 7\)", other("initial", 1, torch.zeros(2, 1, 7))),
     "state of a direction": (RuntimeError, r"state h.*\(2, 3", other("initial", 0, torch.zeros(1, 3, 7))),
     "state type": (RuntimeError, r"state h.*int32", other("initial", 0, torch.zeros(2, 3, 7).int())),
-    "no weights": (ValueError, r"weights must be two", {"weights": []}),
+    "no weights": (ValueError, r"weights must be one matrix", {"weights": []}),
     "a weight less": (ValueError, r"weights must be", {"weights": layer_arguments()["weights"][1:]}),
     "weight of one axis": (RuntimeError, r"matrices of weights 2", other("weights", 1, torch.zeros(28))),
     "weight rows": (RuntimeError, r"weight_hh must", other("weights", 1, torch.zeros(4, 7))),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import config
+from tqdm import tqdm
 
 import fusedlstm
 from fusedlstm import Recurrent, check, cli, dispatch, info
@@ -154,7 +155,8 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_cases")
-def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm, disable=False))  # whatever TQDM_DISABLE says
     assert cli.main(["check", "--all"]) == 0
     shown, bar = capsys.readouterr()
     assert "22 of 22 passed" in shown

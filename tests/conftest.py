@@ -31,6 +31,12 @@ with suppress(ImportError):  # tests on a GPU do without
     hypothesis.settings.load_profile("fusedlstm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--guarded", type=int, default=0, metavar="N", help="N random cases of each group in guarded memory"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """A crash ends the run, and is named."""

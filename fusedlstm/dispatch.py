@@ -175,6 +175,8 @@ def on_host(name: str, value: Any) -> np.ndarray:
         TypeError: if it is nothing like an array; it names the argument.
         ImportError: if it lies on a GPU and CuPy is not installed.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, which would be ignored; fill it first")
     torch = sys.modules.get("torch")  # no tensor without it
     try:
         if torch is not None and isinstance(value, torch.Tensor):

@@ -373,6 +373,7 @@ def _empty_results(x: Tensor, shape: _Shape) -> list[Tensor]:
 
 # --- What kernels may be given: they work on addresses, so that anything else would be a crash -------------
 
+_STRIDED = torch.strided
 _Named = tuple[str, Tensor, Sequence[int]]  # an argument, and the shape that it must have
 
 
@@ -385,10 +386,12 @@ def _check_forward(x: Tensor, initial: list[Tensor], weights: list[Tensor], shap
     if not shape.steps:
         raise RuntimeError(f"input must have one time step at least, got the shape {tuple(x.shape)}")
     dtype = x.dtype
-    fits = dtype in _NUMPY and x.is_cpu and x.data_ptr() != 0  # what `_check` would find, in little time
+    # what `_check` would find, in little time
+    fits = dtype in _NUMPY and x.layout is _STRIDED and x.is_cpu and x.data_ptr() != 0
     if initial:
         for part in initial:
-            fits = fits and part.dtype is dtype and part.is_cpu and part.data_ptr() != 0
+            fits = fits and part.dtype is dtype and part.layout is _STRIDED
+            fits = fits and part.is_cpu and part.data_ptr() != 0
         fits = fits and [part.shape for part in initial] == shape.states
     if not fits:
         _check(_named(x, initial, weights, shape), x)
@@ -425,7 +428,8 @@ def _check_backward(
     ]
     fits = x.dtype in _NUMPY and [tensor.shape for tensor in tensors] == shapes  # as above
     for tensor in tensors:
-        fits = fits and tensor.dtype is x.dtype and tensor.is_cpu and tensor.data_ptr() != 0
+        fits = fits and tensor.dtype is x.dtype and tensor.layout is _STRIDED
+        fits = fits and tensor.is_cpu and tensor.data_ptr() != 0
     if not fits:
         _check([*_named(x, initial, weights, shape), *_named_results(y, grads, shape.results)], x)
 
@@ -447,6 +451,8 @@ def _check(named: Iterable[_Named], like: Tensor) -> None:
             raise RuntimeError(f"{name} must lie on {like.device}, as what it goes with, got {tensor.device}")
         if not (tensor.is_cpu or tensor.is_cuda):
             raise RuntimeError(f"{name} lies on {tensor.device}, and kernels run on CPUs and CUDA devices")
+        if tensor.layout is not _STRIDED:
+            raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
         if tensor.numel() and not tensor.data_ptr():
             raise RuntimeError(f"{name} has no memory: its storage has been freed, or not been allocated yet")
 
@@ -1407,6 +1413,8 @@ class _Stack(nn.Module):
     _autocasts = True  # whether autocast gives its type to the results, on a CPU too
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
+        if x.layout is not _STRIDED:
+            raise TypeError(f"input must be a dense tensor, got {x.layout}")
         shape = x.shape
         if len(shape) not in (2, 3):
             raise ValueError(
@@ -1431,10 +1439,13 @@ class _Stack(nn.Module):
         leading, size = (rows, batch) if batched else (rows,), self.proj_size or self.hidden_size
         shape, others, dtype = (*leading, size), (*leading, self.hidden_size), weight.dtype
         for n, part in enumerate(parts):
-            if not isinstance(part, Tensor) or part.shape != shape or part.dtype is not dtype:
+            fits = isinstance(part, Tensor) and part.shape == shape and part.dtype is dtype
+            if not fits or part.layout is not _STRIDED:
                 label = "hx" if len(names) == 1 else f"hidden[{n}]"
                 if not isinstance(part, Tensor):
                     raise TypeError(f"{label} must be a tensor, got {_described(part)}")
+                if part.layout is not _STRIDED:
+                    raise TypeError(f"{label} must be a dense tensor, got {part.layout}")
                 if part.shape != shape:
                     raise RuntimeError(f"Expected {label} size {shape}, got {tuple(part.shape)}")
                 _refuse_dtype(part, weight, label)
@@ -1447,7 +1458,7 @@ class _Stack(nn.Module):
             raise ValueError(
                 "lengths needs an input with a batch axis; cut one sequence to its length instead"
             )
-        given: Tensor = torch.as_tensor(lengths)
+        given = _as_lengths(lengths)
         if given.numel() and not _integral(given):
             raise TypeError(f"lengths must be integers, got {given.dtype}")
         if given.shape != (batch,):
@@ -1460,6 +1471,7 @@ class _Stack(nn.Module):
         """A copy of reset as (T, B)."""
         if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
             raise TypeError(f"reset must be a tensor of booleans, got {_described(reset)}")
+        _refuse_without_numbers("reset", reset)
         if reset.shape != shape:
             raise ValueError(
                 f"reset must have the shape {tuple(shape)}, as input without its features, got "
@@ -1469,6 +1481,30 @@ class _Stack(nn.Module):
         if not batched:
             return own.unsqueeze(1)
         return own.transpose(0, 1) if self.batch_first else own
+
+
+def _as_lengths(lengths: Any) -> Tensor:
+    """Lengths of any kind as a tensor, whose shape and type have not been looked at."""
+    if isinstance(lengths, Tensor):
+        _refuse_without_numbers("lengths", lengths)
+        return lengths
+    if isinstance(lengths, np.ma.MaskedArray):
+        raise TypeError("lengths must be an array without a mask, which would be ignored; fill it first")
+    try:
+        if isinstance(lengths, np.ndarray):  # PyTorch takes no negative strides and no swapped bytes
+            lengths = np.array(lengths, lengths.dtype.newbyteorder("="), subok=False)
+        return torch.as_tensor(lengths)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"lengths must be integers, got {_described(lengths)}: {error}") from error
+
+
+def _refuse_without_numbers(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that cannot be read as it lies in memory."""
+    if tensor.layout is not _STRIDED or tensor.is_quantized or tensor.device.type == "meta":
+        raise TypeError(
+            f"{name} must be a dense tensor that has memory, got {tensor.dtype} as {tensor.layout} on "
+            f"{tensor.device}"
+        )
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:

@@ -1134,3 +1134,23 @@ def test_explain_says_what_runs_and_why(backend: str) -> None:
     assert "forward and backward" in str(fusedlstm.explain(layer, X, training=True))
     with pytest.raises(TypeError, match="x must be float32"):
         fusedlstm.explain(layer, X.astype(float))
+
+
+@pytest.mark.parametrize("name", ["x", "state", "lengths", "reset", "dy", "weight_ih_l0"])
+def test_masks_are_refused_not_ignored(name: str) -> None:
+    layer = GRU(3, 5, seed=1)
+    given: dict[str, Any] = {
+        "x": X, "state": H, "lengths": np.array([1, 2]), "reset": np.zeros((4, 2), bool),
+        "dy": np.zeros((4, 2, 5), np.float32), "weight_ih_l0": layer.weight_ih_l0,
+    }  # fmt: skip
+    given[name] = np.ma.masked_array(given[name], np.ones(given[name].shape, bool))
+    dy, weight = given.pop("dy"), given.pop("weight_ih_l0")
+
+    def run() -> None:
+        layer.load_state_dict(layer.state_dict() | {"weight_ih_l0": weight})
+        tape = layer.forward(**given, training=True)[2]
+        assert tape is not None
+        tape.backward(dy)
+
+    with pytest.raises(TypeError, match=name):
+        run()

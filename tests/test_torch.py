@@ -1366,3 +1366,47 @@ def test_operator_of_backward_refuses_what_forward_did_not_give(case: str) -> No
     torch.ops.fusedlstm.layer_backward(**rest, **given)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fusedlstm.layer_backward(**rest | change(grads, handle, y), **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("input", lambda x, h: (x.to_sparse(),)),
+        ("input", lambda x, h: (x[:, 0].to_sparse_csr(),)),
+        ("hx", lambda x, h: (x, h.to_sparse())),
+        ("lengths", lambda x, h: (x, None, torch.tensor([1, 2]).to_sparse())),
+        ("lengths", lambda x, h: (x, None, torch.tensor([1, 2], device="meta"))),
+        ("reset", lambda x, h: (x, None, None, torch.ones(4, 2, dtype=torch.bool).to_sparse())),
+        ("reset", lambda x, h: (x, None, None, torch.ones(4, 2, dtype=torch.bool, device="meta"))),
+    ],
+)
+def test_tensors_without_numbers_in_a_row_are_refused_by_name(name: str, arguments: Any) -> None:
+    """Also where there are several layers, whose states are cut out of the whole."""
+    module = fused.GRU(3, 5, 2)
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor"):
+        module(*arguments(torch.ones(4, 2, 3), torch.ones(2, 2, 5)))
+
+
+def test_sparse_gradients_and_weights_are_refused_by_name() -> None:
+    module = fused.GRU(3, 5)
+    y, _ = module(torch.ones(4, 2, 3))
+    with pytest.raises(TypeError, match=r"grads\[0\] must be a dense tensor"):
+        y.backward(torch.ones_like(y).to_sparse())
+    module.weight_ih_l0 = nn.Parameter(module.weight_ih_l0.detach().to_sparse())
+    with pytest.raises(TypeError, match="weight_ih must be a dense tensor"):
+        module(torch.ones(4, 2, 3))
+
+
+def test_lengths_of_numpy_may_lie_in_any_order_of_bytes_and_steps() -> None:
+    module, x = fused.GRU(3, 5), torch.ones(4, 2, 3)
+    expected = module(x, lengths=[3, 1])
+    for lengths in (np.array([3, 1], ">i8"), np.array([1, 3])[::-1]):
+        assert_same(module(x, lengths=lengths), expected)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[2**70, 1], "ab", [None, 1], np.ma.masked_array([1, 2], [0, 1])], ids=str
+)
+def test_lengths_that_are_no_integers_are_refused_by_name(lengths: Any) -> None:
+    with pytest.raises(TypeError, match="lengths must be"):
+        fused.GRU(3, 5)(torch.ones(4, 2, 3), lengths=lengths)

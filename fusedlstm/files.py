@@ -24,22 +24,25 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write a file such that no reader, nor a crash, ever meets half of it.
 
     Of threads and processes that write the same file, the last one's content stays.  A link stays one: the
     file that it points to is written.  A file that was there before hands on its mode, owner and group; what
-    is no file, such as a pipe or ``/dev/null``, is written to and not replaced.  `mode` is that of a new
-    file, less what the process's mask takes away.
+    is no file, such as a pipe or ``/dev/null``, is written to and not replaced.  With a `mode` the file is a
+    new one of that mode, less what the process's mask takes away, whatever was there.
 
     Raises:
         OSError: if it cannot be written; the file is as it was.
     """
     try:
+        if mode is not None:
+            _replace(path, content, None, mode)
+            return
         target = Path(os.path.realpath(path))
         before = _status(target)
         if before is None or stat.S_ISREG(before.st_mode):
-            _replace(target, content, before, mode)
+            _replace(target, content, before, 0o666)
         else:
             target.write_bytes(content)
     except OSError as error:  # with the name that the caller knows

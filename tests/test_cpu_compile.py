@@ -332,7 +332,7 @@ def test_other_sources_use_other_entries(filled: Filled) -> None:
     again = [path for path in after if path not in before]
     assert all(stamped.search(path) for path in again)
     names = [set(stamped.findall(" ".join(paths))) for paths in (before, again)]
-    assert names[0] == names[1]
+    assert {name for name in names[0] if "rnn_relu" not in name} == names[1]  # which other tests have run
 
 
 MEET = """

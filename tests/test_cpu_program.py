@@ -132,14 +132,19 @@ def test_states_that_other_threads_read_are_not_written_over(cell: Cell, ring: i
 )
 def test_products_of_a_step(cell: Cell, expected: list[tuple[int, ...]]) -> None:
     """Those with the recurrent weights first, then those of late gates; slots, and where operands lie."""
-    found = made(cell)
+    found, outputs, hidden = made(cell), 11, 13
     late = {gate: 100 + n for n, gate in enumerate(cell.late)}
-    fields = ("slot", "slots", "late", "source", "place")
+    gate = found.panel * found.registers.size
     for cuts in (found.steps, found.tangents):
-        table = found.product_table(cuts, 7, late)
-        assert columns(table, PRODUCT, *fields) == [[*row] for row in expected]
-        weights = [row[0] for row in columns(table, PRODUCT, "weights")]
-        assert weights == [late[cell.late[n - 1]] if row[2] else 7 for n, row in enumerate(expected)]
+        table = found.product_table(cuts, (outputs, hidden), 7, late)
+        depths = [hidden if row[2] else outputs for row in expected]
+        places = [
+            [slot * gate, slots * depth * gate, *rest]
+            for (slot, slots, *rest), depth in zip(expected, depths)
+        ]
+        assert columns(table, PRODUCT, "offset", "panel_bytes", "late", "source", "place") == places
+        weights = [7 if not row[2] else late[cell.late[n - 1]] for n, row in enumerate(expected)]
+        assert columns(table, PRODUCT, "weights", "depth") == [[*pair] for pair in zip(weights, depths)]
     begun = columns(found.phase_table, PHASE, "product", "products")
     assert [first for first, _ in begun] == np.cumsum([0, *[count for _, count in begun[:-1]]]).tolist()
     assert sum(count for _, count in begun) == len(expected)

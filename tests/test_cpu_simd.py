@@ -105,7 +105,7 @@ ONE = pytest.mark.parametrize("name", BOUNDS)
 
 
 def test_every_function_is_tested() -> None:
-    assert set(math.__all__) == {*BOUNDS, "minimum", "maximum", "where"}
+    assert set(math.__all__) == {*BOUNDS, "minimum", "maximum", "where", "mean"}
 
 
 @DTYPES

@@ -29,7 +29,14 @@ PAIRS = [(-1.0, 2.0), (3.0, 0.5), (0.1, 0.2)]
 
 
 def test_every_function_is_tested() -> None:
-    assert set(math.__all__) == {*ONE, *TWO, "where"} == set(DERIVATIVES)
+    assert set(math.__all__) == {*ONE, *TWO, "where", "mean"} == {*DERIVATIVES, "mean"}
+
+
+def test_mean_is_that_of_a_row() -> None:
+    x = np.arange(12.0).reshape(2, 2, 3)
+    found = math.mean(x)
+    assert found.shape == x.shape
+    assert found[..., 0].tolist() == found[..., 2].tolist() == [[1, 4], [7, 10]]
 
 
 @pytest.mark.parametrize("name", ONE)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import os
 import re
 import tempfile
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from fusedlstm.cells import Cell
 from fusedlstm.dispatch import INSTALL_CUDA
 from fusedlstm.files import write_whole
 from fusedlstm.folders import cuda_kernels, is_private, warn
-from fusedlstm.once import once
+from fusedlstm.once import fork_lock, once
 
 from . import backward, forward
 from .phases import phases
@@ -41,9 +39,7 @@ from .scalar import element
 SIMULATED_DEVICE = Device("Numba's simulator", (0, 0), 1, 1 << 20, threads=8, cooperative=False, warps=False)
 simulated_device = SIMULATED_DEVICE
 
-_simulating = threading.Lock()  # simulators run one kernel at a time
-if SIMULATED and hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_simulating._at_fork_reinit)  # type: ignore[attr-defined]
+_simulating = fork_lock()  # simulators run one kernel at a time
 
 # the code that is imported, also if its files change while it runs
 _SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))

@@ -94,7 +94,7 @@ def test_sizes(cell: Cell, sizes: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize("reset", [False, True])
 def test_sequences_without_steps(lengths: list[int], reset: bool) -> None:
     case = Case(cells.lstm, (5, 4, 3, 9), torch.float64).cut()
-    case.lengths = np.array(lengths)
+    case.lengths = torch.tensor(lengths)
     if not reset:
         case.reset = None
     case.check()

@@ -24,6 +24,7 @@ from .memory import (
     note_rows,
     note_uniform,
     rows_before,
+    rows_of_state,
     set_rows,
     starts_anew,
     take_means,
@@ -320,10 +321,7 @@ def set_final(task):
         fill_zero(registers, task.carried + shift, task.d_kept + shift)
     if task.states_given:
         for n in range(task.further + 1):
-            target, width, columns = task.carried, task.output_width, task.outputs
-            if n > 0:
-                target, width = task.d_states + (n - 1) * task.batch * task.width, task.width
-                columns = task.hidden
+            target, width, columns = rows_of_state(task, n, task.carried, task.d_states, task.kept_plane)
             array, stride = read_int(task.states_in + n * 16), read_int(task.states_in + n * 16 + 8)
             set_rows(task, array, stride, columns, target, width)
 
@@ -333,10 +331,9 @@ def get_initial(task):
     """Copy the gradients of the initial states and of the learned vectors, or their tangents."""
     registers, shift = task.registers, task.tangents * task.moved_shift
     for n in range(task.further + 1):
-        source, width, columns = task.d_initial, task.output_width, task.outputs
-        if n > 0:
-            source, width = task.d_initial_states + (n - 1) * task.batch * task.width, task.width
-            columns = task.hidden
+        source, width, columns = rows_of_state(
+            task, n, task.d_initial, task.d_initial_states, task.kept_plane
+        )
         array, stride = read_int(task.states_out + n * 16), read_int(task.states_out + n * 16 + 8)
         get_rows(task, source + shift, width, array, stride, columns)
     for n in range(task.learned):

@@ -79,6 +79,20 @@ def begin(plan, weights, memory, scratch, sequences, states_in, given, states_ou
     return task
 
 
+@inlined
+def set_arrays(task, x, given, y):
+    """Where the input and the output are; without an input it counts as zero."""
+    task.x, task.x_time, task.x_row = address(x) if given else 0, x.strides[0], x.strides[1]
+    task.y, task.y_time, task.y_row = address(y), y.strides[0], y.strides[1]
+
+
+@inlined
+def set_seeds(task, dy, dx, wanted):
+    """Where the gradient of the output is, and where that of the input goes."""
+    task.dy, task.dy_time, task.dy_row = address(dy), dy.strides[0], dy.strides[1]
+    task.dx, task.dx_time, task.dx_row = address(dx) if wanted else 0, dx.strides[0], dx.strides[1]
+
+
 def enter_forward(
     team,  # address of a team of threads
     threads,  # how many to use at most
@@ -104,8 +118,7 @@ def enter_forward(
     task = begin(
         plan, weights, start, 0, (order, lengths, first, reset, reverse), initial, given, final, start
     )
-    task.x, task.x_time, task.x_row = address(x), x.strides[0], x.strides[1]
-    task.y, task.y_time, task.y_row = address(y), y.strides[0], y.strides[1]
+    set_arrays(task, x, True, y)
     _call_pass(whole, (team, threads, patience, work, start))
 
 
@@ -144,10 +157,8 @@ def enter_backward(
     start = aligned(scratch)
     sequences = order, lengths, first, reset, reverse
     task = begin(plan, weights, aligned(memory), start, sequences, dfinal, given, dinitial, start)
-    task.x, task.x_time, task.x_row = address(x), x.strides[0], x.strides[1]
-    task.y, task.y_time, task.y_row = address(y), y.strides[0], y.strides[1]
-    task.dy, task.dy_time, task.dy_row = address(dy), dy.strides[0], dy.strides[1]
-    task.dx, task.dx_time, task.dx_row = address(dx) if wanted else 0, dx.strides[0], dx.strides[1]
+    set_arrays(task, x, True, y)
+    set_seeds(task, dy, dx, wanted)
     task.accumulate = int(accumulate)
     set_gradients(task, ih, hh, bias_ih, bias_hh, hr, vectors)
     _call_pass(whole, (team, threads, patience, work, start))
@@ -191,8 +202,7 @@ def enter_tangent(
     task = begin(
         plan, weights, start, 0, (order, lengths, first, reset, reverse), initial, given, final, start
     )
-    task.x, task.x_time, task.x_row = address(x) if moves else 0, x.strides[0], x.strides[1]
-    task.y, task.y_time, task.y_row = address(y), y.strides[0], y.strides[1]
+    set_arrays(task, x, moves, y)
     set_values(task, p_x, p_y, aligned(p_memory) - start)
     _call_pass(whole, (team, threads, patience, work, start))
 
@@ -243,11 +253,9 @@ def enter_adjoint_tangent(
     start = aligned(scratch)
     sequences = order, lengths, first, reset, reverse
     task = begin(plan, weights, aligned(memory), start, sequences, dfinal, given, dinitial, start)
-    task.x, task.x_time, task.x_row = address(x) if moves else 0, x.strides[0], x.strides[1]
-    task.y, task.y_time, task.y_row = address(y), y.strides[0], y.strides[1]
+    set_arrays(task, x, moves, y)
     set_values(task, p_x, p_y, aligned(p_memory) - aligned(memory))
-    task.dy, task.dy_time, task.dy_row = address(dy), dy.strides[0], dy.strides[1]
-    task.dx, task.dx_time, task.dx_row = address(dx) if wanted else 0, dx.strides[0], dx.strides[1]
+    set_seeds(task, dy, dx, wanted)
     set_gradients(task, ih, hh, bias_ih, bias_hh, hr, vectors)
     _call_pass(whole, (team, threads, patience, work, start))
 

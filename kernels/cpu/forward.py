@@ -21,6 +21,7 @@ from .memory import (
     note_rows,
     note_uniform,
     rows_before,
+    rows_of_state,
     sequence_of,
     set_rows,
     take_means,
@@ -274,12 +275,9 @@ def start_threads(task, team, threads, patience, work):
 def set_initial(task):
     """Copy the initial states, padded with zeros; if none are given, all are zero."""
     registers = task.registers
-    fill_zero(registers, task.initial, task.initial + task.batch * task.output_width)
     for n in range(task.further + 1):
-        target, width, columns = task.initial, task.output_width, task.outputs
-        if n > 0:
-            target, width, columns = task.states + (n - 1) * task.states_plane, task.width, task.hidden
-            fill_zero(registers, target, target + task.batch * width)
+        target, width, columns = rows_of_state(task, n, task.initial, task.states, task.states_plane)
+        fill_zero(registers, target, target + task.batch * width)
         if task.states_given:
             array, stride = read_int(task.states_in + n * 16), read_int(task.states_in + n * 16 + 8)
             set_rows(task, array, stride, columns, target, width)

@@ -190,6 +190,14 @@ def get_rows(task, source, width, target, stride, columns):
             write(registers, value, start + k * registers.size)
 
 
+@inlined
+def rows_of_state(task, n, output, states, plane):
+    """Where the rows of state n begin, their bytes, and their numbers; the output comes first, by itself."""
+    if n == 0:
+        return output, task.output_width, task.outputs
+    return states + (n - 1) * plane, task.width, task.hidden
+
+
 @part
 def fill_zero(registers, start, end):
     """Zero whole vectors from one address to another."""

@@ -317,6 +317,12 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
         super().__init__(**kwargs)
         if not isinstance(cell, Cell):
             raise TypeError(f"cell must be what fusedlstm.cell made of a function, got {cell!r}")
+        if single := (*cell.without_input, *cell.without_recurrent):
+            raise ValueError(
+                f"cell must have gates with input and recurrent weights, which share a bias in Keras, but in "
+                f"{cell.name} {', '.join(map(repr, single))} lack one of them: use fusedlstm.Recurrent or "
+                "fusedlstm.torch.Recurrent"
+            )
         if not isinstance(units, int) or units < 1:
             raise ValueError(f"units must be a positive integer, got {units!r}")
         for name, rate in (("dropout", dropout), ("recurrent_dropout", recurrent_dropout)):

@@ -95,7 +95,7 @@ def from_keras(cell: Cell, flat: Sequence[Any], zeros_like: Callable[[Any], Any]
     biases = rest[: len(rest) - len(cell.weights)]
     bias_ih, bias_hh = None, None
     for bias in biases:
-        bias_ih, bias_hh = (bias[0], bias[1]) if bias.ndim == 2 else (bias, zeros_like(recurrent[0]))
+        bias_ih, bias_hh = (bias[0], bias[1]) if bias.ndim == 2 else (bias, zeros_like(bias))
     return Weights(kernel.T, recurrent.T, bias_ih, bias_hh, vectors=tuple(rest[len(biases) :]))
 
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import checks
 import hypothesis
 import keras
 import numpy as np
@@ -398,6 +399,23 @@ def test_operations_are_taken_for_activations_where_they_are_the_same() -> None:
         else:
             with pytest.raises(ValueError, match="activation must be one of"):
                 SimpleRNN(H, activation=function)
+
+
+@pytest.mark.parametrize("cell", [cells.lstm_output_from_memory, checks.independent], ids=checks.name)
+def test_cells_whose_gates_lack_a_product_are_refused(cell: fusedlstm.Cell) -> None:
+    with pytest.raises(ValueError, match=f"cell must have gates with.*in {cell.name} .* lack one of them"):
+        Recurrent(cell, 5)
+
+
+@pytest.mark.parametrize("cell", [cells.lstm_output_sees_cell, checks.layer_norm_lstm], ids=checks.name)
+def test_late_gates_and_means_are_what_a_loop_of_keras_gives(cell: fusedlstm.Cell) -> None:
+    layer, x = Recurrent(cell, 5, return_sequences=True), np.random.default_rng(0).normal(size=(3, 6, 4))
+    found = ops.convert_to_numpy(layer(x.astype("float32")))
+    states, expected = [ops.zeros((3, 5)) for _ in cell.states], []
+    for step in x.astype("float32").swapaxes(0, 1):
+        output, states = layer.cell.call(ops.convert_to_tensor(step), states)
+        expected.append(ops.convert_to_numpy(output))
+    np.testing.assert_allclose(found, np.stack(expected, 1), rtol=1e-5, atol=1e-6)
 
 
 def test_an_activation_of_ones_own_is_refused() -> None:

@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import checks
+import hypothesis
 import pytest
 import torch
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db
 
 import fusedlstm.torch as fused
 
+# That import loads a profile of PyTorch's, with which every test that is collected later would be run.
+hypothesis.settings.load_profile("fusedlstm")
+
 KINDS = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 INFOS: dict[str, ModuleInfo] = {
     info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in KINDS
 }
+
+
+def test_the_profile_of_hypothesis_is_ours() -> None:
+    assert hypothesis.settings.get_current_profile_name() == "fusedlstm"
 
 
 def samples(kind: str, dtype: torch.dtype, training: bool = True, **options: Any) -> list[Any]:

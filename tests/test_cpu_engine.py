@@ -67,7 +67,8 @@ class Case(NamedTuple):
     reverse: bool = False
     accumulate: bool = False
     batch_first: bool = False  # arrays (B, T, ...), seen as (T, B, ...)
-    wide: bool = False  # y, dy and dx are slices of the last axis of wider arrays
+    wide: bool = False  # y, dy, dx and all states are slices of the last axis of wider arrays
+    every: bool = False  # all states are asked for, and have gradients
     seed: int = 1
 
     def __str__(self) -> str:
@@ -91,6 +92,7 @@ class Problem(NamedTuple):
     dy: np.ndarray  # (T, B, P)
     dfinal: tuple[np.ndarray, ...]
     dx: np.ndarray  # (T, B, I): what dx is added to
+    dstates: tuple[np.ndarray, ...]  # (T, B, H) each
 
 
 def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
@@ -114,9 +116,9 @@ def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
     lengths = generator.integers(1, max(2, T), B) if case.padded else None  # often none is T long
     reset = generator.random((T, B)) < 0.3 if case.reset else None
     dx = normal(T, B, inputs, scale=float(case.accumulate))
-    return Problem(
-        weights, normal(T, B, inputs), states[0], lengths, reset, normal(T, B, sizes[0]), states[1], dx
-    )
+    x, dy = normal(T, B, inputs), normal(T, B, sizes[0])
+    dstates = tuple(normal(T, B, hidden) for _ in sizes[1:])
+    return Problem(weights, x, states[0], lengths, reset, dy, states[1], dx, dstates)
 
 
 def cast(weights: Weights, dtype: Any) -> Weights:
@@ -152,8 +154,8 @@ def direction(cell: Cell, case: Case, dtype: Any) -> CPUDirection:
 Results = dict[str, np.ndarray]
 
 
-def named(y: Any, final: Any, dx: Any, dinitial: Any, grads: Weights) -> Results:
-    arrays = {"y": y, "dx": dx}
+def named(y: Any, final: Any, dx: Any, dinitial: Any, grads: Weights, states: Any = ()) -> Results:
+    arrays = {"y": y, "dx": dx} | {f"states {n}": array for n, array in enumerate(states)}
     for n, (end, start) in enumerate(zip(final, dinitial)):
         arrays |= {f"final {n}": end, f"dinitial {n}": start}
     arrays |= {f: a for f, a in zip(Weights._fields[:5], grads) if a is not None}
@@ -173,18 +175,29 @@ def run(
     initial = tuple(state.astype(dtype) for state in p.initial) if case.initial else None
     final = tuple(np.full(state.shape, np.nan, dtype) for state in p.initial)
     options = (p.lengths, p.reset, case.reverse)
-    tape = made.forward(x.array, initial, y.array, final, *options, True)
-    again, states = np.full_like(y.array, np.nan), tuple(np.full_like(state, np.nan) for state in final)
-    assert made.forward(x.array, initial, again, states, *options, False) is None
-    for ours, theirs in zip((again, *states), (y.array, *final)):
+    every, dstates = (
+        [Buffer(fill * values, case, dtype) for values in p.dstates if case.every] for fill in (np.nan, 1)
+    )
+    states, dafter = (
+        tuple(buffer.array for buffer in buffers) if case.every else None for buffers in (every, dstates)
+    )
+    tape = made.forward(x.array, initial, y.array, final, *options, True, states)
+    again, ends = np.full_like(y.array, np.nan), tuple(np.full_like(state, np.nan) for state in final)
+    assert made.forward(x.array, initial, again, ends, *options, False) is None
+    for ours, theirs in zip((again, *ends), (y.array, *final)):
         assert np.array_equal(ours, theirs)
+    if states:
+        others = tuple(np.full_like(array, np.nan) for array in states)
+        made.forward(x.array, initial, again, ends, *options, False, others)
+        assert all(map(np.array_equal, others, states))
     dfinal = tuple(d.astype(dtype) for d in p.dfinal) if case.dfinal else None
     if backward_twice:
-        made.backward(tape, dy.array * 3, dfinal, np.zeros_like(dx.array), False)
-    dinitial, grads = made.backward(tape, dy.array, dfinal, dx.array, case.accumulate)
-    assert all(buffer.is_guarded() for buffer in (x, y, dy, dx))
-    results = named(y.array, final, dx.array, dinitial, grads)
-    without = named(y.array, final, dx.array, *made.backward(tape, dy.array, dfinal, None, False))
+        made.backward(tape, dy.array * 3, dfinal, np.zeros_like(dx.array), False, dafter)
+    dinitial, grads = made.backward(tape, dy.array, dfinal, dx.array, case.accumulate, dafter)
+    assert all(buffer.is_guarded() for buffer in (x, y, dy, dx, *every, *dstates))
+    results = named(y.array, final, dx.array, dinitial, grads, states or ())
+    dinitial, grads = made.backward(tape, dy.array, dfinal, None, False, dafter)
+    without = named(y.array, final, dx.array, dinitial, grads, states or ())
     assert all(np.array_equal(results[what], without[what], equal_nan=True) for what in results)
     return results
 
@@ -194,15 +207,15 @@ def expected(cell: Cell, case: Case, dtype: Any) -> Results:
     y, final, tape = reference.forward(
         cell, p.weights, p.x, p.initial, p.lengths, p.reset, reverse=case.reverse
     )
-    dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal)
-    return named(y, final, p.dx + dx, dinitial, grads)
+    dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal, p.dstates if case.every else ())
+    return named(y, final, p.dx + dx, dinitial, grads, tape.states if case.every else ())
 
 
 def check(cell: Cell, case: Case, dtype: Any, **options: Any) -> None:
     actual, wanted = run(cell, case, dtype, **options), expected(cell, case, dtype)
     assert actual.keys() == wanted.keys()
     for what, array in actual.items():
-        gradient = what != "y" and not what.startswith("final")
+        gradient = what != "y" and not what.startswith(("final", "states"))
         assert_close(array, wanted[what], case.steps, what, gradient)
 
 
@@ -210,8 +223,8 @@ PLAIN = Case(7, 5, 3, 17)
 SIZES = [
     Case(1, 1, 1, 1),
     PLAIN,
-    Case(6, 13, 1, 33, padded=True, reset=True, reverse=True, accumulate=True, batch_first=True),
-    Case(9, 7, 20, 64, padded=True, reset=True, bias=False, wide=True),
+    Case(6, 13, 1, 33, padded=True, reset=True, reverse=True, accumulate=True, batch_first=True, every=True),
+    Case(9, 7, 20, 64, padded=True, reset=True, bias=False, wide=True, every=True),
 ]
 
 
@@ -246,7 +259,7 @@ def test_projection_of_other_cells(cell: Cell, case: Case) -> None:
 @given(
     cell=st.sampled_from([cells.lstm, cells.gru, three_states, one_gate, five_gates, other_operand, *LATE]),
     sizes=st.tuples(*[st.integers(1, most) for most in (40, 30, 40, 70)]),
-    flags=st.tuples(*[st.booleans()] * 9),
+    flags=st.tuples(*[st.booleans()] * 10),
     proj=st.sampled_from([0, 0, 1, 6]),
     seed=st.integers(0, 2**31),
 )

@@ -174,7 +174,8 @@ class Call(NamedTuple):
     """A layer and what it is called with."""
 
     options: dict[str, Any]
-    arguments: dict[str, Argument]  # x, state, lengths, reset, dy, dstate
+    arguments: dict[str, Argument]  # x, state, lengths, reset, mask, dy, dstate, dstates
+    all_states: bool
 
     def __str__(self) -> str:
         told = [f"{name} {argument}" for name, argument in self.arguments.items()]
@@ -226,11 +227,19 @@ def calls(draw: st.DrawFn) -> Call:
     if draw(st.booleans()):
         arguments["reset"] = draw(changed(random.random(leading) < 0.3))
     if draw(st.booleans()):
+        arguments["mask"] = draw(changed(random.random(leading) < 0.7))
+    all_states = draw(st.booleans())
+    if draw(st.booleans()):
         arguments["dy"] = draw(changed(normal(*leading, directions * sizes[0])))
         if draw(st.booleans()):
             arguments["dstate"] = draw(changed_states(states()))
+        if all_states:
+            parts = [normal(steps, *state.shape) for state in states()]
+            drawn = draw(changed_states(parts))
+            # a tuple even of one
+            arguments["dstates"] = drawn if len(parts) > 1 else drawn._replace(value=(drawn.value,))
     options["dtype"] = dtype
-    return Call(options, arguments)
+    return Call(options, arguments, all_states)
 
 
 def plain(value: Any, dtype: Any = np.float64) -> Any:
@@ -250,14 +259,14 @@ def expected(call: Call, weights: dict[str, Any]) -> list[np.ndarray]:
     """What the reference gives in float64."""
     layer = Recurrent(**call.options | {"dtype": "float64"}, backend="reference")
     layer.load_state_dict(weights)
-    x, state, lengths, reset = call.given("x", "state", "lengths", "reset")
-    training = "dy" in call.arguments
-    reset = None if reset is None else plain(reset, None)
+    x, state, lengths, reset, mask = call.given("x", "state", "lengths", "reset", "mask")
+    reset, mask = (None if marks is None else plain(marks, None) for marks in (reset, mask))
     lengths = None if lengths is None else plain(lengths, np.int64)
-    y, final, tape = layer.forward(plain(x), plain(state), lengths, reset, training=training)
-    results = [y, *_tuple(final)]
+    options = {"training": "dy" in call.arguments, "mask": mask, "all_states": call.all_states}
+    y, final, *states, tape = layer.forward(plain(x), plain(state), lengths, reset, **options)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if tape is not None:
-        dx, dinitial, gradients = tape.backward(*map(plain, call.given("dy", "dstate")))
+        dx, dinitial, gradients = tape.backward(*map(plain, call.given("dy", "dstate", "dstates")))
         results += [dx, *_tuple(dinitial), *gradients.values()]
     return results
 
@@ -287,18 +296,19 @@ def check(call: Call, run: Callable[[Call], tuple[list[Any], dict[str, Any]]], n
 
 def run_arrays(call: Call) -> tuple[list[Any], dict[str, Any]]:
     layer = Recurrent(**call.options, backend="cpu", seed=1)
-    training = "dy" in call.arguments
-    y, final, tape = layer.forward(*call.given("x", "state", "lengths", "reset"), training=training)
-    results = [y, *_tuple(final)]
+    (mask,) = call.given("mask")
+    options = {"training": "dy" in call.arguments, "mask": mask, "all_states": call.all_states}
+    y, final, *states, tape = layer.forward(*call.given("x", "state", "lengths", "reset"), **options)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if tape is not None:
-        dx, dinitial, gradients = tape.backward(*call.given("dy", "dstate"))
+        dx, dinitial, gradients = tape.backward(*call.given("dy", "dstate", "dstates"))
         results += [dx, *_tuple(dinitial), *gradients.values()]
     return results, layer.state_dict()
 
 
 ARRAYS = {
     "x": r"\bx\b", "state": r"\bstate\b", "lengths": r"\blengths\b", "reset": r"\breset\b", "dy": r"\bdy\b",
-    "dstate": r"\bdstate\b",
+    "mask": r"\bmask\b", "dstate": r"\bdstate\b", "dstates": r"\bdstates\b",
 }  # fmt: skip
 
 
@@ -334,7 +344,7 @@ def torch_calls(draw: st.DrawFn) -> Call:
     torch, call = _torch(), draw(calls())
     arguments = {}
     for name, argument in call.arguments.items():
-        if name == "dstate":
+        if name in ("mask", "dstate", "dstates"):
             continue
         changes: list[str] = []
 
@@ -364,7 +374,7 @@ def torch_calls(draw: st.DrawFn) -> Call:
         if "swapped bytes" in argument.change or (name == "x" and 0 in getattr(value, "shape", ())[:-1]):
             hostile = True  # PyTorch has no such numbers; there must be a step
         arguments[name] = Argument(value, told, hostile)
-    return Call(call.options, arguments)
+    return Call(call.options, arguments, False)
 
 
 def run_torch(call: Call) -> tuple[list[Any], dict[str, Any]]:

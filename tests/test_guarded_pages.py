@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from checks import layer_norm_lstm
 
-from fusedlstm import GRU, LSTM, Recurrent, cells, layers, set_num_threads
+from fusedlstm import GRU, LSTM, Recurrent, cells, layers, masks, set_num_threads
 from fusedlstm import weights as storage
 from fusedlstm.cells import Cell
 
@@ -105,7 +105,7 @@ def allocating(memory: Memory) -> Iterator[None]:
     from fusedlstm import host
     from fusedlstm.kernels.cpu import engine
 
-    modules = [engine, host, layers, sys.modules.get("fusedlstm.torch")]
+    modules = [engine, host, layers, masks, sys.modules.get("fusedlstm.torch")]
     with pytest.MonkeyPatch.context() as patch:
         for module in filter(None, modules):
             patch.setattr(module, "np", Guarded(memory))
@@ -161,6 +161,8 @@ OPTIONS = (
     "batch_first",
     "backward",
     "deep",
+    "every",
+    "mask",
 )
 
 
@@ -196,6 +198,10 @@ class Drawn:
         steps, batch, *_ = self.case.sizes
         ends = self.random.integers(0, steps + 1, batch)
         return self.memory.copy(ends) if self.case.options["lengths"] else None
+
+    def mask(self, *shape: int) -> np.ndarray | None:
+        flags = self.random.random(shape) < 0.7
+        return self.memory.copy(flags) if self.case.options["mask"] else None
 
     def reset(self, *shape: int) -> np.ndarray | None:
         flags = self.random.random(shape) < 0.3
@@ -236,14 +242,20 @@ def run_engine(case: Case, memory: Memory) -> Results:
     initial, dfinal = drawn.states(batch), drawn.states(batch)
     final = tuple(empty(*state.shape) for state in initial)
     lengths, reset = drawn.lengths(), drawn.reset(steps, batch)
-    given = (lengths, reset, on["reverse"], on["backward"])
+    states, dstates = (
+        tuple(sequence(make, hidden) for _ in final[1:]) if on["every"] else None
+        for make in (empty, drawn.normal)
+    )
+    given = (lengths, reset, on["reverse"], on["backward"], states)
     tape = direction.forward(x, initial if on["initial"] else None, y, final, *given)
+    results = [y, *final, *(states or ())]
     if tape is None:
-        return [y, *final]
-    results = [y, *final]
+        return results
     for accumulate in (False, True):
         dx = sequence(empty if not accumulate else drawn.normal, inputs)
-        dinitial, gradients = direction.backward(tape, dy, dfinal if on["dfinal"] else None, dx, accumulate)
+        dinitial, gradients = direction.backward(
+            tape, dy, dfinal if on["dfinal"] else None, dx, accumulate, dstates
+        )
         results += [dx, *dinitial, *storage.flatten(gradients)]
     dinitial, gradients = direction.backward(tape, dy, dfinal, None, False)
     return [*results, *dinitial, *storage.flatten(gradients)]
@@ -277,10 +289,14 @@ def run_arrays(case: Case, memory: Memory) -> Results:
         for parts in (drawn.states(rows, batch), drawn.states(rows, batch))
     )
     given = (state if on["initial"] else None, drawn.lengths(), drawn.reset(*leading))
-    y, final, tape = layer.forward(x, *given, training=on["backward"])
-    results = [y, *_tuple(final)]
+    mask, dstates = drawn.mask(*leading), drawn.states(steps, rows, batch)
+    options = {"mask": mask, "all_states": on["every"]}
+    y, final, *states, tape = layer.forward(x, *given, training=on["backward"], **options)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if tape is not None:
-        dx, dinitial, gradients = tape.backward(dy, dstate if on["dfinal"] else None)
+        dx, dinitial, gradients = tape.backward(
+            dy, dstate if on["dfinal"] else None, dstates if on["every"] else None
+        )
         results += [dx, *_tuple(dinitial), *gradients.values()]
     return results
 

@@ -143,6 +143,16 @@ def test_every_option_is_the_oracle(backend: str, problem: dict[str, Any]) -> No
     check_against_oracle(backend, **problem)
 
 
+@settings(max_examples=100)
+@given(problem=problems(), mask=st.booleans(), all_states=st.booleans())
+def test_masks_and_all_states_are_the_oracle(
+    backend: str, problem: dict[str, Any], mask: bool, all_states: bool
+) -> None:
+    """In float64: a step that is left out shows the rounding error of another, which is not independent."""
+    problem["options"]["dtype"] = "float64"
+    check_against_oracle(backend, **problem, mask=mask, all_states=all_states)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (5, 7, 1, 33), (3, 13, 4, 17)], ids=str)
 @pytest.mark.parametrize("cell", ALL, ids=name)
@@ -158,7 +168,7 @@ def test_every_cell_is_the_oracle(
         "bidirectional": True,
         "dtype": dtype,
     }
-    check_against_oracle(backend, options, steps, batch, lengths=True, reset=True)
+    check_against_oracle(backend, options, steps, batch, lengths=True, reset=True, mask=True, all_states=True)
 
 
 def check_against_oracle(
@@ -170,6 +180,8 @@ def check_against_oracle(
     reset: bool = False,
     state: bool = True,
     dstate: bool = True,
+    mask: bool = False,
+    all_states: bool = False,
     seed: int = 1,
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -186,6 +198,8 @@ def check_against_oracle(
     dfinal = [normal(*part.shape) for part in zeros] if dstate else zeros
     ends = generator.integers(0, steps + 1, rows) if lengths and batch else None
     marks = generator.random((steps, rows)) < 0.25 if reset else None
+    counts = generator.random((steps, rows)) < 0.6 if mask else None
+    dstates = [normal(steps, *part.shape) for part in zeros] if all_states else None
 
     def given(array: Any) -> Any:
         """As the layer takes an array (T, B, ...)."""
@@ -196,28 +210,45 @@ def check_against_oracle(
     def given_state(parts: list[Any], present: bool) -> Any:
         return as_state([part if batch else part[:, 0] for part in parts]) if present else None
 
-    y, final, tape = layer.forward(
-        given(x), given_state(initial, state), ends, given(marks), training=True, draw=5
+    def given_states(parts: Any) -> Any:
+        return None if parts is None else tuple(part if batch else part[:, :, 0] for part in parts)
+
+    y, final, *states, tape = layer.forward(
+        given(x),
+        given_state(initial, state),
+        ends,
+        given(marks),
+        training=True,
+        mask=given(counts),
+        all_states=all_states,
+        draw=5,
     )
-    assert tape is not None
-    dx, dinitial, grads = tape.backward(given(dy), given_state(dfinal, dstate))
+    dx, dinitial, grads = tape.backward(given(dy), given_state(dfinal, dstate), given_states(dstates))
     masks = [
         dropout_mask((steps, rows, layer._width), layer.dropout, layer._key, 5, n, np.float64)
         for n in range(layer.num_layers - 1)
     ]
+    if counts is not None:  # masks are those of the steps that count
+        inside = counts if ends is None else counts & (np.arange(steps)[:, None] < ends)
+        places = np.argsort(np.argsort(~inside, 0, kind="stable"), 0)[..., None]
+        masks = [np.take_along_axis(drawn, places, 0) for drawn in masks]
     rate, shape = layer.recurrent_dropout, (rows, layer.hidden_size)
     recurrent_masks = [
         dropout_mask(shape, rate, layer._key, 5, layer.num_layers + n, np.float64) for n in range(count)
     ]
     expected = oracle.run(
-        layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks, recurrent_masks if rate else None
-    )
+        layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks, recurrent_masks if rate else None,
+        counts, dstates,
+    )  # fmt: skip
 
     depth = steps * layer.num_layers
     assert_close(y, given(expected.y), depth, "y")
     assert_close(dx, given(expected.dx), depth, "dx", gradient=True)
     for n, part in enumerate(as_tuple(final)):
         assert_close(part, given_state([expected.final[n]], True), depth, f"final {n}")
+    assert len(states) == all_states
+    for found, want in zip(*states, given_states(expected.states)) if states else ():
+        assert_close(found, want, depth, "states")
     for n, part in enumerate(as_tuple(dinitial)):
         assert_close(part, given_state([expected.dinitial[n]], True), depth, f"dinitial {n}", gradient=True)
     assert list(grads) == list(layer.state_dict())
@@ -248,7 +279,8 @@ def test_recurrent_dropout_is_the_oracle(backend: str, cell: Cell, dtype: str, s
         "recurrent_dropout": 0.5,
         "dtype": dtype,
     }
-    check_against_oracle(backend, options, 9, 7, lengths=True, reset=True, state=state, dstate=state)
+    more = {"lengths": True, "reset": True, "mask": state, "all_states": True}
+    check_against_oracle(backend, options, 9, 7, state=state, dstate=state, **more)
 
 
 # --- Inference, training, the tape ------------------------------------------------------------------------

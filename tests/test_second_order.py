@@ -151,13 +151,16 @@ def second(made: CPUDirection, case: Sizes, dtype: Any = np.float64) -> list[np.
     initial, dfinal = ([part.astype(dtype) for part in parts] for parts in (p.initial, p.dfinal))
     y, final = np.full_like(dy, np.nan), tuple(np.full_like(part, np.nan) for part in initial)
     tape = made.forward(x, tuple(initial), y, final, p.lengths, p.reset, case.reverse, True)
+    states, dstates = (
+        tuple(f * part.astype(dtype) for part in p.dstates) if case.every else () for f in (np.nan, 1)
+    )
     along = unflatten(made.program.cell, [moved(part).astype(dtype) for part in flatten(p.weights)])
     ty, tfinal = np.full_like(y, np.nan), tuple(np.full_like(part, np.nan) for part in final)
     starts = tuple(moved(part).astype(dtype) for part in initial)
-    tangent = made.tangent(tape, v, starts, along, ty, tfinal)
+    tangent = made.tangent(tape, v, starts, along, ty, tfinal, states)
     tdx = np.full_like(x, np.nan)
-    dinitial, grads = made.backward_tangent(tape, tangent, dy, tuple(dfinal), tdx)
-    return [ty, *tfinal, tdx, *dinitial, *flatten(grads)]
+    dinitial, grads = made.backward_tangent(tape, tangent, dy, tuple(dfinal), tdx, dstates)
+    return [ty, *tfinal, *states, tdx, *dinitial, *flatten(grads)]
 
 
 def moved(array: np.ndarray) -> np.ndarray:
@@ -174,14 +177,17 @@ def differences(cell: Cell, case: Sizes) -> list[np.ndarray]:
         initial = tuple(part + shift * moved(part) for part in p.initial)
         x = p.x + shift * moved(p.x)
         y, final, tape = reference.forward(cell, weights, x, initial, p.lengths, p.reset, case.reverse)
-        dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal)
-        return [y, *final, dx, *dinitial, *flatten(grads)]
+        states, dstates = (tape.states, p.dstates) if case.every else ((), ())
+        dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal, dstates)
+        return [y, *final, *states, dx, *dinitial, *flatten(grads)]
 
     h = 1e-5
     return [(high - low) / (2 * h) for high, low in zip(at(h), at(-h))]
 
 
-@pytest.mark.parametrize("options", [{}, {"padded": True, "reset": True, "reverse": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"padded": True, "reset": True, "reverse": True, "every": True}], ids=str
+)
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_tangents_are_finite_differences(cell: Cell, options: dict[str, bool]) -> None:
     case = Sizes(5, 4, 3, 6, bias=not options, **options)
@@ -216,7 +222,7 @@ def test_the_gradient_of_the_input_may_be_left_out() -> None:
 def test_two_threads_give_the_bits_of_one(
     cell: Cell, proj: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True)
+    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True, every=True)
     alone = second(CPU().prepare(cell, problem(cell, case, np.float64).weights), case)
     with several_threads(2, monkeypatch):
         made = CPU().prepare(cell, problem(cell, case, np.float64).weights)

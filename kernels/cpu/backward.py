@@ -27,6 +27,7 @@ from .memory import (
     rows_of_state,
     set_rows,
     starts_anew,
+    state_at_step,
     take_means,
     zero_padding,
 )
@@ -80,6 +81,20 @@ def start_anew(task, step, active, low, high, stride, carried, initial):
             for place in range(row * stride + low * vector, row * stride + high * vector, vector):
                 store(load(registers, initial + place) + load(registers, carried + place), initial + place)
                 store(splat(registers, 0.0), carried + place)
+
+
+@part
+def add_state_gradients(task, own, step, active):
+    """Add the gradients of the further states after a step to those that are carried."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    for n in range(task.further):
+        for row in range(active):
+            source = state_at_step(task, n, step, row)
+            carried = task.d_states + n * task.kept_plane + row * task.width
+            for v in range(own.low_vector, own.high_vector if source != 0 else 0):
+                given = load_row(registers, source + v * vector, task.hidden - v * registers.lanes)
+                store(load(registers, carried + v * vector) + given, carried + v * vector)
 
 
 @part
@@ -160,6 +175,8 @@ def step_back(task, own, step, base, sync):
     active = rows_before(task, step + 1) - before
     note_entering(task, own, step, active)
     note_rows(task, task.dy, task.dy_time, task.dy_row, step, step + 1, own.leaving)
+    if task.every_state != 0:
+        add_state_gradients(task, own, step, active)
     if task.projected:
         unproject(task, own, before - base, active, sync)
     own.gates = task.gates + before * task.gates_row

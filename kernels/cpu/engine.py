@@ -17,7 +17,7 @@ from . import pack, plan, team
 from .compile import entry_point
 from .entry import adjoint_tangent_pass, backward_pass, forward_pass, tangent_pass
 from .plan import BARRIER, BYTES, FLOPS, ONLY, Sequences, sequences, threads_for
-from .records import WEIGHT_FIELDS
+from .records import EVERY, WEIGHT_FIELDS
 from .spec import Registers, machine
 from .team import LINE
 from .work import Compiled, compiled
@@ -266,6 +266,7 @@ class CPUDirection:
         reset: np.ndarray | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,  # (T, B, H) each
     ) -> Tape | None:
         """See dispatch.Direction."""
         layer, (steps, batch, _) = self.layer, x.shape
@@ -277,10 +278,14 @@ class CPUDirection:
         memory = empty_bytes(task.nbytes)
         if reset is None:
             reset = NO_RESET
+        words = self._words
+        if states is not None:
+            table = _every(states)
+            words = _with(words, every_state=table)
         entry, _, whole, work = self._forward
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words,
-            self._words, x, y, final if initial is None else initial, initial is not None, final, *order,
+            words, x, y, final if initial is None else initial, initial is not None, final, *order,
             reset, reverse, memory,
         )  # fmt: skip
         return Tape(x, y, order, reset, reverse, memory) if training else None
@@ -292,6 +297,7 @@ class CPUDirection:
         dfinal: States | None,
         dx: np.ndarray | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
         layer, program = self.layer, self.program
@@ -305,8 +311,10 @@ class CPUDirection:
         dinitial, gradients = self._empty_gradients(batch)
         words = self._backward_words[0]
         if dx is not None:
-            words = words.copy()
-            words[WEIGHTS["input_weights"]] = _address(self.packed.input_planes)
+            words = _with(words, input_weights=self.packed.input_planes)
+        if dstates is not None:
+            table = _every(dstates)
+            words = _with(words, every_state=table)
         entry, _, whole, work = backward_pass(program.scalar, len(dinitial))
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
@@ -341,6 +349,7 @@ class CPUDirection:
         weights: Weights,  # of which each may be None
         y: np.ndarray,  # (T, B, P), written
         final: States,  # written
+        states: States | None = None,  # (T, B, H) each, written
     ) -> Tangent:
         """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it."""
         moved = Packed(self.layer, weights)
@@ -359,10 +368,12 @@ class CPUDirection:
         panels = {"ih": _address(moved.input_panels), "hh": _address(moved.recurrent_panels)}
         panels |= dict(zip(cell.late, map(_address, moved.late_panels)))
         inputs = program.input_table(panels, layer.inputs, layer.outputs, layer.hidden)
+        table = _every(states or ())
         words = _words(
-            product_table=products, products=len(products), input_table=inputs, more_inputs=len(inputs),
-            input_weights=packed.input_panels, bias=moved.bias, vectors=packed.vectors,
-            projection=packed.projection, moved_vectors=moved.vectors, moved_projection=moved.projection,
+            every_state=table, product_table=products, products=len(products), input_table=inputs,
+            more_inputs=len(inputs), input_weights=packed.input_panels, bias=moved.bias,
+            vectors=packed.vectors, projection=packed.projection, moved_vectors=moved.vectors,
+            moved_projection=moved.projection,
         )  # fmt: skip
         entry, _, whole, work = tangent_pass(program.scalar, len(final))
         entry(
@@ -379,6 +390,7 @@ class CPUDirection:
         dy: np.ndarray,  # (T, B, P): of the values' backward pass
         dfinal: States | None,
         dx: np.ndarray | None,  # (T, B, I): the tangent of its dx, written; None if not wanted
+        dstates: States | None = None,  # (T, B, H) each: of the values' backward pass
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
         layer, program, cell = self.layer, self.program, self.program.cell
@@ -396,10 +408,12 @@ class CPUDirection:
             dict(zip(cell.late, map(_address, some.late_planes))) for some in (packed, moved)
         )
         late = program.late_table(program.adjoint_tangents, planes, moved_planes)
+        table = _every(dstates or ())
         words = _words(
-            late_table=late, recurrent_weights=packed.recurrent_planes, vectors=packed.vectors,
-            projection=packed.transposed_projection, moved_recurrent_weights=moved.recurrent_planes,
-            moved_vectors=moved.vectors, moved_projection=moved.transposed_projection,
+            every_state=table, late_table=late, recurrent_weights=packed.recurrent_planes,
+            vectors=packed.vectors, projection=packed.transposed_projection,
+            moved_recurrent_weights=moved.recurrent_planes, moved_vectors=moved.vectors,
+            moved_projection=moved.transposed_projection,
             input_weights=0 if dx is None else packed.input_planes,
             moved_input_weights=0 if dx is None else moved.input_planes,
         )  # fmt: skip
@@ -451,6 +465,20 @@ def _words(**values: np.ndarray | int) -> np.ndarray:
     for name, value in values.items():
         words[WEIGHTS[name]] = value if isinstance(value, int) else _address(value)
     return words
+
+
+def _with(words: np.ndarray, **values: np.ndarray) -> np.ndarray:
+    """That part with other arrays in some places."""
+    words = words.copy()
+    for name, value in values.items():
+        words[WEIGHTS[name]] = _address(value)
+    return words
+
+
+def _every(states: States) -> np.ndarray:
+    """Where the values of further states at each step lie, or their gradients, as records.EVERY."""
+    rows = [(0, 0, 0) if array is None else (array.ctypes.data, *array.strides[:2]) for array in states]
+    return np.array(rows, np.int64).reshape(-1, EVERY.words)
 
 
 def _singly(order: np.ndarray) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ shares.py.
 from __future__ import annotations
 
 from .memory import (
+    EVERY_BYTES,
     OUTPUT,
     STATE,
     fill_zero,
@@ -24,14 +25,15 @@ from .memory import (
     rows_of_state,
     sequence_of,
     set_rows,
+    state_at_step,
     take_means,
     time_of,
     zero_padding,
 )
 from .product import call_rows_times_planes
-from .records import INPUT, PHASE, PRODUCT, address_of, input_at, own_at, phase_at, product_at
+from .records import INPUT, PHASE, PRODUCT, address_of, every_at, input_at, own_at, phase_at, product_at
 from .shares import Shares, close_queues, each, share
-from .simd import inlined, load, part, read, read_int, store, write, write_int
+from .simd import inlined, load, part, read, read_int, store, store_row, write, write_int
 from .team import barrier
 from .tile import tile_product
 from .work import call_launch, call_phase
@@ -186,6 +188,20 @@ def tape_means(task, own, phase, before, active):
 
 
 @part
+def write_states(task, own, step, active):
+    """Copy the further states after a step to where they are wanted, while they are in a thread's cache."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    for n in range(task.further):
+        for row in range(active):
+            source = own.here + n * task.states_plane + row * task.width
+            to = state_at_step(task, n, step, row)
+            for v in range(own.low_vector, own.high_vector if to != 0 else 0):
+                value = load(registers, source + v * vector)
+                store_row(registers, value, to + v * vector, task.hidden - v * registers.lanes)
+
+
+@part
 def take_place(task, own, thread, threads):
     """What is one thread's own."""
     lanes = task.registers.lanes
@@ -249,6 +265,8 @@ def forward_work(thread, threads, sync, task):
                     take_means(task, task.partials, phase.mean, phase.means, own.means)
                     if task.taped and thread == 0:
                         tape_means(task, own, phase, before, active)
+            if task.every_state != 0:
+                write_states(task, own, step, active)
             if task.projected:
                 call_rows_times_planes(
                     task.rows_times_planes,
@@ -316,4 +334,8 @@ def forward(team, threads, patience, work, task):
     close_queues(task.queues, threads)
     start_threads(task, team, threads, patience, work)
     zero_padding(task, task.y, task.y_time, task.y_row, task.outputs)
+    for n in range(task.further if task.every_state != 0 else 0):
+        every = every_at(task.every_state + n * EVERY_BYTES)
+        if every.array != 0:
+            zero_padding(task, every.array, every.time, every.row, task.hidden)
     get_final(task)

@@ -31,6 +31,7 @@ WEIGHT_FIELDS = """
     product_table products late_table  input_table more_inputs
     input_weights bias recurrent_weights vectors projection
     moved_input_weights moved_recurrent_weights moved_vectors moved_projection
+    every_state
 """
 # Offsets from the memory of the forward pass and from the scratch memory of the backward pass, to which the
 # addresses of these are added.
@@ -100,6 +101,8 @@ LATE = Record(
     constant=True,
 )
 INPUT = Record("input", "tile rows slot slots weights depth source place", constant=True)
+# Of one state, where its values after each step go, or their gradients come from; an array of 0 is none.
+EVERY = Record("every", "array time row", constant=True)
 
 
 @register_model(Record)
@@ -153,7 +156,9 @@ def record_at(record: Record) -> Any:
     return at
 
 
-own_at, phase_at, product_at, late_at, input_at = map(record_at, (OWN, PHASE, PRODUCT, LATE, INPUT))
+own_at, phase_at, product_at, late_at, input_at, every_at = map(
+    record_at, (OWN, PHASE, PRODUCT, LATE, INPUT, EVERY)
+)
 
 
 @intrinsic

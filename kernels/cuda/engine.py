@@ -110,7 +110,10 @@ class Direction:
         reset: Any | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,
     ) -> Tape | None:
+        if states is not None:
+            raise ValueError("all_states must be False with the backend 'cuda', which has no kernels for it")
         with self._on(x) as resident:
             return resident.forward(x, initial, y, final, lengths, reset, reverse, training)
 
@@ -121,6 +124,7 @@ class Direction:
         dfinal: States | None,
         dx: Any | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # of states that `forward` refuses to give
     ) -> tuple[States, Weights]:
         with self._on(tape.x) as resident:
             return resident.backward(tape, dy, dfinal, dx, accumulate)

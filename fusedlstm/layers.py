@@ -47,10 +47,10 @@ class _Place:
     Weights never change; a place is replaced as a whole, so nothing packed can be out of date.
     """
 
-    __slots__ = ("dropping", "ready", "weights")
+    __slots__ = ("dropping", "level", "ready", "weights")
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, level: int) -> None:
+        self.weights, self.level = weights, level
         self.ready: dict[type, Direction] = {}  # by the type of the input array
         self.dropping: dict[type, Direction] = {}  # those with recurrent dropout
 
@@ -65,7 +65,10 @@ class Recurrent:
 
     Args:
         cell: what :func:`fusedlstm.cell` made of a function, or one of :mod:`fusedlstm.cells`.
-        input_size: I, the number of features of the input.
+        input_size: I, the number of features of the input.  None if the input is what the gates get of it,
+            (T, B, D*gates*H): of the gates that have input weights, in their order, first those of the
+            forward direction.  Then I is D*gates*H, and the first layer has no ``weight_ih`` and ``bias_ih``.
+            Not with a projection.
         hidden_size: H, the number of hidden units.
         num_layers: L; each layer after the first takes the output of the one before.
         bias: whether gates have biases, ``bias_ih`` and ``bias_hh``.
@@ -87,6 +90,8 @@ class Recurrent:
             where the recurrent weights multiply it; the others are divided by 1 - recurrent_dropout.
             One mask holds for all steps of a sequence (Gal and Ghahramani, 2016); output and states are
             not masked.  Not with a projection.
+        heads: blocks on the diagonal of the recurrent weights of each gate; between them these are zero, and
+            neither kept nor multiplied: ``weight_hh`` is (gates*H, H/heads).  Not with a projection.
         seed: of the initial weights and of dropout; None takes fresh entropy.
 
     Raises:
@@ -94,7 +99,7 @@ class Recurrent:
     """
 
     cell: Cell
-    input_size: int
+    input_size: int | None
     hidden_size: int
     num_layers: int
     bias: bool
@@ -103,6 +108,7 @@ class Recurrent:
     bidirectional: bool
     proj_size: int
     recurrent_dropout: float
+    heads: int
     dtype: np.dtype[Any]
     backend: str
     precision: str
@@ -113,6 +119,7 @@ class Recurrent:
     _sizes: tuple[int, ...]  # of the states: P, then H
     _directions: int
     _width: int  # of the output: D * P
+    _features: int  # of the input: I
     _drops: bool  # whether there is dropout of any kind in training
     _key: tuple[Any, Any]
     _draws: count[int]
@@ -120,7 +127,7 @@ class Recurrent:
     def __init__(
         self,
         cell: Cell,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -134,6 +141,7 @@ class Recurrent:
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         self._configure(
@@ -152,6 +160,7 @@ class Recurrent:
                 "precision": precision,
                 "form": form,
                 "recurrent_dropout": recurrent_dropout,
+                "heads": heads,
             }
         )
         self._name_weights()
@@ -167,6 +176,9 @@ class Recurrent:
         settings.update(
             _directions=directions,
             _width=directions * outputs,
+            _features=self.input_size
+            if self.input_size is not None
+            else directions * len(self.cell.gates_with_input) * self.hidden_size,
             _drops=self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1),
             _sizes=(outputs, *[self.hidden_size] * (len(self.cell.states) - 1)),
         )
@@ -174,12 +186,17 @@ class Recurrent:
     def _check_settings(self) -> None:
         if self.precision != "float32" and self.dtype != np.float32:
             raise ValueError(f"precision {self.precision!r} needs dtype 'float32', got {self.dtype.name!r}")
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size must be a multiple of heads {self.heads}, got {self.hidden_size}")
+        if self.heads > 1 and (self.proj_size or not self.cell.gates_with_recurrent):
+            why = "proj_size" if self.proj_size else f"the cell {self.cell.name}, without recurrent weights"
+            raise ValueError(f"heads must be 1 with {why}, got {self.heads}")
         if self.proj_size >= self.hidden_size:
             raise ValueError(
                 f"proj_size must be smaller than hidden_size {self.hidden_size}, got {self.proj_size}"
             )
-        if self.proj_size and self.cell.unprojectable:
-            raise ValueError(f"proj_size must be 0 with the cell {self.cell.name}: {self.cell.unprojectable}")
+        if self.proj_size and (why := self._cell(0).unprojectable):
+            raise ValueError(f"proj_size must be 0 with the cell {self.cell.name}: {why}")
         if self.proj_size and self.recurrent_dropout:
             raise ValueError(
                 f"recurrent_dropout must be 0 with proj_size, got {self.recurrent_dropout!r} with "
@@ -187,6 +204,11 @@ class Recurrent:
             )
         if self.dropout and self.num_layers == 1:
             _warn("dropout is applied after every layer but the last, and there is one layer")
+
+    def _cell(self, level: int, dropping: bool = False) -> Cell:
+        """The cell that a layer of the stack runs."""
+        cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
+        return cells.gate_inputs(cell) if self.input_size is None and level == 0 else cell
 
     def _name_weights(self, arrays: Mapping[str, Any] | None = None) -> None:
         """Fix the names and shapes of the weights, as long as `arrays` has all of these names, if given.
@@ -197,9 +219,9 @@ class Recurrent:
         places, shapes = [], {}
         for n in range(self.num_layers * self._directions):
             layer, reverse = divmod(n, self._directions)
-            names = storage.names(self.cell, layer, bool(reverse), self.bias, self.proj_size > 0)
-            inputs = self._width if layer else self.input_size
-            expected = storage.shapes(self.cell, inputs, self.hidden_size, self.bias, self.proj_size)
+            cell, inputs = self._cell(layer), self._width if layer else self._features
+            names = storage.names(cell, layer, bool(reverse), self.bias, self.proj_size > 0)
+            expected = storage.shapes(cell, inputs, self.hidden_size, self.bias, self.proj_size, self.heads)
             named = dict(zip(storage.flatten(names), storage.flatten(expected)))
             if arrays is not None and (missing := [name for name in named if name not in arrays]):
                 raise ValueError("; ".join(f"{name} is missing" for name in missing))
@@ -296,7 +318,7 @@ class Recurrent:
             places = []
             for n, names in enumerate(self._names):
                 if not arrays.keys().isdisjoint(storage.flatten(names)):
-                    places.append(_Place(storage.fill(names, merged.__getitem__)))
+                    places.append(_Place(storage.fill(names, merged.__getitem__), n // self._directions))
                 else:
                     places.append(self._places[n])
             vars(self).update(arrays, _places=tuple(places))
@@ -439,7 +461,7 @@ class Recurrent:
                 direction = place.ready.get(kind) or self._prepare(place, x)
             own = y if directions == 1 else y[..., outputs * reverse : outputs * (1 + reverse)]
             record = direction.forward(
-                x,
+                x if self.input_size is not None else self._fed(x, n),
                 None if initial is None else _entries(initial, n),
                 own,
                 _entries(final, n),
@@ -484,8 +506,15 @@ class Recurrent:
                 state[:, n] = masked.spread(state[:, n], reverse == 1, start)
         return shown
 
+    def _fed(self, x: Any, n: int) -> Any:
+        """What place n takes of the input of its layer, or gives to its gradient."""
+        if self.input_size is not None or n >= self._directions or self._directions == 1:
+            return x
+        size = self._features // 2
+        return x[..., size * n : size * (n + 1)]
+
     def _prepare(self, place: _Place, x: Any, dropping: bool = False) -> Direction:
-        cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
+        cell = self._cell(place.level, dropping)
         engine = dispatch.engine(self.backend, x, self.precision, self.form)
         direction = engine.prepare(cell, place.weights)
         return (place.dropping if dropping else place.ready).setdefault(type(x), direction)
@@ -502,9 +531,9 @@ class Recurrent:
         if type(x) is not np.ndarray or x.dtype is not self.dtype or not x.flags.carray:
             x = _laid_out("x", x, self.dtype, _array_module(x))
         shape = x.shape
-        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
+        if len(shape) not in (2, 3) or shape[-1] != self._features:
             axes = "(B, T, {0})" if self.batch_first else "(T, B, {0})"
-            expected = f"{axes} or (T, {{0}})".format(self.input_size)
+            expected = f"{axes} or (T, {{0}})".format(self._features)
             raise ValueError(f"x must have the shape {expected}, got {shape}")
         if len(shape) == 2:
             return x[:, None], False
@@ -630,7 +659,7 @@ class Tape:
             d_output, d_final, d_every, past = self._gather(d_output, d_final, d_every)
         grads: dict[str, Any] = dict.fromkeys(layer._shapes)
         for level in reversed(range(layer.num_layers)):
-            inputs = layer._width if level else layer.input_size
+            inputs = layer._width if level else layer._features
             d_input = xp.empty((steps, batch, inputs), layer.dtype)
             for reverse in range(directions):
                 n = level * directions + reverse
@@ -640,16 +669,17 @@ class Tape:
                 if d_every is not None:
                     first, *others = [None if part is None else part[:, n] for part in d_every]
                     own, further = own if first is None else own + first, tuple(others)
+                target = layer._fed(d_input, n)
                 states, gradients = direction.backward(
                     record,
                     own,
                     None if d_final is None else _entries(d_final, n),
-                    d_input,
-                    reverse == 1,
+                    target,
+                    reverse == 1 and target is d_input,
                     further,
                 )
-                for target, state in zip(d_initial, states):
-                    target[n] = state
+                for entry, state in zip(d_initial, states):
+                    entry[n] = state
                 grads.update(zip(storage.flatten(layer._names[n]), storage.flatten(gradients)))
             d_output = self.dropped(d_input, level - 1, xp) if level else d_input
         if self.masked is not None:
@@ -736,7 +766,7 @@ class LSTM(Recurrent):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -750,6 +780,7 @@ class LSTM(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -767,6 +798,7 @@ class LSTM(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            heads=heads,
             seed=seed,
         )
 
@@ -778,7 +810,7 @@ class GRU(Recurrent):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -792,6 +824,7 @@ class GRU(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -808,6 +841,7 @@ class GRU(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            heads=heads,
             seed=seed,
         )
 
@@ -827,7 +861,7 @@ class RNN(Recurrent):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         nonlinearity: str = "tanh",
@@ -841,6 +875,7 @@ class RNN(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         kinds = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
@@ -860,6 +895,7 @@ class RNN(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            heads=heads,
             seed=seed,
         )
 
@@ -1109,7 +1145,7 @@ def _option(name: str, value: Any) -> str:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of the settings
     "cell": _cell,
-    "input_size": _size,
+    "input_size": lambda name, value: None if value is None else _size(name, value),
     "hidden_size": _size,
     "num_layers": _size,
     "bias": _flag,
@@ -1118,6 +1154,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of the settings
     "bidirectional": _flag,
     "proj_size": partial(_size, minimum=0),
     "recurrent_dropout": _probability,
+    "heads": _size,
     "dtype": _dtype,
     **dict.fromkeys(dispatch.OPTIONS, _option),
 }

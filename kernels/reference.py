@@ -95,13 +95,15 @@ def _arguments(
     """What the function of the cell takes at a step; what backward needs of it is noted on the tape."""
     input_weights, recurrent_weights = by_gate(cell, weights)
     from_input = {gate: x @ weight.T for gate, weight in input_weights.items()}
+    if cell.takes_gates:
+        from_input = dict(zip(cell.gates_with_input, np.split(x, len(cell.gates_with_input), -1)))
     from_output, bias_hh = {}, {}
     if weights.bias_ih is not None:
         for gate, bias in zip(cell.gates_with_input, np.split(weights.bias_ih, len(from_input))):
             from_input[gate] = from_input[gate] + bias
-        if recurrent_weights:
-            parts = np.split(weights.bias_hh, len(recurrent_weights))
-            bias_hh = dict(zip(cell.gates_with_recurrent, parts))
+    if weights.bias_hh is not None:
+        parts = np.split(weights.bias_hh, len(recurrent_weights))
+        bias_hh = dict(zip(cell.gates_with_recurrent, parts))
 
     def multiply(gate: str, operand: np.ndarray) -> Any:
         tape.operands[gate] = operand
@@ -123,10 +125,32 @@ def _noting(function: Any, gate: str, arguments: dict[str, np.ndarray], operand:
 
 
 def by_gate(cell: Cell, weights: Weights) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The input weights (H, I) and the recurrent weights (H, P) of each gate that has them."""
+    """The input weights (H, I) and the recurrent weights (H, P), with zeros between heads, of each gate that
+    has them."""
     ih, hh = cell.gates_with_input, cell.gates_with_recurrent
-    recurrent = dict(zip(hh, np.split(weights.hh, len(hh)))) if hh else {}
-    return dict(zip(ih, np.split(weights.ih, len(ih)))), recurrent
+    columns = cell.hidden_size(weights) if weights.hr is None else len(weights.hr)
+    recurrent = {}
+    if hh:
+        recurrent = {g: block_diagonal(w, columns) for g, w in zip(hh, np.split(weights.hh, len(hh)))}
+    return {} if weights.ih is None else dict(zip(ih, np.split(weights.ih, len(ih)))), recurrent
+
+
+def block_diagonal(weight: np.ndarray, columns: int) -> np.ndarray:
+    """(H, columns / heads) as (H, columns), with zeros between the heads."""
+    heads = columns // weight.shape[1]
+    if heads == 1:
+        return weight
+    blocks = np.zeros((heads, len(weight) // heads, heads, weight.shape[1]), weight.dtype)
+    for n, block in enumerate(np.split(weight, heads)):
+        blocks[n, :, n] = block
+    return blocks.reshape(len(weight), columns)
+
+
+def diagonal_blocks(weight: np.ndarray, width: int) -> np.ndarray:
+    """What :func:`block_diagonal` made the matrix of; what lies between the heads is lost."""
+    heads = weight.shape[1] // width
+    blocks = weight.reshape(heads, -1, heads, width)
+    return np.concatenate([blocks[n, :, n] for n in range(heads)])
 
 
 def backward(
@@ -160,6 +184,8 @@ def backward(
         # a row that is past its end has no gradient, whatever its values are
         d = dict(zip(cell.arguments, (np.where(active, g, 0) for g in gradients)))
         x = np.where(active, tape.x[t], 0)
+        if cell.takes_gates:
+            dx[t] = np.concatenate([d[f"{g}_x" if g in cell.split else g] for g in cell.gates_with_input], -1)
         for n, (gate, weight) in enumerate(input_weights.items()):
             part = d[f"{gate}_x" if gate in cell.split else gate]
             dx[t] += part @ weight
@@ -171,7 +197,8 @@ def backward(
             part = d[f"{gate}_h" if gate in cell.split else gate]
             if gate not in cell.late:
                 dafter[cell.operand] = dafter[cell.operand] + part @ weight
-            _part(grads.hh, n, len(recurrent_weights))[...] += part.T @ np.where(active, operands[gate], 0)
+            target = _part(grads.hh, n, len(recurrent_weights))
+            target += diagonal_blocks(part.T @ np.where(active, operands[gate], 0), target.shape[1])
             if weights.bias_hh is not None:
                 _part(grads.bias_hh, n, len(recurrent_weights))[...] += part.sum(0)
         for name, vector in zip(cell.weights, grads.vectors):

@@ -78,7 +78,10 @@ def run(
             own = {name.removesuffix(suffix): w for name, w in weights.items() if name.endswith(suffix)}
             start = tuple(part[level * directions + d] for part in initial0)
             drops = recurrent_masks[level * directions + d] if recurrent_masks else None
-            states, end = _direction(layer.cell, own, values, start, ends, marks, counts, d == 1, drops)
+            given = values
+            if layer.input_size is None and level == 0:
+                given = values.chunk(directions, -1)[d]
+            states, end = _direction(layer.cell, own, given, start, ends, marks, counts, d == 1, drops)
             outputs.append(states[0])
             every.append(states)
             finals.append(end)
@@ -144,7 +147,9 @@ def _step(
         if gate not in own:
             return torch.zeros(())
         n, count = own.index(gate), len(own)
-        found = weights[f"weight_{which}"].chunk(count)[n] @ value
+        if f"weight_{which}" not in weights:  # it is given the product
+            return value.chunk(count)[n]
+        found = _blocks(weights[f"weight_{which}"].chunk(count)[n], value)
         return found + weights[f"bias_{which}"].chunk(count)[n] if f"bias_{which}" in weights else found
 
     given: dict[str, Any] = dict(zip(cell.states, states)) | {name: weights[name] for name in cell.weights}
@@ -159,6 +164,12 @@ def _step(
     if "weight_hr" in weights:
         new[0] = weights["weight_hr"] @ new[0]
     return new
+
+
+def _blocks(weight: Tensor, value: Tensor) -> Tensor:
+    """The product of a matrix, or of the blocks on its diagonal, which lie below each other, with a row."""
+    heads = len(value) // weight.shape[1]
+    return torch.cat([block @ part for block, part in zip(weight.chunk(heads), value.chunk(heads))])
 
 
 def _leaf(array: np.ndarray) -> Tensor:

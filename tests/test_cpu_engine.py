@@ -70,12 +70,14 @@ class Case(NamedTuple):
     wide: bool = False  # y, dy, dx and all states are slices of the last axis of wider arrays
     every: bool = False  # all states are asked for, and have gradients
     seed: int = 1
+    heads: int = 1
 
     def __str__(self) -> str:
-        options = [field for field in self._fields[8:-1] if getattr(self, field)]
+        options = [field for field in self._fields[8:-2] if getattr(self, field)]
         proj = f"-P{self.proj}" if self.proj else ""
+        heads = f"-{self.heads} heads" if self.heads > 1 else ""
         return "-".join(
-            [f"T{self.steps}-B{self.batch}-I{self.inputs}-H{self.hidden}{proj}"]
+            [f"T{self.steps}-B{self.batch}-I{self.inputs}-H{self.hidden}{proj}{heads}"]
             + ([] if self.bias else ["no_bias"])
             + options
         )
@@ -102,10 +104,12 @@ def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
         return (scale * generator.normal(size=shape)).astype(dtype).astype(np.float64)
 
     T, B, inputs, hidden = case[:4]
-    ih, hh, bias_ih, bias_hh, hr, vectors = shapes(cell, inputs, hidden, case.bias, case.proj)
+    if cell.takes_gates:
+        inputs = len(cell.gates_with_input) * hidden
+    ih, hh, bias_ih, bias_hh, hr, vectors = shapes(cell, inputs, hidden, case.bias, case.proj, case.heads)
     sizes = [case.proj or hidden, *[hidden] * (len(cell.states) - 1)]
     weights = Weights(
-        normal(*ih, scale=inputs**-0.5),
+        normal(*ih, scale=inputs**-0.5) if ih else None,
         normal(*hh, scale=0.7 * hh[1] ** -0.5) if hh else None,
         normal(*bias_ih) if bias_ih else None,
         normal(*bias_hh) if bias_hh else None,
@@ -240,6 +244,25 @@ def test_every_cell(cell: Cell, case: Case) -> None:
 )
 def test_float32(cell: Cell, case: Case) -> None:
     check(cell, case, np.float32)
+
+
+HEADS = [(16, 16), (33, 3), (34, 2), (64, 4), (75, 5)]  # H, heads
+GIVEN = (cells.gate_inputs(cells.lstm), cells.gate_inputs(late_and_means), cells.gate_inputs(five_gates))
+
+
+@pytest.mark.parametrize("case", SIZES[1:], ids=str)
+@pytest.mark.parametrize(("hidden", "heads"), HEADS)
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
+def test_heads(cell: Cell, hidden: int, heads: int, case: Case) -> None:
+    check(cell, case._replace(hidden=hidden, heads=heads), np.float64)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("cell", GIVEN, ids=name)
+def test_gate_inputs(cell: Cell, case: Case) -> None:
+    """Their gradient is written, or added to what is there."""
+    check(cell, case, np.float64)
+    check(cell, case._replace(accumulate=not case.accumulate, heads=case.hidden), np.float32)
 
 
 @pytest.mark.parametrize("dtype", BOTH)

@@ -183,6 +183,11 @@ class Call(NamedTuple):
         return f"{options} " + "; ".join(told)
 
     @property
+    def newer(self) -> bool:
+        """Whether it has options that PyTorch's modules do not have."""
+        return self.options["input_size"] is None or self.options["heads"] > 1
+
+    @property
     def hostile(self) -> list[str]:
         return [name for name, argument in self.arguments.items() if argument.hostile]
 
@@ -200,7 +205,7 @@ def calls(draw: st.DrawFn) -> Call:
     options = {
         "cell": cell, "input_size": inputs, "hidden_size": hidden, "num_layers": draw(st.integers(1, 2)),
         "bidirectional": draw(st.booleans()), "batch_first": draw(st.booleans()), "proj_size": proj,
-        "bias": draw(st.booleans()),
+        "bias": draw(st.booleans()), "heads": 1 if proj or draw(st.booleans()) else hidden,
     }  # fmt: skip
     dtype = draw(st.sampled_from(["float32", "float64"]))
     random = np.random.default_rng(draw(st.integers(0, 1000)))
@@ -217,6 +222,8 @@ def calls(draw: st.DrawFn) -> Call:
     def states() -> list[np.ndarray]:
         return [normal(rows, *([batch] if batched else []), size) for size in sizes]
 
+    if not proj and draw(st.booleans()):
+        options["input_size"], inputs = None, directions * len(cell.gates) * hidden
     arguments = {"x": draw(changed(normal(*leading, inputs)))}
     if draw(st.booleans()):
         arguments["state"] = draw(changed_states(states()))
@@ -341,7 +348,7 @@ def _torch() -> Any:
 @st.composite
 def torch_calls(draw: st.DrawFn) -> Call:
     """Some of the calls on arrays, with tensors."""
-    torch, call = _torch(), draw(calls())
+    torch, call = _torch(), draw(calls().filter(lambda call: not call.newer))
     arguments = {}
     for name, argument in call.arguments.items():
         if name in ("mask", "dstate", "dstates"):

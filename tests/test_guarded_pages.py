@@ -136,6 +136,7 @@ class Case(NamedTuple):
     dtype: np.dtype[Any]
     sizes: tuple[int, int, int, int]
     proj: int
+    heads: int
     options: dict[str, bool]
     threads: int
 
@@ -143,7 +144,7 @@ class Case(NamedTuple):
         chosen = [name for name, on in self.options.items() if on]
         return (
             f"{self.number}: {self.cell.name} {self.dtype} T, B, I, H = {self.sizes} "
-            f"proj={self.proj} threads={self.threads} {' '.join(chosen)}"
+            f"proj={self.proj} heads={self.heads} threads={self.threads} {' '.join(chosen)}"
         )
 
     def drawn(self, memory: Memory) -> Drawn:
@@ -163,6 +164,7 @@ OPTIONS = (
     "deep",
     "every",
     "mask",
+    "gates",
 )
 
 
@@ -176,7 +178,10 @@ def case(number: int) -> Case:
     proj = random.randint(1, hidden - 1) if cell is cells.lstm and hidden > 1 and random.random() < 0.5 else 0
     options = {name: random.random() < 0.5 for name in OPTIONS}
     dtype = np.dtype(("float32", "float64")[number // len(CELLS) % 2])
-    return Case(number, cell, dtype, sizes, proj, options, random.choice((1, 2)))
+    # of the numbers that there may be
+    heads = 1 if proj else random.choice([n for n in range(1, hidden + 1) if hidden % n == 0])
+    options["gates"] &= not proj
+    return Case(number, cell, dtype, sizes, proj, heads, options, random.choice((1, 2)))
 
 
 class Drawn:
@@ -220,8 +225,11 @@ def run_engine(case: Case, memory: Memory) -> Results:
     drawn, on = case.drawn(memory), case.options
     steps, batch, inputs, hidden = case.sizes
     outputs = case.proj or hidden
-    shapes = storage.shapes(case.cell, inputs, hidden, on["bias"], case.proj)
-    direction = CPUDirection(case.cell, storage.fill(shapes, lambda shape: drawn.normal(*shape)))
+    cell = case.cell
+    if on["gates"]:
+        cell, inputs = cells.gate_inputs(cell), len(cell.gates_with_input) * hidden
+    shapes = storage.shapes(cell, inputs, hidden, on["bias"], case.proj, case.heads)
+    direction = CPUDirection(cell, storage.fill(shapes, lambda shape: drawn.normal(*shape)))
 
     def sequence(make: Callable[..., np.ndarray], size: int) -> np.ndarray:
         """(T, B, size): of a wider array the part beside the page, or with its first axes swapped."""
@@ -271,8 +279,8 @@ def run_arrays(case: Case, memory: Memory) -> Results:
     """The layers on arrays."""
     drawn, on = case.drawn(memory), case.options
     steps, batch, inputs, hidden = case.sizes
-    args: Any = (inputs, hidden)
-    options = settings(case) | {"dtype": case.dtype, "backend": "cpu", "seed": 1}
+    args: Any = (None if on["gates"] else inputs, hidden)
+    options = settings(case) | {"dtype": case.dtype, "backend": "cpu", "seed": 1, "heads": case.heads}
     layer: Recurrent
     if case.cell is cells.lstm:
         layer = LSTM(*args, **options)
@@ -283,7 +291,7 @@ def run_arrays(case: Case, memory: Memory) -> Results:
     layer.load_state_dict({name: memory.copy(array) for name, array in layer.state_dict().items()})
     leading = (batch, steps) if on["batch_first"] else (steps, batch)
     rows = layer.num_layers * layer._directions
-    x, dy = drawn.normal(*leading, inputs), drawn.normal(*leading, layer._width)
+    x, dy = drawn.normal(*leading, layer._features), drawn.normal(*leading, layer._width)
     state, dstate = (
         parts[0] if len(parts) == 1 else parts
         for parts in (drawn.states(rows, batch), drawn.states(rows, batch))

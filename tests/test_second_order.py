@@ -191,9 +191,22 @@ def differences(cell: Cell, case: Sizes) -> list[np.ndarray]:
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_tangents_are_finite_differences(cell: Cell, options: dict[str, bool]) -> None:
     case = Sizes(5, 4, 3, 6, bias=not options, **options)
+    check_tangents(cell, case)
+
+
+def check_tangents(cell: Cell, case: Sizes) -> None:
     made = CPU().prepare(cell, problem(cell, case, np.float64).weights)
     for found, right in zip(second(made, case), differences(cell, case), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means, three_states], ids=name)
+def test_tangents_of_heads_and_of_gate_inputs(cell: Cell, heads: int) -> None:
+    case = Sizes(4, 3, 2, 10, padded=True, reset=True, every=True, heads=heads)
+    if heads > 1:
+        check_tangents(cell, case)
+    check_tangents(cells.gate_inputs(cell), case)
 
 
 def test_the_gradient_of_the_input_may_be_left_out() -> None:
@@ -215,14 +228,20 @@ def test_the_gradient_of_the_input_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("batch", [3, 20], ids=["each its own panels", "threads help each other"])
 @pytest.mark.parametrize(
-    ("cell", "proj"),
-    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (layer_norm_lstm, 20), (late_and_means, 0)],
+    ("cell", "proj", "heads"),
+    [
+        (cells.lstm, 20, 1),
+        (cells.lstm_output_sees_cell, 0, 3),
+        (layer_norm_lstm, 20, 1),
+        (late_and_means, 0, 1),
+        (cells.gate_inputs(late_and_means), 0, 5),
+    ],
     ids=name,
 )
 def test_two_threads_give_the_bits_of_one(
-    cell: Cell, proj: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    cell: Cell, proj: int, heads: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True, every=True)
+    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True, every=True, heads=heads)
     alone = second(CPU().prepare(cell, problem(cell, case, np.float64).weights), case)
     with several_threads(2, monkeypatch):
         made = CPU().prepare(cell, problem(cell, case, np.float64).weights)

@@ -67,6 +67,12 @@ class CUDA:
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
         if why := unsupported(cell):
             raise ValueError(f"backend 'cuda' has no kernels for cell {cell.name}: {why}")
+        if weights.hr is None and weights.hh is not None and weights.hh.shape[1] != cell.hidden_size(weights):
+            raise ValueError("heads must be 1 with the backend 'cuda', which has no kernels for more")
+        if cell.takes_gates:
+            raise ValueError(
+                "input_size must be a number with the backend 'cuda', which has no kernels without"
+            )
         return Direction(cell, weights, self.precision, self.form, self.barrier_every)
 
 

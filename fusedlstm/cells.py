@@ -73,6 +73,7 @@ class Cell:
 
     _without_dropout: Cell | None = None  # of what recurrent_dropout made
     takes_gates: bool = False
+    _with_weights: Cell | None = None  # of what gate_inputs made
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class Cell:
         """Pickled by its name, as functions are."""
         if self._without_dropout is not None:
             return recurrent_dropout, (self._without_dropout,)
-        if self.takes_gates:
+        if self._with_weights is not None:
             return gate_inputs, (self._with_weights,)
         return self.function.__qualname__
 

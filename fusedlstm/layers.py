@@ -471,7 +471,9 @@ class Recurrent:
                 training,
                 None if every is None else tuple([part[:, n] for part in every[1:]]),
             )
-            if every is not None:
+            if every is not None and len(places) == 1 and masked is None:
+                every[0] = own[:, None]
+            elif every is not None:
                 every[0][:, n] = own
             if tape is not None:
                 tape.runs.append((direction, record))
@@ -492,19 +494,22 @@ class Recurrent:
         self, masked: ArraySteps, initial: Any, y: Any, final: list[Any], every: list[Any] | None
     ) -> Any:
         """The output (T, B, D*P) of all steps, of that of those that count; other results are overwritten."""
-        xp, directions, outputs = masked.module, self._directions, self._sizes[0]
-        shown = xp.empty_like(y)  # the tape has the other
+        directions, outputs, shown = self._directions, self._sizes[0], []
         for n in range(len(self._places)):
-            reverse, first = n % directions, n + directions - len(self._places)
+            reverse = n % directions
             before = [0] * len(final) if initial is None else _entries(initial, n)
-            if first >= 0:
+            if n + directions >= len(self._places):
                 part = slice(outputs * reverse, outputs * (1 + reverse))
-                shown[..., part] = masked.spread(y[..., part], reverse == 1, before[0])
+                shown.append(masked.spread(y[..., part], reverse == 1, before[0]))
             for state, start in zip(final, before):
                 masked.end(state[n], reverse == 1, start)
             for state, start in zip(every or (), before):
-                state[:, n] = masked.spread(state[:, n], reverse == 1, start)
-        return shown
+                values = masked.spread(state[:, n], reverse == 1, start)
+                if masked.moves:
+                    state[:, n] = values
+        if not masked.moves:  # what lies at the ends has been written where it is
+            return y
+        return shown[0] if directions == 1 else masked.module.concatenate(shown, -1)
 
     def _fed(self, x: Any, n: int) -> Any:
         """What place n takes of the input of its layer, or gives to its gradient."""

@@ -25,6 +25,7 @@ from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 
 from fusedlstm.files import alone, write_whole
@@ -217,10 +218,12 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         return any(os.path.exists(found._data_path(found._data_name(1))) for found in files)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
+        rtsys.initialize(context)
         for folder in store().folders():
             self._cache_file = self._in(folder)
             with suppress(Exception):  # whatever is wrong with it, it can be compiled anew
-                found = super().load_overload(signature, context)
+                # Numba's own would prepare for compiling before, which takes longer than all loading
+                found = self._load_overload(signature, context)
                 if found is not None:
                     return found
         return None

@@ -57,9 +57,12 @@ class Case:
 
     def check(self) -> None:
         masks = self.lengths, self.reset
-        (y, *_), record = passes.run(self.x, self.initial, self.weights, *masks, self.shape.cell.key, 2, True)
+        more = (*masks, self.shape.cell.key, 2)
+        y, *_, handle = passes.forward(self.x, self.initial, self.weights, *more, True)
         given = (self.grads, self.x, self.initial, self.weights, self.seeds)
-        found = passes.run_second(record, self.grads, y, *given[1:], self.shape, True)
+        found = passes.backward_gradient(
+            self.grads, handle, y, self.x, self.initial, self.weights, *more, self.seeds
+        )
         expected = replay_second(*map(doubled, given), *masks, self.shape)
         for ours, right in zip(flat(found), flat(expected), strict=True):
             assert ours.dtype is self.x.dtype

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import STRIDED
+from .arrays import STRIDED
 
 autocasting = torch._C._is_any_autocast_enabled
 

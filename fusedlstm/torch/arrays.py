@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NUMPY = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}  # what kernels compute in
+STRIDED = torch.strided
 
 
 class Export:

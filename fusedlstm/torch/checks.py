@@ -12,11 +12,10 @@ from torch import Tensor
 
 from .. import weights as storage
 from ..cells import Cell
-from .arrays import NUMPY, as_array
+from .arrays import NUMPY, STRIDED, as_array
 from .records import Given, Record
 from .shapes import Shape, Sizes
 
-STRIDED = torch.strided
 _Named = tuple[str, Tensor, Sequence[int]]  # an argument, and the shape that it must have
 
 

@@ -1,4 +1,7 @@
-"""One layer by PyTorch's layers, in graphs that leave Python: TorchScript and ONNX know no others."""
+"""What records calls instead of running them.
+
+Graphs that leave Python, TorchScript's and ONNX's, are given PyTorch's layers; ``torch.fx`` is given a leaf.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from .arguments import (
     refuse_dtype,
     refuse_without_numbers,
 )
-from .arrays import NUMPY
-from .checks import STRIDED, is_integral
+from .arrays import NUMPY, STRIDED
+from .checks import is_integral
 from .export import as_leaf, export_packed, leaves_python, refuse_script
 from .operators import apply_layer
 from .prepared import forget

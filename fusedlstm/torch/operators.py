@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..cells import Cell
 from ..once import once
 from . import passes
-from .checks import check_backward
 from .export import export_layer, leaves_python, no_operator
-from .records import Record, handle_of, record_of
+from .records import handle_of, record_of
 from .replay import carry_tangents, replay, replay_backward, replay_second
 from .shapes import empty_results, known_cells, shape_of
 
@@ -100,25 +99,17 @@ def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any:
-    """The gradient of `passes.backward`."""
+    """The gradient of the gradient."""
     lengths, reset, handle, y, x, *rest = ctx.saved_tensors
     first, second = ctx.counts[0], sum(ctx.counts)
     grads, initial, weights = rest[:first], rest[first:second], rest[second:]
-    shape = shape_of(x, weights, ctx.cell, ctx.directions)
-    given = [seed for seed in seeds if seed is not None]
-    if x.is_cpu and shape.batch and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
-        record = record_of(handle)
-        check_backward(grads, y, x, initial, weights, shape, record)
-        if record is None:
-            args = (x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
-            (y, *_), record = passes.run(*args, True)
-        dgrads, dx, dinitial, dweights = passes.run_second(
-            cast(Record, record), grads, y, x, initial, weights, seeds, shape, wants_x
-        )
+    masks, given = (lengths, reset), [seed for seed in seeds if seed is not None]
+    if x.is_cpu and x.size(1) and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
+        args = (grads, handle, y, x, initial, weights, *masks, ctx.cell, ctx.directions)
+        dgrads, dx, dinitial, dweights = passes.backward_gradient(*args, seeds, wants_x)
     else:
-        dgrads, dx, dinitial, dweights = replay_second(
-            grads, x, initial, weights, seeds, lengths, reset, shape
-        )
+        shape = shape_of(x, weights, ctx.cell, ctx.directions)
+        dgrads, dx, dinitial, dweights = replay_second(grads, x, initial, weights, seeds, *masks, shape)
     return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import weights as storage
-from ..dispatch import TwiceDifferentiable
+from ..dispatch import Direction, TwiceDifferentiable
 from .arrays import as_array, as_tensor, new_tensors, on_stream
 from .checks import as_masks, check_backward, check_forward, check_tensors, named_inputs
 from .prepared import direction_of, places_of
@@ -42,6 +43,7 @@ def run(
     directions: int,
     training: bool,
 ) -> tuple[list[Tensor], Record | None]:
+    """The same, and what backward needs, if training."""
     shape = shape_of(x, weights, cell, directions)
     check_forward(x, initial, weights, shape)
     if not shape.batch:
@@ -112,18 +114,53 @@ def backward(
     wants_x: bool = True,
 ) -> list[Tensor | None]:
     """Gradients of x, of the initial states and of the weights; x's has a product of its own."""
-    if handle.shape != (1,):
-        raise RuntimeError(
-            f"handle must have the shape (1,), as the layer gave it, got {tuple(handle.shape)}"
-        )
-    record, shape = record_of(handle), shape_of(x, weights, cell, directions)
-    check_backward(grads, y, x, initial, weights, shape, record)
+    shape = shape_of(x, weights, cell, directions)
+    record = _checked_record(handle, grads, y, x, initial, weights, shape)
     if not shape.batch:
         return [torch.zeros_like(part) for part in (x, *initial, *weights)]
     if record is None:
         (y, *_), record = run(x, initial, weights, lengths, reset, cell, directions, True)
     with on_stream(x):
         return _run_backward(cast(Record, record), grads, y, x, weights, shape, wants_x)
+
+
+def _checked_record(
+    handle: Tensor,
+    grads: list[Tensor],
+    y: Tensor,
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    shape: Shape,
+) -> Record | None:
+    """The record of the forward pass, none if it is gone, once all fits it, and each other."""
+    if handle.shape != (1,):
+        raise RuntimeError(
+            f"handle must have the shape (1,), as the layer gave it, got {tuple(handle.shape)}"
+        )
+    record = record_of(handle)
+    check_backward(grads, y, x, initial, weights, shape, record)
+    return record
+
+
+class _Part(NamedTuple):
+    """One direction of a layer on the way back."""
+
+    number: int
+    features: slice  # of the output
+    weights: slice
+    direction: Direction  # with the weights where they lie now
+    tape: Any
+
+
+def _parts(record: Record, x: Tensor, weights: list[Tensor], shape: Shape) -> Iterator[_Part]:
+    each = len(weights) // shape.directions
+    for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
+        own = slice(d * each, (d + 1) * each)
+        # what was laid out may lie in memory that is no longer there
+        if record.places[d] != places_of(weights[own]):
+            direction = direction_of(weights[own], x, shape, d)
+        yield _Part(d, slice(d * shape.outputs, (d + 1) * shape.outputs), own, direction, tape)
 
 
 def _run_backward(
@@ -139,15 +176,10 @@ def _run_backward(
     (dx,), (target,) = new_tensors(x, [shape.input]) if wants_x else ([None], [None])
     dy, *dfinal = map(as_array, grads)
     dinitial, dweights = [], []
-    each = len(weights) // shape.directions
-    for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
-        own = weights[d * each : (d + 1) * each]
-        if record.places[d] != places_of(own):  # what was laid out may lie in memory that is no longer there
-            direction = direction_of(own, x, shape, d)
-        part = slice(d * shape.outputs, (d + 1) * shape.outputs)
+    for d, features, _, direction, tape in _parts(record, x, weights, shape):
         states, gradients = direction.backward(
-            _bound(tape, source, output[..., part]),
-            dy[..., part],
+            _bound(tape, source, output[..., features]),
+            dy[..., features],
             tuple(state[d] for state in dfinal),
             target,
             d == 1,
@@ -160,28 +192,48 @@ def _run_backward(
     return [dx, *[torch.stack(parts) for parts in zip(*dinitial)], *dweights]
 
 
-def run_second(
-    record: Record,
+def backward_gradient(
     grads: list[Tensor],
+    handle: Tensor,
     y: Tensor,
     x: Tensor,
     initial: list[Tensor],
     weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: int,
     seeds: list[Tensor | None],  # of the gradients of x, of the initial states and of the weights
-    shape: Shape,
-    wants_x: bool,
+    wants_x: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of `grads`, x, the initial states and the weights, by kernels.
+    """Gradients of `grads`, x, the initial states and the weights, on the host, for a batch of some rows.
 
     With g = J^T dy the first gradients, J the derivative of the outputs, and v the seeds, it is the gradient
     of <v, g> = <J v, dy>: with respect to dy the tangent of the outputs along v, with respect to all else
     the tangent of the backward pass along v (Pearlmutter, Fast exact multiplication by the Hessian, Neural
     Computation 6, 1994).
     """
+    shape = shape_of(x, weights, cell, directions)
+    record = _checked_record(handle, grads, y, x, initial, weights, shape)
+    if record is None:
+        (y, *_), record = run(x, initial, weights, lengths, reset, cell, directions, True)
+    return _run_gradient(cast(Record, record), grads, y, x, initial, weights, seeds, shape, wants_x)
+
+
+def _run_gradient(
+    record: Record,
+    grads: list[Tensor],
+    y: Tensor,
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    seeds: list[Tensor | None],
+    shape: Shape,
+    wants_x: bool,
+) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
     moved_x, *moved = [None if seed is None else as_array(seed) for seed in seeds]
     source, output = as_array(x), as_array(y)
     dy, *dfinal = map(as_array, grads)
-    each = len(weights) // shape.directions
     moved_initial: list[Any] = []
     if any(part is not None for part in moved[: len(initial)]):
         for sizes, part in zip(shape.results[1:], moved):
@@ -190,25 +242,20 @@ def run_second(
     tfinal = [np.empty(sizes, source.dtype) for sizes in shape.results[1:]]
     dinitial, dweights = [], []
     dx: list[Any] = []
-    for d, (direction, tape) in enumerate(zip(record.directions, record.tapes)):
-        here = weights[d * each : (d + 1) * each]
-        if record.places[d] != places_of(here):  # as in the first backward pass
-            direction = direction_of(here, x, shape, d)
+    for d, features, own, direction, tape in _parts(record, x, weights, shape):
         twice = cast(TwiceDifferentiable, direction)
-        part = slice(d * shape.outputs, (d + 1) * shape.outputs)
-        values = _bound(tape, source, output[..., part])
-        own = moved[len(initial) :][d * each : (d + 1) * each]
+        values = _bound(tape, source, output[..., features])
         tangent = twice.tangent(
             values,
             moved_x,
             tuple([state[d] for state in moved_initial]) or None,
-            storage.unflatten(shape.cell, own),
-            ty[..., part],
+            storage.unflatten(shape.cell, moved[len(initial) :][own]),
+            ty[..., features],
             tuple([state[d] for state in tfinal]),
         )
         target = np.empty_like(source) if wants_x else None
         states, gradients = twice.backward_tangent(
-            values, tangent, dy[..., part], tuple([state[d] for state in dfinal]), target
+            values, tangent, dy[..., features], tuple([state[d] for state in dfinal]), target
         )
         dx.append(target)
         dinitial.append([as_tensor(state) for state in states])

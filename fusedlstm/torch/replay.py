@@ -159,7 +159,7 @@ def replay_second(
     reset: Tensor | None,
     shape: Shape,
 ) -> Any:
-    """What `passes.run_second` computes, by replaying the layer."""
+    """What `passes.backward_gradient` computes, by replaying the layer."""
 
     def gradient(grads: list[Tensor], x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> Any:
         return replay_backward(grads, x, initial, weights, lengths, reset, shape)

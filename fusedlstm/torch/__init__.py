@@ -9,7 +9,8 @@ tangents replay the layer with PyTorch's own operators; graphs that leave Python
 
 From what a user calls down to what the kernels are given:
 
-    conversion              models that exist
+    conversion, patching    models that exist, and those that other code builds; `hints`: loops over cells
+    warmup                  kernels compiled ahead
     modules, cell_modules   layers and cells; `arguments`: what they are given
     operators               one layer as PyTorch sees it: autograd, transforms, compiled graphs
     passes                  ... by the kernels; `records`: what a pass keeps for backward
@@ -25,6 +26,8 @@ from __future__ import annotations
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .conversion import Report, accelerate, restore
 from .modules import GRU, LSTM, RNN, Recurrent
+from .patching import patch, patched, unpatch
+from .warmup import warm_up
 
 __all__ = [
     "GRU",
@@ -36,7 +39,11 @@ __all__ = [
     "Recurrent",
     "Report",
     "accelerate",
+    "patch",
+    "patched",
     "restore",
+    "unpatch",
+    "warm_up",
 ]
 
 for _name in __all__:  # where users find them, and pickles look for them

@@ -10,18 +10,19 @@ from .. import cells
 from ..cells import Cell
 from .arguments import as_results, autocasting, converted, described, parameters_of, refuse_dtype
 from .arrays import NUMPY
-from .export import as_leaf, refuse_script
+from .export import Unquantized, as_leaf, refuse_script
 from .modules import MODES, check_nonlinearity
 from .operators import apply_layer
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Single(nn.RNNCellBase):
+class Single(nn.RNNCellBase):
     """What cells share: one step of one layer; the parameters are PyTorch's."""
 
     __prepare_scriptable__ = refuse_script
-    _cell: Cell
+    qconfig = Unquantized()
+    fused_cell: Cell
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:  # (B, I) or (I,); (B, H) or (H,) each
         """The new state, as ``torch.nn`` shapes it.
@@ -48,14 +49,14 @@ class _Single(nn.RNNCellBase):
         autocasts = autocasting()
         if autocasts or x.dtype is not weights[0].dtype or x.dtype not in NUMPY:
             x, states, weights = converted(x, states, weights, autocasts)
-        y, *final = apply_layer(x, states, weights, None, None, self._cell, 1)
+        y, *final = apply_layer(x, states, weights, None, None, self.fused_cell, 1)
         _, final = as_results(y, final, input.dtype, autocasts and y.is_cuda)
         final = [part.squeeze(0) if batched else part[0, 0] for part in final]
         return tuple(final) if len(final) > 1 else final[0]
 
     def _check_state(self, hx: Any, batch: int, batched: bool, weight: Tensor) -> list[Tensor]:
         """The states as (1, B, H) each."""
-        names = self._cell.states
+        names = self.fused_cell.states
         parts = (hx,) if len(names) == 1 else hx
         if not isinstance(parts, (tuple, list)) or len(parts) != len(names):
             raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {described(hx)}")
@@ -87,21 +88,21 @@ class _Single(nn.RNNCellBase):
         return states
 
 
-class LSTMCell(_Single, nn.LSTMCell):
+class LSTMCell(Single, nn.LSTMCell):
     """``torch.nn.LSTMCell`` with a fused kernel."""
 
-    _cell = cells.lstm
+    fused_cell = cells.lstm
 
 
-class GRUCell(_Single, nn.GRUCell):
+class GRUCell(Single, nn.GRUCell):
     """``torch.nn.GRUCell`` with a fused kernel."""
 
-    _cell = cells.gru
+    fused_cell = cells.gru
 
 
-class RNNCell(_Single, nn.RNNCell):
+class RNNCell(Single, nn.RNNCell):
     """``torch.nn.RNNCell`` with a fused kernel."""
 
     @property
-    def _cell(self) -> Cell:  # type: ignore[override]
+    def fused_cell(self) -> Cell:  # type: ignore[override]
         return MODES[f"RNN_{check_nonlinearity(self.nonlinearity).upper()}"]

@@ -93,11 +93,11 @@ def check_tensors(named: Iterable[_Named], like: Tensor) -> None:
             raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
         if tensor.device != like.device:
             raise RuntimeError(f"{name} must lie on {like.device}, as what it goes with, got {tensor.device}")
-        if not (tensor.is_cpu or tensor.is_cuda):
+        if not (tensor.is_cpu or tensor.is_cuda or tensor.is_meta):
             raise RuntimeError(f"{name} lies on {tensor.device}, and kernels run on CPUs and CUDA devices")
         if tensor.layout is not STRIDED:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
-        if tensor.numel() and not tensor.data_ptr():
+        if tensor.numel() and not tensor.data_ptr() and not tensor.is_meta:
             raise RuntimeError(f"{name} has no memory: its storage has been freed, or not been allocated yet")
 
 

@@ -116,6 +116,28 @@ def refuse_script(module: nn.Module) -> None:
     )
 
 
+class Unquantized:
+    """The attribute `qconfig`, which quantization gives to modules before it looks for those that it knows.
+
+    Ours are none of these, and would be left in silence.
+    """
+
+    def __get__(self, module: nn.Module | None, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        try:
+            return module.__dict__["qconfig"]
+        except KeyError:
+            raise AttributeError("there has been no quantization") from None
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__["qconfig"] = value
+        warnings.warn(f"quantization leaves {module} as it is; {_RESTORE}", UserWarning, stacklevel=3)
+
+    def __delete__(self, module: nn.Module) -> None:
+        del module.__dict__["qconfig"]
+
+
 def as_leaf(module: nn.Module, input: Any, hx: Any, **settings: Any) -> Any:
     """A call that torch.fx records as one node, as it does for the modules of ``torch.nn``.
 
@@ -125,6 +147,11 @@ def as_leaf(module: nn.Module, input: Any, hx: Any, **settings: Any) -> Any:
     """
     if not isinstance(input, torch.fx.Proxy):
         raise TypeError(f"input must be a tensor, got {described(input)}")
+    if not type(module).forward.__module__.startswith("fusedlstm."):
+        raise TypeError(
+            f"torch.fx cannot trace inside the forward of {type(module).__name__}, which calls the inherited "
+            "one: give it a tracer for which that class is a leaf (is_leaf_module)"
+        )
     target = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
     if not target:
         raise TypeError(f"torch.fx cannot trace inside {module}: trace a module that calls it")

@@ -13,24 +13,23 @@ from .. import cells, layers
 from .. import weights as storage
 from ..cells import Cell
 from .arguments import (
-    as_lengths,
     as_results,
     autocasting,
+    check_input,
+    check_lengths,
+    check_reset,
+    check_state,
     converted,
-    described,
     parameters_of,
-    refuse_dtype,
-    refuse_without_numbers,
 )
-from .arrays import NUMPY, STRIDED
-from .checks import is_integral
-from .export import as_leaf, export_packed, leaves_python, refuse_script
+from .arrays import NUMPY
+from .export import Unquantized, as_leaf, export_packed, leaves_python, refuse_script
 from .operators import apply_layer
 from .prepared import forget
 from .shapes import known_cells
 
 
-class _Stack(nn.Module):
+class Stack(nn.Module):
     """What layers share; their parameters are named by `_all_weights`, for each direction of each layer.
 
     Call as ``torch.nn``'s layers, with two more arguments:
@@ -43,7 +42,9 @@ class _Stack(nn.Module):
     """
 
     __prepare_scriptable__ = refuse_script
-    cell: Cell
+    qconfig = Unquantized()
+    fused_cell: Cell  # what the kernels run
+    fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
     input_size: int
     hidden_size: int
     num_layers: int
@@ -68,173 +69,105 @@ class _Stack(nn.Module):
         """
         if not isinstance(input, Tensor):
             if isinstance(input, PackedSequence):
-                return self._run_packed(input, hx, lengths, reset)
+                return _run_packed(self, input, hx, lengths, reset)
             return as_leaf(self, input, hx, lengths=lengths, reset=reset)
-        weights = self._weights()
+        weights = _weights(self)
         weight = weights[0][0]
-        self._check_input(input, weight)
+        check_input(self, input, weight)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        states = [] if hx is None else self._check_state(hx, x.size(1), batched, weight)
+        states = [] if hx is None else check_state(self, hx, x.size(1), batched, weight)
         if lengths is not None:
-            lengths = self._check_lengths(lengths, x.size(1), batched)
+            lengths = check_lengths(lengths, x.size(1), batched)
         if reset is not None:
-            reset = self._check_reset(reset, input.shape[:-1], batched)
-        y, final = self._run(x, states, weights, lengths, reset)
+            reset = check_reset(self, reset, input.shape[:-1], batched)
+        y, final = _run(self, x, states, weights, lengths, reset)
         if not batched:
             y, final = y.squeeze(1), [part.squeeze(1) for part in final]
         elif self.batch_first:
             y = y.transpose(0, 1)
         return y, tuple(final) if len(final) > 1 else final[0]
 
-    def _weights(self) -> list[list[Tensor]]:
-        """Of each layer, those of both directions one after the other."""
-        names = self._all_weights
-        if len(names) != self.num_layers * (2 if self.bidirectional else 1):
-            raise RuntimeError(
-                f"num_layers={self.num_layers} and bidirectional={self.bidirectional} do not fit the weights "
-                f"that this {type(self).__name__} was made with, of {len(names)} layers and directions"
-            )
-        if self.bidirectional:
-            names = [there + back for there, back in zip(names[::2], names[1::2])]
-        return [parameters_of(self, own) for own in names]
 
-    def _run(
-        self,
-        x: Tensor,
-        states: list[Tensor],
-        weights: list[list[Tensor]],
-        lengths: Tensor | None,
-        reset: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output (T, B, D*P) and the final states of all layers."""
-        directions = 2 if self.bidirectional else 1
-        cell, results = self.cell, []
-        given, autocasts = x.dtype, autocasting()
-        for level, used in enumerate(weights):
-            if len(weights) == 1:
-                own = states
-            else:
-                own = [part[level * directions : (level + 1) * directions] for part in states]
-            if level and self.dropout:
-                x = nn.functional.dropout(x, self.dropout, self.training)
-            if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
-                x, own, used = converted(x, own, used, autocasts)
-            x, *final = apply_layer(x, own, used, lengths, reset, cell, directions)
-            results.append(final)
-        final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
-        return as_results(x, final, given, autocasts and (self._autocasts or x.is_cuda))
+def _weights(module: Stack) -> list[list[Tensor]]:
+    """Of each layer, those of both directions one after the other."""
+    names = module._all_weights
+    if len(names) != module.num_layers * (2 if module.bidirectional else 1):
+        raise RuntimeError(
+            f"num_layers={module.num_layers} and bidirectional={module.bidirectional} do not fit the weights "
+            f"that this {type(module).__name__} was made with, of {len(names)} layers and directions"
+        )
+    if module.bidirectional:
+        names = [there + back for there, back in zip(names[::2], names[1::2])]
+    return [parameters_of(module, own) for own in names]
 
-    def _run_packed(self, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
-        if lengths is not None or reset is not None:
-            raise ValueError("a PackedSequence has lengths of its own, and cannot be reset: pad it instead")
-        weights = self._weights()
-        if leaves_python():
-            return self._export_packed(packed, hx, weights)
-        padded, ends = pad_packed_sequence(packed)
-        self._check_input(padded, weights[0][0])
-        states = [] if hx is None else self._check_state(hx, padded.shape[1], True, weights[0][0])
-        y, final = self._run(padded, states, weights, ends, None)
-        order = packed.sorted_indices
-        if order is not None:
-            y, ends = y.index_select(1, order), ends[order.cpu()]
-        data = pack_padded_sequence(y, ends).data
-        output = PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
-        return output, tuple(final) if len(final) > 1 else final[0]
 
-    def _export_packed(self, packed: PackedSequence, hx: Any, weights: list[list[Tensor]]) -> Any:
-        """What `_run_packed` returns; for ONNX nothing may come between packing and the layers."""
-        self._check_input(packed.data, weights[0][0])
-        batch = int(packed.batch_sizes[0])
-        states = [] if hx is None else self._check_state(hx, batch, True, weights[0][0])
-        flat = [weight for level in weights for weight in level]
-        settings = (1 + self.bidirectional, self.num_layers, self.dropout, self.training)
-        data, *final = export_packed(packed, states, flat, self.cell, *settings)
-        return packed._replace(data=data), tuple(final) if len(final) > 1 else final[0]
+def _run(
+    module: Stack,
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[list[Tensor]],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output (T, B, D*P) and the final states of all layers."""
+    directions = 2 if module.bidirectional else 1
+    cell, results = module.fused_cell, []
+    given, autocasts = x.dtype, autocasting()
+    for level, used in enumerate(weights):
+        if len(weights) == 1:
+            own = states
+        else:
+            own = [part[level * directions : (level + 1) * directions] for part in states]
+        if level and module.dropout:
+            x = nn.functional.dropout(x, module.dropout, module.training)
+        if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
+            x, own, used = converted(x, own, used, autocasts)
+        x, *final = apply_layer(x, own, used, lengths, reset, cell, directions)
+        results.append(final)
+    final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
+    return as_results(x, final, given, autocasts and (module.fused_autocasts or x.is_cuda))
 
-    _autocasts = True  # whether autocast gives its type to the results, on a CPU too
 
-    def _check_input(self, x: Tensor, weight: Tensor) -> None:
-        if x.layout is not STRIDED:
-            raise TypeError(f"input must be a dense tensor, got {x.layout}")
-        shape = x.shape
-        if len(shape) not in (2, 3):
-            raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {len(shape)}D instead, with the "
-                f"shape {tuple(shape)}"
-            )
-        if shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {shape[-1]} "
-                f"in the shape {tuple(shape)}"
-            )
-        if x.dtype is not weight.dtype:
-            refuse_dtype(x, weight)
+def _run_packed(module: Stack, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
+    if lengths is not None or reset is not None:
+        raise ValueError("a PackedSequence has lengths of its own, and cannot be reset: pad it instead")
+    weights = _weights(module)
+    if leaves_python():
+        return _export_packed(module, packed, hx, weights)
+    padded, ends = pad_packed_sequence(packed)
+    check_input(module, padded, weights[0][0])
+    states = [] if hx is None else check_state(module, hx, padded.shape[1], True, weights[0][0])
+    y, final = _run(module, padded, states, weights, ends, None)
+    order = packed.sorted_indices
+    if order is not None:
+        y, ends = y.index_select(1, order), ends[order.cpu()]
+    data = pack_padded_sequence(y, ends).data
+    output = PackedSequence(data, packed.batch_sizes, order, packed.unsorted_indices)
+    return output, tuple(final) if len(final) > 1 else final[0]
 
-    def _check_state(self, hx: Any, batch: int, batched: bool, weight: Tensor) -> list[Tensor]:
-        """The states as (L*D, B, size) each."""
-        names = self.cell.states
-        parts = (hx,) if len(names) == 1 else hx
-        if not isinstance(parts, (tuple, list)) or len(parts) != len(names):
-            raise TypeError(f"hx must be a tuple ({', '.join(names)}), got {described(hx)}")
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        leading, size = (rows, batch) if batched else (rows,), self.proj_size or self.hidden_size
-        shape, others, dtype = (*leading, size), (*leading, self.hidden_size), weight.dtype
-        for n, part in enumerate(parts):
-            fits = isinstance(part, Tensor) and part.shape == shape and part.dtype is dtype
-            if not fits or part.layout is not STRIDED:
-                label = "hx" if len(names) == 1 else f"hidden[{n}]"
-                if not isinstance(part, Tensor):
-                    raise TypeError(f"{label} must be a tensor, got {described(part)}")
-                if part.layout is not STRIDED:
-                    raise TypeError(f"{label} must be a dense tensor, got {part.layout}")
-                if part.shape != shape:
-                    raise RuntimeError(f"Expected {label} size {shape}, got {tuple(part.shape)}")
-                refuse_dtype(part, weight, label)
-            shape = others
-        return list(parts) if batched else [part.unsqueeze(1) for part in parts]
 
-    def _check_lengths(self, lengths: Any, batch: int, batched: bool) -> Tensor:
-        """A copy of lengths as (B,), on the host."""
-        if not batched:
-            raise ValueError(
-                "lengths needs an input with a batch axis; cut one sequence to its length instead"
-            )
-        given = as_lengths(lengths)
-        if given.numel() and not is_integral(given):
-            raise TypeError(f"lengths must be integers, got {given.dtype}")
-        if given.shape != (batch,):
-            raise ValueError(
-                f"lengths must have the shape ({batch},), one for each sequence, got {tuple(given.shape)}"
-            )
-        return given.to("cpu", torch.int64, copy=True)
-
-    def _check_reset(self, reset: Any, shape: torch.Size, batched: bool) -> Tensor:
-        """A copy of reset as (T, B)."""
-        if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-            raise TypeError(f"reset must be a tensor of booleans, got {described(reset)}")
-        refuse_without_numbers("reset", reset)
-        if reset.shape != shape:
-            raise ValueError(
-                f"reset must have the shape {tuple(shape)}, as input without its features, got "
-                f"{tuple(reset.shape)}"
-            )
-        own = reset.clone()
-        if not batched:
-            return own.unsqueeze(1)
-        return own.transpose(0, 1) if self.batch_first else own
+def _export_packed(module: Stack, packed: PackedSequence, hx: Any, weights: list[list[Tensor]]) -> Any:
+    """What `_run_packed` returns; for ONNX nothing may come between packing and the layers."""
+    check_input(module, packed.data, weights[0][0])
+    batch = int(packed.batch_sizes[0])
+    states = [] if hx is None else check_state(module, hx, batch, True, weights[0][0])
+    flat = [weight for level in weights for weight in level]
+    settings = (1 + module.bidirectional, module.num_layers, module.dropout, module.training)
+    data, *final = export_packed(packed, states, flat, module.fused_cell, *settings)
+    return packed._replace(data=data), tuple(final) if len(final) > 1 else final[0]
 
 
 MODES = {"LSTM": cells.lstm, "GRU": cells.gru, "RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu}
 
 
-class _TorchStack(_Stack, nn.RNNBase):
+class TorchStack(Stack, nn.RNNBase):
     """A layer that PyTorch has: its parameters, settings and texts are PyTorch's own."""
 
     @property
-    def cell(self) -> Cell:  # type: ignore[override]
+    def fused_cell(self) -> Cell:  # type: ignore[override]
         return MODES[self.mode]
 
     def flatten_parameters(self) -> None:
@@ -247,7 +180,7 @@ class _TorchStack(_Stack, nn.RNNBase):
             forget(parameters_of(self, names))
 
 
-class LSTM(_TorchStack):
+class LSTM(TorchStack):
     """``torch.nn.LSTM`` with fused kernels: the same arguments, parameters, shapes and results.
 
     See :class:`torch.nn.LSTM`, and :meth:`forward` for `lengths` and `reset`.
@@ -278,10 +211,10 @@ class LSTM(_TorchStack):
         )  # fmt: skip
 
 
-class GRU(_TorchStack):
+class GRU(TorchStack):
     """``torch.nn.GRU`` with fused kernels, as :class:`LSTM` is ``torch.nn.LSTM``."""
 
-    _autocasts = False  # as PyTorch's
+    fused_autocasts = False  # as PyTorch's
 
     def __init__(
         self,
@@ -301,7 +234,7 @@ class GRU(_TorchStack):
         )  # fmt: skip
 
 
-class RNN(_TorchStack):
+class RNN(TorchStack):
     """``torch.nn.RNN`` with fused kernels, as :class:`LSTM` is ``torch.nn.LSTM``."""
 
     nonlinearity: str
@@ -333,7 +266,7 @@ def check_nonlinearity(nonlinearity: str) -> str:
     return nonlinearity
 
 
-class Recurrent(_Stack):
+class Recurrent(Stack):
     """A stack of recurrent layers that run any cell.
 
     Parameters are named as in ``torch.nn.LSTM``, and the learned vectors of the cell likewise (``p_i_l0``).
@@ -375,6 +308,10 @@ class Recurrent(_Stack):
         for name, shape in plan._shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    @property
+    def fused_cell(self) -> Cell:  # type: ignore[override]
+        return self.cell
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -46,14 +46,15 @@ def run(
     """The same, and what backward needs, if training."""
     shape = shape_of(x, weights, cell, directions)
     check_forward(x, initial, weights, shape)
-    if not shape.batch:
+    if x.is_cpu and shape.batch:
+        return _fill(x, initial, weights, lengths, reset, shape, training)
+    if x.is_meta or not shape.batch:
         check_tensors(named_inputs(x, initial, weights, shape), x)
-        as_masks(lengths, reset, x, shape)
+        if not x.is_meta:
+            as_masks(lengths, reset, x, shape)
         return empty_results(x, shape), None
-    if x.is_cuda:
-        with on_stream(x):
-            return _fill(x, initial, weights, lengths, reset, shape, training)
-    return _fill(x, initial, weights, lengths, reset, shape, training)
+    with on_stream(x):
+        return _fill(x, initial, weights, lengths, reset, shape, training)
 
 
 def _fill(
@@ -116,7 +117,7 @@ def backward(
     """Gradients of x, of the initial states and of the weights; x's has a product of its own."""
     shape = shape_of(x, weights, cell, directions)
     record = _checked_record(handle, grads, y, x, initial, weights, shape)
-    if not shape.batch:
+    if x.is_meta or not shape.batch:
         return [torch.zeros_like(part) for part in (x, *initial, *weights)]
     if record is None:
         (y, *_), record = run(x, initial, weights, lengths, reset, cell, directions, True)

@@ -105,9 +105,10 @@ def allocating(memory: Memory) -> Iterator[None]:
     from fusedlstm import host
     from fusedlstm.kernels.cpu import engine
 
-    modules = [engine, host, layers, sys.modules.get("fusedlstm.torch")]
+    rooms = [module for name, module in sys.modules.items() if name.startswith("fusedlstm.torch.")]
+    modules = [engine, host, layers, *[room for room in rooms if hasattr(room, "np")]]
     with pytest.MonkeyPatch.context() as patch:
-        for module in filter(None, modules):
+        for module in modules:
             patch.setattr(module, "np", Guarded(memory))
         order = engine.sequences
         patch.setattr(

@@ -21,6 +21,9 @@ from fusedlstm import cells
 from fusedlstm.cells import Cell
 from fusedlstm.kernels import reference
 from fusedlstm.kernels.cpu.engine import CPU, CPUDirection
+from fusedlstm.torch import passes
+from fusedlstm.torch.replay import replay_second
+from fusedlstm.torch.shapes import shape_of
 from fusedlstm.weights import flatten, unflatten
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of the norm, for one step
@@ -35,7 +38,7 @@ class Case:
         module = fused.Recurrent(cell, inputs, hidden, bidirectional=True, dtype=dtype, **settings)
         self.weights = [parameter.detach() for parameter in module.parameters()]
         self.x = torch.randn(steps, batch, inputs, dtype=dtype)
-        self.shape = fused._shape(self.x, self.weights, cell.key, 2)
+        self.shape = shape_of(self.x, self.weights, cell.key, 2)
         self.initial = [torch.randn(2, batch, size, dtype=dtype) for size in self.shape.sizes]
         self.grads = [torch.randn(size, dtype=dtype) for size in self.shape.results]
         self.seeds: list[Tensor | None] = [
@@ -54,10 +57,13 @@ class Case:
 
     def check(self) -> None:
         masks = self.lengths, self.reset
-        (y, *_), record = fused._run(self.x, self.initial, self.weights, *masks, self.shape.cell.key, 2, True)
+        more = (*masks, self.shape.cell.key, 2)
+        y, *_, handle = passes.forward(self.x, self.initial, self.weights, *more, True)
         given = (self.grads, self.x, self.initial, self.weights, self.seeds)
-        found = fused._run_second(record, self.grads, y, *given[1:], self.shape, True)
-        expected = fused._replay_second(*map(doubled, given), *masks, self.shape)
+        found = passes.backward_gradient(
+            self.grads, handle, y, self.x, self.initial, self.weights, *more, self.seeds
+        )
+        expected = replay_second(*map(doubled, given), *masks, self.shape)
         for ours, right in zip(flat(found), flat(expected), strict=True):
             assert ours.dtype is self.x.dtype
             assert ours.shape == right.shape

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ALL, late_and_means, layer_norm_lstm, name, three_states
+from checks import ALL, late_and_means, name, normalized_lstm, three_states
 from test_cpu_engine import Case as Sizes
 from test_cpu_engine import problem, several_threads
 from torch import Tensor
@@ -106,7 +106,7 @@ def test_sequences_without_steps(lengths: list[int], reset: bool) -> None:
     case.check()
 
 
-@pytest.mark.parametrize("cell", [three_states, layer_norm_lstm], ids=name)
+@pytest.mark.parametrize("cell", [three_states, normalized_lstm], ids=name)
 def test_projection(cell: Cell) -> None:
     Case(cell, (6, 3, 4, 17), torch.float64, proj_size=5).cut().check()
 
@@ -216,7 +216,7 @@ def test_the_gradient_of_the_input_may_be_left_out() -> None:
 @pytest.mark.parametrize("batch", [3, 20], ids=["each its own panels", "threads help each other"])
 @pytest.mark.parametrize(
     ("cell", "proj"),
-    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (layer_norm_lstm, 20), (late_and_means, 0)],
+    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (normalized_lstm, 20), (late_and_means, 0)],
     ids=name,
 )
 def test_two_threads_give_the_bits_of_one(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -25,6 +27,7 @@ from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 
 from fusedlstm.files import alone, write_whole
@@ -38,7 +41,7 @@ DIGEST = 32  # bytes
 def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
     """A function compiled for Python to call, without Numba's look at its arguments."""
     compiled = kept(function, signature)
-    with making, _alone(compiled._cache):
+    with making, _said(), _alone(compiled._cache):
         compiled.compile(signature)
     return compiled.overloads[signature].entry_point
 
@@ -48,7 +51,7 @@ def c_function(function: Callable[..., None], signature: Any, more: str = "", **
     function = stamped(function, f"{signature} {more}")
     made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
     made._cache = _Cache(function)
-    with making, _alone(made._cache):
+    with making, _said(), _alone(made._cache):
         made.compile()
     return made
 
@@ -217,10 +220,12 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         return any(os.path.exists(found._data_path(found._data_name(1))) for found in files)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
+        rtsys.initialize(context)
         for folder in store().folders():
             self._cache_file = self._in(folder)
             with suppress(Exception):  # whatever is wrong with it, it can be compiled anew
-                found = super().load_overload(signature, context)
+                # Numba's own would prepare for compiling before, which takes longer than all loading
+                found = self._load_overload(signature, context)
                 if found is not None:
                     return found
         return None
@@ -239,6 +244,34 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 @once
 def _say(message: str) -> None:
     warn(message)
+
+
+class _Spent:
+    """The seconds that this process has taken to compile, or to load; guarded by `making`."""
+
+    PATIENCE = 2.0  # seconds after which whoever waits is told what for
+    seconds, depth, said = 0.0, 0, False
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say once on the log that compiling takes long, and where the kernels are kept."""
+    start, _Spent.depth = time.perf_counter(), _Spent.depth + 1
+    try:
+        yield
+    finally:
+        _Spent.depth -= 1
+        if not _Spent.depth:  # else it is part of what is compiled around it
+            _Spent.seconds += time.perf_counter() - start
+    if _Spent.seconds > _Spent.PATIENCE and not _Spent.said:
+        _Spent.said = True
+        folder = store().place()
+        where = f"in {folder}" if folder else "nowhere, since no folder can be written"
+        logging.getLogger("fusedlstm").warning(
+            "compiling kernels, which takes some seconds for each cell and precision; they are kept %s, and "
+            "`fusedlstm compile` makes them ahead",
+            where,
+        )
 
 
 def _alone(cache: _Cache) -> AbstractContextManager[None]:

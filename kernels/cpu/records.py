@@ -93,7 +93,7 @@ def task_type(scalar: types.Float) -> Record:
 
 
 OWN = Record("own", OWN_FIELDS, constant=False)
-PHASE = Record("phase", "address product products rows mean means", constant=True)
+PHASE = Record("phase", "address product products rows mean means centers", constant=True)
 PRODUCT = Record("product", "tile offset panels late source place", constant=True)
 # Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many numbers.
 PANEL = Record("panel", "weights shift depth", constant=True)

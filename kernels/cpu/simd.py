@@ -315,10 +315,9 @@ def sum_lanes(typingctx: Any, vector: Any) -> Any:
 
 
 @inlined
-def add_sum(registers, vector, address, valid, unit):
-    """Write the sum of the first `valid` lanes; to what is there, it is added but for unit 0."""
-    total = sum_lanes(keep(vector, valid))
-    write(registers, total if unit == 0 else read(registers, address) + total, address)
+def write_sum(registers, vector, address, lanes):
+    """Write the sum of the first `lanes` lanes."""
+    write(registers, sum_lanes(keep(vector, lanes)), address)
 
 
 @intrinsic
@@ -430,6 +429,12 @@ def full_like(typingctx: Any, x: Any, value: Any) -> Any:
         return _as_vector(context, builder, sig.args[1], args[1], x)
 
     return x(x, value), codegen
+
+
+@inlined
+def vector_mean(x, lanes):
+    """A vector that holds the mean of the first `lanes` lanes in all."""
+    return full_like(x, sum_lanes(keep(x, lanes))) * (1.0 / lanes)
 
 
 @intrinsic

@@ -82,8 +82,8 @@ class Cell:
         key: a text that is equal for equal mathematics; names files in the cache.
     """
 
-    takes_gates: bool = False
     _made: tuple[Callable[..., Cell], tuple[Any, ...]] | None = None  # how, if not of a function alone
+    takes_gates: bool = False  # made by gate_inputs
 
     def __init__(
         self,

@@ -40,7 +40,8 @@ class Weights(NamedTuple):
 def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) -> Weights:
     """The names of the parameters, as PyTorch gives them, in the places of the weights."""
     suffix = f"_l{layer}" + ("_reverse" if reverse else "")
-    given, recurrent, bias = cell.takes_gates, bool(cell.gates_with_recurrent), bias and cell.biases
+    recurrent, bias = bool(cell.gates_with_recurrent), bias and cell.biases
+    given = cell.takes_gates
     return Weights(
         None if given else f"weight_ih{suffix}",
         f"weight_hh{suffix}" if recurrent else None,
@@ -54,7 +55,8 @@ def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) ->
 def shapes(cell: Cell, inputs: int, hidden: int, bias: bool, proj: int, heads: int = 1) -> Weights:
     """The shapes of the parameters, in the places of the weights."""
     rows, recurrent = len(cell.gates_with_input) * hidden, len(cell.gates_with_recurrent) * hidden
-    given, bias = cell.takes_gates, bias and cell.biases
+    bias = bias and cell.biases
+    given = cell.takes_gates
     return Weights(
         None if given else (rows, inputs),
         (recurrent, (proj or hidden) // heads) if recurrent else None,

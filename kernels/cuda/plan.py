@@ -374,7 +374,7 @@ def choose(
 
 
 def persistent(device: Device, *sizes: Any) -> list[Plan]:
-    """The plans whose blocks are all resident, and their weights with them, that with the shortest step first.
+    """The plans whose blocks are all resident, with their weights; that with the shortest step comes first.
 
     `sizes` are cell, hidden, proj, batch, backward and precision.
     """

@@ -15,7 +15,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from ptx_memory import Memory
 from ptx_program import Program, parse
 
 from fusedlstm.kernels.cuda.plan import Device as Properties
+from fusedlstm.kernels.cuda.resources import without_gpu
 
 BASE = 1 << 32  # the address of the first byte of global memory
 GAP = 4096  # bytes around each array that belong to none
@@ -269,6 +270,8 @@ class Event:
 
 
 class Device(AbstractContextManager["Device"]):
+    id = 0
+
     def __init__(self, number: int = 0) -> None:
         self.id = number
 
@@ -377,6 +380,10 @@ def modules() -> dict[str, Any]:
     return found
 
 
+_for_good = ExitStack()  # of what holds to the end of the process
+
+
 def install() -> None:
-    """In a process that has nothing else to import as CuPy."""
+    """In a process that has nothing else to import as CuPy, and no GPU that the compiler could ask."""
     sys.modules.update(modules())
+    _for_good.enter_context(without_gpu(properties.capability))

@@ -14,8 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cuda_stand_in
 
-from fusedlstm.kernels.cuda.resources import without_gpu
-
 
 def _broken(text: str) -> str:
     pattern, _, how = os.environ.get("BREAK_KERNELS", "").rpartition("=")
@@ -30,4 +28,3 @@ def _broken(text: str) -> str:
 
 cuda_stand_in.broken = _broken
 cuda_stand_in.install()
-without_gpu(cuda_stand_in.properties.capability).__enter__()  # for the compiler, to the end of the process

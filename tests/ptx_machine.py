@@ -397,16 +397,11 @@ class Machine:
 
     def _barrier(self, instruction: Instruction) -> Action:
         if instruction.opcode == "bar.warp.sync":
-            self._check_members(instruction.operands[0])
-            return lambda lanes: None
+            members = self._reader(instruction.operands[0], "u32")
+            return lambda lanes: _check_members(members(lanes))
         if instruction.opcode != "bar.sync" or instruction.operands != (Number(0),):
             raise Fault(f"the barrier {instruction.text} is not understood")
         return lambda lanes: self.clocks.meet(np.unique(self.block_of[lanes]))
-
-    def _check_members(self, operand: Operand) -> None:
-        """All lanes of the warp; read later, since it may be a register."""
-        if isinstance(operand, Number) and operand.value & 0xFFFFFFFF != 0xFFFFFFFF:
-            raise Fault("a part of a warp is not understood")
 
     def _shuffle(self, instruction: Instruction) -> Action:
         """PTX ISA, shfl.sync: .bfly."""
@@ -420,8 +415,7 @@ class Machine:
         def shuffle(lanes: Lanes) -> None:
             numbers = self.lanes[lanes]
             a, b, c, members = (np.broadcast_to(read(lanes), numbers.shape) for read in reads)
-            if (members != 0xFFFFFFFF).any():
-                raise Fault("a part of a warp is not understood")
+            _check_members(members)
             lane, clamp, segment = numbers % 32, c & 31, c >> 8 & 31
             most = (lane & segment) | (clamp & ~segment)
             source = lane ^ (b & 31)
@@ -454,6 +448,12 @@ class Machine:
                 write(lanes, d[..., n].ravel())
 
         return multiply_add
+
+
+def _check_members(mask: np.ndarray) -> None:
+    """Of the lanes of a warp that come together."""
+    if (mask != 0xFFFFFFFF).any():
+        raise Fault("a part of a warp is not understood")
 
 
 def _as(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -442,6 +442,7 @@ def test_mma_in_a_warp_that_has_branched() -> None:
 
 def test_what_is_not_known_is_not_run() -> None:
     fault("tanh.approx.f32 is not understood", "tanh.approx.f32 %f1, 0f00000000;")
+    fault("a part of a warp is not understood", "bar.warp.sync 255;")
     fault("ld.volatile.global.u32 is not understood", "ld.volatile.global.u32 %r3, [%d3];")
     with pytest.raises(ValueError, match="invalid literal"):
         parse(f"{HEAD} add.s32 %r3, %unknown, 1; }}")

@@ -61,6 +61,7 @@ PAGE = HERE.parent / "docs" / "results_gpu.md"
 TOGETHER = 6  # problems whose kernels are compiled at once
 TIMEOUT = 90.0  # seconds for a row of one contender
 COMPILING = 60.0  # seconds that the first kernels are waited for
+PATIENCE = 20.0  # times as long, where tiny sizes are tried on a machine that may be slow
 COMPARING = 0.2  # of the first minutes, for plans beside others
 
 
@@ -172,6 +173,7 @@ def first(
 ) -> dict[str, Any]:
     """Everything in gpu_first.py, for `budget` seconds; the record is written after each answer."""
     until = time.monotonic() + budget
+    patience = PATIENCE if tiny else 1
     with ExitStack() as stack:
         contenders, pool = _processes(stack)
         record = _begun() | {"versions": {}, "answers": {}}
@@ -182,19 +184,19 @@ def first(
             return process.ask(method, *arguments)
 
         def note(asked: Iterable[Question], end: float) -> None:
-            for name, answer in answers(asked, end):
+            for name, answer in answers(asked, end, patience):
                 record["answers"][name] = answer
                 write(record, path)
                 print(summary(name, answer), flush=True)
 
         note([Question("versions", partial(ask, method="versions"), 60)], until)
-        record |= ask(60, "machine")
+        record |= ask(60 * patience, "machine")
         path = path or _own_path(record)
         device = Device(**record["device"])
         now, later = first_kernels(precisions, device, tiny)
         if pool is not None:
             jobs = [pool.submit(compile_kernel, *kernel, device.capability) for kernel in (*now, *later)]
-            wait(jobs[: len(now)], COMPILING)
+            wait(jobs[: len(now)], COMPILING * patience)
         note(checks(ask, precisions, tiny), until)
         record["floors"] = record["answers"].pop("floors")
         print(about(record), flush=True)
@@ -241,7 +243,7 @@ def _measure_rows(
     write(record, path)
     print(HEADER, flush=True)
     for process in contenders.values():
-        process.timeout = TIMEOUT
+        process.timeout = TIMEOUT * (PATIENCE if tiny else 1)
     for start in range(0, len(asked), TOGETHER):
         batch = asked[start : start + TOGETHER]
         right = prepared(pool, batch, precisions, Device(**record["device"]), until) if pool else {}

@@ -190,11 +190,13 @@ def kernels(
     return first, [("lstm", plan, False) for plan in plans]
 
 
-def answers(asked: Iterable[Question], until: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each question with its answer, or why there is none, until time is over."""
+def answers(
+    asked: Iterable[Question], until: float, patience: float = 1
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each question with its answer, or why there is none, until time is over; `patience` times its seconds."""
     for question in asked:
         start = time.monotonic()
-        seconds = min(question.seconds, until - start)
+        seconds = min(patience * question.seconds, until - start)
         try:
             answer = question.ask(seconds) if seconds > 0 else {"failed": "there was no time"}
         except Exception as error:  # which must not take the others along
@@ -204,7 +206,9 @@ def answers(asked: Iterable[Question], until: float) -> Iterator[tuple[str, dict
 
 def summary(name: str, answer: dict[str, Any]) -> str:
     """An answer in one line."""
-    said = answer.get("failed") or answer.get("us a step") or "done"
-    if isinstance(said, float):
+    said = answer.get("failed") or answer.get("modules") or answer.get("us a step") or "done"
+    if isinstance(said, dict):
+        said = ", ".join(f"{module} {version}" for module, version in said.items())
+    elif isinstance(said, float):
         said = f"{said:.2f} us a step, {answer['tile']}"
     return f"{name}: {said} ({answer['took']} s)"

@@ -18,7 +18,10 @@ from fusedlstm import layers
 
 BACKENDS = ["reference", "cpu"]
 ONE_BY_ONE = "test_cuda_executed.py"  # whose tests share nothing but time
-LONGEST = ("cuda_simulated", "cpu_engine", "torch", "layers", "keras", "benchmarks", "cuda_compile")
+LONGEST = (
+    *("cuda_simulated", "cpu_engine", "torch", "layers", "keras", "benchmarks", "cuda_compile"),
+    "cuda_first",
+)
 
 with suppress(ImportError):  # tests on a GPU do without
     import hypothesis

@@ -193,7 +193,10 @@ def kernels(
 def answers(
     asked: Iterable[Question], until: float, patience: float = 1
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each question with its answer, or why there is none, until time is over; `patience` times its seconds."""
+    """Each question with its answer, or why there is none, until time is over.
+
+    Answers are waited for `patience` times as long as they should take.
+    """
     for question in asked:
         start = time.monotonic()
         seconds = min(patience * question.seconds, until - start)

@@ -33,6 +33,7 @@ def executed(
         patch.setattr(cuda_stand_in, "seed", seed)
         patch.setattr(cuda_stand_in, "broken", broken or cuda_stand_in.broken)
         patch.setattr(engine, "current_device", lambda: device)
+        patch.setattr(launch, "cached_cubin", cuda_stand_in.cached_cubin)
         try:
             yield modules["cupy"]
         finally:

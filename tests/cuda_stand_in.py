@@ -8,7 +8,6 @@ nothing, since every call is over when it returns; graphs keep the arguments tha
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from ptx_machine import Machine
 from ptx_memory import Memory
 from ptx_program import Program, parse
 
+from fusedlstm.kernels.cuda import launch as launching
 from fusedlstm.kernels.cuda.plan import Device as Properties
 from fusedlstm.kernels.cuda.resources import without_gpu
 
@@ -65,14 +65,24 @@ class Array(np.ndarray):
 # --- Launches ---------------------------------------------------------------------------------------------
 
 
+_texts: dict[str, str] = {}  # PTX, by the file with the machine code
+_assembled = launching.cached_cubin
+
+
+def cached_cubin(ptx: Path, capability: tuple[int, int]) -> Path:
+    """That of launch.py, but here the PTX is kept in mind, which is what runs."""
+    path = _assembled(ptx, capability)
+    _texts[str(path)] = ptx.read_text()
+    return path
+
+
 class Function:
-    """A kernel: its PTX lies beside the machine code, under the same name."""
+    """A kernel."""
 
     loaded: ClassVar[list[Function]] = []
 
     def __init__(self, cubin: str) -> None:
-        ptx = re.sub(r"\.\w+\.sm_\d+\.cubin$", ".ptx", cubin)
-        self.path, self._program, self._broken = Path(ptx), None, None
+        self._text, self._program, self._broken = _texts[cubin], None, None
         self.max_dynamic_shared_size_bytes = 48 * 1024
         Function.loaded.append(self)
         self.kernel = types.SimpleNamespace(ptr=len(Function.loaded))
@@ -80,7 +90,7 @@ class Function:
     @property
     def program(self) -> Program:
         if self._program is None or self._broken is not broken:
-            self._program, self._broken = parse(broken(self.path.read_text())), broken
+            self._program, self._broken = parse(broken(self._text)), broken
         return self._program
 
 
@@ -386,4 +396,5 @@ _for_good = ExitStack()  # of what holds to the end of the process
 def install() -> None:
     """In a process that has nothing else to import as CuPy, and no GPU that the compiler could ask."""
     sys.modules.update(modules())
+    launching.cached_cubin = cached_cubin
     _for_good.enter_context(without_gpu(properties.capability))

@@ -40,10 +40,12 @@ from tqdm import tqdm
 PROGRAMS = (
     "text_generation",
     "sentiment",
+    "model_selection",
     "text_classification",
     "sequence_labelling",
     "translation",
     "dialogue",
+    "summarise",
     "forecasting",
     "speech",
     "compare_cells",

@@ -13,6 +13,7 @@ operator of :mod:`fusedlstm.torch`; on JAX, TensorFlow and NumPy it is a call of
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,13 @@ from functools import partial
 from types import FrameType
 from typing import Any, cast
 
-import keras
+from .frameworks import missing
+
+try:
+    import keras
+except ImportError as error:
+    raise missing(__name__, error) from error
+
 from keras import activations, layers, ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
@@ -115,6 +122,12 @@ def _cell(kind: str, **activations: str) -> Cell:
 
 class _Fused(layers.RNN):  # type: ignore[misc]
     """What the layers share: the run over time."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the arguments of the layer of Keras that a class takes the place of."""
+        super().__init_subclass__(**kwargs)
+        if cls.__init__ is _Fused.__init__:
+            cls.__signature__ = inspect.signature(cls.__bases__[-1])
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -130,7 +130,7 @@ def sqrt(x: Any) -> Any:
 
 @_function(lambda x, y: (where(x > 0, 1.0, where(x < 0, -1.0, 0.0)),))
 def absolute(x: Any) -> Any:
-    """|x|; the derivative at 0 is 0."""
+    """``|x|``; the derivative at 0 is 0."""
     return np.abs(x)
 
 
@@ -151,3 +151,8 @@ def mean(x: Any) -> Any:
     if record := getattr(x, "record", None):
         return record("mean", (x,))
     return np.broadcast_to(np.mean(x, -1, keepdims=True), np.shape(x))
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

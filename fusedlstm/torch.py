@@ -26,7 +26,14 @@ from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
+
+from .frameworks import missing
+
+try:
+    import torch
+except ImportError as error:
+    raise missing(__name__, error) from error
+
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.jit import TracerWarning  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from programs import RANDOM, small  # first: it makes the programs importable
 
@@ -37,6 +37,11 @@ def test_the_help_pages_are_english_without_repetition() -> None:
     assert text.isascii()
     assert text.count(" the ") > 2000
     assert "  " not in text
+
+
+def test_words_are_told_apart_where_they_are_written_apart() -> None:
+    assert text_generation.words_of("это — мир, cafés") == ["это", "—", "мир", ",", "cafés"]
+    assert text_generation.words_of("今天天气很好。") == []
 
 
 def test_symbols_are_numbered_by_frequency_and_rare_ones_are_one() -> None:
@@ -96,18 +101,63 @@ def test_text_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.count("temperature 0.5: ") == 2
 
 
+def test_text_generation_in_chinese(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text(text_generation.read_text(language="zh")[:6000], encoding="utf-8")
+    effort = ("--units", "24", "--length", "9", "--epochs", "1", "--temperature", "0.5")
+    figures = small(text_generation, tmp_path, "--text", str(text), *effort)
+    assert list(figures) == ["bits per character, LSTM", "bits per character, bigram model"]
+    assert "6,000 characters; words are not written apart" in capsys.readouterr().out
+
+
 # --- Sentiment ------------------------------------------------------------------------------------------
 
 
-def test_reviews_are_balanced_and_those_held_out_are_others() -> None:
-    texts, labels = sentiment.reviews(500, seed=1)
-    again, _ = sentiment.reviews(500, seed=1)
-    others, _ = sentiment.reviews(500, seed=2)
+@pytest.mark.parametrize("language", sentiment.LANGUAGES)
+def test_reviews_are_balanced_and_those_held_out_are_others(language: str) -> None:
+    texts, labels = sentiment.reviews(500, seed=1, language=language)
+    again, _ = sentiment.reviews(500, seed=1, language=language)
+    others, _ = sentiment.reviews(500, seed=2, language=language)
     assert texts == again
-    assert np.mean(labels != sentiment.reviews(500, seed=1, wrong=0.25)[1]) == pytest.approx(0.25, abs=0.06)
-    assert len(set(texts) & set(others)) < 5
+    _, changed = sentiment.reviews(500, seed=1, wrong=0.25, language=language)
+    assert np.mean(labels != changed) == pytest.approx(0.25, abs=0.06)
+    assert len(set(texts) & set(others)) < 20
     assert 0.4 < labels.mean() < 0.6
-    assert all(text[0].isupper() and text.endswith(".") for text in texts)
+    if language == "en":
+        assert all(text[0].isupper() and text.endswith(".") for text in texts)
+    else:
+        assert all(text.endswith("。") and not text.isascii() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("form", "sign"), [("{}一点也不", -1), ("{}算不上", -1), ("{}非常", 1), ("谁也不会说{}很", -1)]
+)
+def test_the_score_of_a_chinese_clause_follows_from_what_it_says(form: str, sign: int) -> None:
+    random, seen = RANDOM(0), 0
+    starts = {form.format(aspect) for aspect in sentiment.ASPECTS_ZH}
+    for clause in (sentiment.clause_zh(random) for _ in range(4000)):
+        for start in starts:
+            adjective = clause.text.removeprefix(start)
+            if adjective != clause.text and adjective in sentiment.GOOD_ZH + sentiment.BAD_ZH:
+                assert np.sign(clause.score) == (sign if adjective in sentiment.GOOD_ZH else -sign)
+                seen += 1
+    assert seen > 10
+
+
+def test_the_language_is_that_of_the_sentence() -> None:
+    assert sentiment.language_of("Good. 好") == "zh"
+    assert sentiment.language_of("Très bien") == "en"
+    assert sentiment.words_of("剧情不好, ok!") == ["剧", "情", "不", "好", ",", "ok", "!"]
+
+
+def test_a_sentence_without_a_known_word_is_not_judged() -> None:
+    def model(x: np.ndarray, verbose: int) -> np.ndarray:
+        return np.full((1, 1), 0.75)
+
+    numbers, judge = {"good": 2, ".": 3}, SimpleNamespace(predict=model)
+    assert "none of its words is known" in sentiment.judgement(judge, "Schlecht.", numbers, 9)
+    assert sentiment.judgement(judge, "Good.", numbers, 9) == "favourable with probability 0.750"
+    assert sentiment.judgement(judge, "So good.", numbers, 9).endswith("0.750 (not known: so)")
 
 
 @pytest.mark.parametrize(
@@ -158,14 +208,28 @@ def test_a_bag_of_words_knows_words_and_runs_of_words_their_order() -> None:
     assert (sentiment.bag_of_words(texts, labels, texts, longest=2) == labels).all()
 
 
-def test_sentiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = small(sentiment, tmp_path, "Not good.", "--reviews", "64", "--epochs", "2", "--units", "8")
+@pytest.mark.parametrize("sentence", ["Not good.", "剧情不好。"])
+def test_sentiment(sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = small(sentiment, tmp_path, sentence, "--reviews", "64", "--epochs", "2", "--units", "8")
     assert list(figures)[:2] == [
-        "accuracy, LSTM with dropout and L2",
+        "accuracy, LSTM, dropout, L2, early stopping",
         "accuracy, bag of words, pairs and triples",
     ]
+    assert len(figures) == 6
     assert all(0.2 < value <= 1 for value in figures.values())
-    assert "Not good.\nfavourable with probability 0." in capsys.readouterr().out
+    assert f"{sentence}\nfavourable with probability 0." in capsys.readouterr().out
+
+
+def test_learning_stops_early_and_the_best_weights_are_kept() -> None:
+    texts, labels = sentiment.reviews(64, seed=1)
+    numbers = sentiment.vocabulary(texts)
+    data = sentiment.Data(sentiment.encode(texts, numbers, 20), labels)
+    wrong = sentiment.Data(data.x, 1 - labels)  # the more is learnt, the worse
+    keras.utils.set_random_seed(0)
+    model, history = sentiment.fit(data, wrong, 8, 12, patience=2)
+    assert len(history["loss"]) < 12
+    loss, _ = model.evaluate(*wrong, verbose=0)
+    assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
 
 
 # --- Text classification --------------------------------------------------------------------------------

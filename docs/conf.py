@@ -1,8 +1,8 @@
 """The documentation site: `sphinx-build -W --keep-going docs site`.
 
-Sphinx: mkdocs is no longer maintained, and the successor of mkdocs-material not stable yet.  Furo: it is light,
-dark and narrow without fetching anything.  What is our own here: mathematics as MathML, which
-browsers draw themselves; search that also finds Chinese; the arguments and weights of a layer on its page.
+Sphinx: mkdocs is no longer maintained, and the successor of mkdocs-material is not stable yet.  Furo: light,
+dark and narrow, without fetching anything.  What is our own here: formulas as pictures, which need neither a
+font of the reader's nor a program; search that also finds Chinese; arguments and weights on a layer's page.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import inspect
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import ziamath
 from docutils import nodes
 from docutils.parsers.rst import Directive
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.search.en import SearchEnglish
 
@@ -50,22 +52,43 @@ html_theme = "furo"
 html_title = "fusedlstm"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_math_renderer = "mathml"
+html_math_renderer = "drawn"
 html_show_search_summary = False  # it would fetch pages, which a browser forbids for files
 html_copy_source = False
+html_domain_indices = False  # search finds more
 html_theme_options = {"navigation_with_keys": True}
 
 
 # --- Mathematics -----------------------------------------------------------------------------------------
 
 
+ziamath.config.svg2 = False
+ziamath.config.precision = 2
+EM = 17  # pixels; sizes on the page are multiples of the font's
+
+
+@cache
+def drawing(latex: str, inline: bool) -> str:
+    """A formula as a picture in the colour of the text, on its baseline."""
+    made = ziamath.Latex(latex, size=EM, color="currentColor", inline=inline)
+    picture = made.svgxml()
+    width, height = (float(picture.get(side)) / EM for side in ("width", "height"))
+    below = f"vertical-align: {made.getyofst() / EM:.3f}em; " if inline else ""
+    picture.set("style", f"{below}width: {width:.3f}em; height: {height:.3f}em")
+    for side in ("width", "height"):
+        del picture.attrib[side]
+    picture.set("role", "img")
+    picture.set("aria-label", latex)
+    return ElementTree.tostring(picture, encoding="unicode")
+
+
 def draw_inline(translator: Any, node: nodes.math) -> None:
-    translator.body.append(convert(node.astext()))
+    translator.body.append(drawing(node.astext(), True))
     raise nodes.SkipNode
 
 
 def draw_block(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    translator.body.append(f'<div class="math">{drawing(node.astext(), False)}</div>')
     raise nodes.SkipNode
 
 
@@ -115,9 +138,8 @@ def add_arguments(app: Sphinx, what: str, name: str, value: Any, options: Any, l
         r"\n(?=    \w)", inspect.getdoc(layers.Recurrent).partition("Args:\n")[2].partition("\n\n")[0]
     )
     kept = [entry for entry in described if entry.strip().partition(":")[0] in taken]
-    lines[:0] = ["", "Args:", *"\n".join(kept).split("\n"), ""]
-    summary = inspect.getdoc(value).partition("\n\n")[0]
-    lines[:0] = [summary, ""]
+    end = lines.index("") if "" in lines else len(lines)  # of the first paragraph
+    lines[end:end] = ["", "Args:", *"\n".join(kept).split("\n"), ""]
 
 
 class WeightsOf(Directive):
@@ -184,7 +206,7 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     def nothing(translator: Any, node: nodes.Node) -> None: ...
 
-    app.add_html_math_renderer("mathml", (draw_inline, nothing), (draw_block, nothing))
+    app.add_html_math_renderer("drawn", (draw_inline, nothing), (draw_block, nothing))
     app.add_search_language(SearchBoth)
     app.add_directive("weights-of", WeightsOf)
     app.connect("autodoc-process-docstring", add_arguments, priority=100)  # before napoleon reads it

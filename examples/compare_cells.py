@@ -1,8 +1,8 @@
 """Comparing cells: how far back a gradient reaches in an RNN, a GRU, an LSTM and a bidirectional LSTM.
 
 Each layer has to learn the adding problem (Hochreiter & Schmidhuber, 1997): of a long row of numbers between
-0 and 1 two are marked, one early and one late, and their sum is wanted at the end. Whoever knows neither
-number can do no better than to say 1, with a mean squared error of 1/6, which is the baseline; whoever knows
+0 and 1 two are marked, one early and one late, and their sum is wanted at the end. A model that knows neither
+number can do no better than to say 1, with a mean squared error of 1/6, which is the baseline; one that knows
 the late number alone can reach 1/12.
 
 The reason why the plain RNN fails is measured: the gradient of the answer with respect to the input of each

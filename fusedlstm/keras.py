@@ -675,7 +675,7 @@ def _exported(array: Any) -> bool:
         return torch.compiler.is_exporting() or jit.is_tracing()
     if not _traced(array):
         return False
-    # TensorFlow and JAX do not tell what they trace for, but whoever asked is among the callers
+    # TensorFlow and JAX do not tell what they trace for, but the exporter is among the callers
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):

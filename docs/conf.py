@@ -131,6 +131,8 @@ function splitQuery(query) {
 
 def add_arguments(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Give LSTM, GRU and RNN, whose docstrings refer to Recurrent, its descriptions of what they take."""
+    if what == "module":  # what developers read; the page says what a module is
+        lines.clear()
     if not (inspect.isclass(value) and issubclass(value, layers.Recurrent) and value is not layers.Recurrent):
         return
     taken = inspect.signature(value).parameters

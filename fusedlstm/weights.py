@@ -40,7 +40,7 @@ class Weights(NamedTuple):
 def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) -> Weights:
     """The names of the parameters, as PyTorch gives them, in the places of the weights."""
     suffix = f"_l{layer}" + ("_reverse" if reverse else "")
-    recurrent = bool(cell.gates_with_recurrent)
+    recurrent, bias = bool(cell.gates_with_recurrent), bias and cell.biases
     return Weights(
         f"weight_ih{suffix}",
         f"weight_hh{suffix}" if recurrent else None,
@@ -54,6 +54,7 @@ def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) ->
 def shapes(cell: Cell, inputs: int, hidden: int, bias: bool, proj: int) -> Weights:
     """The shapes of the parameters, in the places of the weights."""
     rows, recurrent = len(cell.gates_with_input) * hidden, len(cell.gates_with_recurrent) * hidden
+    bias = bias and cell.biases
     return Weights(
         (rows, inputs),
         (recurrent, proj or hidden) if recurrent else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -120,3 +121,11 @@ def test_pages_fit_a_phone_and_the_console_is_empty(
         copy.unlink()
     assert console == []
     assert "<title>fits</title>" in text
+
+
+@pytest.mark.parametrize("module", ["fusedlstm", "fusedlstm.math", "fusedlstm.torch", "fusedlstm.keras"])
+def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
+    known = {place for page in (site / "reference").glob("*.html") for place in places(page)}
+    known |= {"fusedlstm.cells", "fusedlstm.math"}  # pages of their own
+    names = importlib.import_module(module).__all__
+    assert [name for name in names if f"{module}.{name}" not in known] == []

@@ -39,6 +39,7 @@ exclude_patterns = ["programs/figures.json"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # pages of results begin deeper
+autodoc_inherit_docstrings = False  # those of other packages are not written for this one
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True

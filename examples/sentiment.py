@@ -4,7 +4,8 @@ The recipe is the classic one: lower-case the text, take the punctuation apart, 
 the characters), then embedding, LSTM and a logistic output. An eighth of the labels it learns from are wrong.
 Trained plainly for long enough, the model learns these by heart too. Three remedies are compared: to stop
 early, when the loss on further reviews no longer falls, and keep the best weights; dropout with a penalty on
-the weights (L2); and all of them.
+the weights (L2); and all of them. Of ten mistakes on new reviews the first avoids three, the second four, and
+both together no more than that.
 
 Data: reviews that this program makes from a grammar; nothing is downloaded. A review passes judgement in
 several clauses, with intensifiers ("truly", "a bit"), negations ("not at all", "nobody could call it") and

@@ -72,7 +72,7 @@ def day(random: np.random.Generator) -> str:
     """One paragraph."""
 
     def pick(options: Sequence[str]) -> str:
-        return options[random.integers(len(options))]
+        return options[int(random.integers(len(options)))]
 
     who, friend = (list(PEOPLE)[n] for n in random.choice(len(PEOPLE), 2, replace=False))
     pronoun = PEOPLE[who]
@@ -82,7 +82,7 @@ def day(random: np.random.Generator) -> str:
     shop, home = (PLACES[n] for n in random.choice(len(PLACES), 2, replace=False))
     sky, other_sky = (list(WEATHER)[n] for n in random.choice(len(WEATHER), 2, replace=False))
     cause, effect = WEATHER[sky]
-    date = f"{numeral(random.integers(1, 13))}月{numeral(random.integers(1, 29))}日"
+    date = f"{numeral(int(random.integers(1, 13)))}月{numeral(int(random.integers(1, 29)))}日"
     opening = f"今天是{date}，星期{pick('一二三四五六日')}，{sky}。"
     because = pick([f"因为{cause}，所以{who}{effect}。", f"{cause}，于是{who}{effect}。"])
     bought = pick(

@@ -349,6 +349,7 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
             setattr(self, name, _kind(name).get(value))
 
     def build(self, input_shape: Any) -> None:
+        """Make the weights, for inputs of this shape."""
         cell = self.mathematics
         rows, recurrent_rows = (
             len(gates) * self.units for gates in (cell.gates_with_input, cell.gates_with_recurrent)
@@ -388,6 +389,7 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
         return new[0], new
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them."""
         names = ("units", "use_bias", "dropout", "recurrent_dropout", "seed")
         config = {name: getattr(self, name) for name in names}
         config |= {name: _kind(name).serialize(getattr(self, name)) for name in _OPTIONS}
@@ -396,6 +398,7 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RecurrentCell:
+        """The cell that such arguments describe."""
         return cls(**{**config, "cell": _saved_cell(**config["cell"])})
 
 
@@ -466,10 +469,12 @@ class Recurrent(_Fused):
         return cast(Cell, self.cell.mathematics)
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them."""
         return {**self.cell.get_config(), **super().get_config(), "cell": self.cell.get_config()["cell"]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Recurrent:
+        """The layer that such arguments describe."""
         return cls(**{**config, "cell": _saved_cell(**config["cell"])})
 
 

@@ -16,6 +16,7 @@ from programs import RANDOM, small  # first: it makes the programs importable
 
 import compare_layers
 import keras
+import model_selection
 import numpy as np
 import pages
 import pytest
@@ -232,6 +233,44 @@ def test_learning_stops_early_and_the_best_weights_are_kept() -> None:
     assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
 
 
+# --- Model selection ------------------------------------------------------------------------------------
+
+
+def test_settings_are_drawn_within_bounds_and_differ() -> None:
+    random = RANDOM(0)
+    found = [model_selection.drawn(random) for _ in range(200)]
+    assert len(set(found)) == 200
+    assert all(1e-6 <= settings.l2 <= 1e-2 and 0 <= settings.dropout <= 0.6 for settings in found)
+    assert np.median([settings.l2 for settings in found]) == pytest.approx(1e-4, rel=1)  # evenly by logarithm
+
+
+def test_each_review_is_in_the_fold_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, apart = np.arange(20)[:, None], []
+
+    class Fitted:
+        def __init__(self, rows: np.ndarray) -> None:
+            self.rows = rows
+
+        def predict(self, x: np.ndarray, verbose: int) -> np.ndarray:
+            assert not set(x[:, 0]) & set(self.rows)
+            apart.extend(x[:, 0])
+            return np.ones((len(x), 1))
+
+    monkeypatch.setattr(model_selection.Task, "fitted", lambda self, settings, rows: Fitted(rows))
+    task = model_selection.Task(x, np.arange(20) % 2 == 0, epochs=1, seed=0)
+    accuracies = task.accuracies(model_selection.Settings(0.0), folds=5)
+    assert sorted(apart) == list(range(20))
+    assert accuracies.mean() == pytest.approx(0.5)
+
+
+def test_model_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--reviews", "40", "--unseen", "20"]
+    figures = small(model_selection, tmp_path, *size, "--folds", "2", "--trials", "2", "--epochs", "1")
+    assert list(figures)[:2] == ["accuracy, strength by cross-validation", "accuracy, no penalty"]
+    printed = capsys.readouterr().out
+    assert printed.count(" +- ") == len(model_selection.STRENGTHS) + 2
+
+
 # --- Text classification --------------------------------------------------------------------------------
 
 
@@ -396,7 +435,7 @@ def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.Monke
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- programs: begin -->\nold\n<!-- programs: end -->\nafter\n")
     picture = docs / "pictures" / "program-sentiment.png"
-    page = pages.run("sentiment", ["--picture", str(picture)])
+    page = pages.run("sentiment", ["--picture", str(picture)])._replace(busy=False)
     for program in ("sentiment", "translation"):  # the second keeps the row of the first
         pages.write(docs, program, page, MEASURED)
 
@@ -429,12 +468,13 @@ def test_a_program_that_fails_does_not_keep_others_from_their_pages(
     def run(function: Callable[..., pages.Page], program: str, arguments: Sequence[str]) -> pages.Page:
         if program == "sentiment":
             raise SystemExit("of no use here")
-        return pages.Page(program, "summary", "about", "model", {"ours": 2, "theirs": 1}, 3, "printed")
+        return pages.Page(program, "summary", "about", "model", {"ours": 2, "theirs": 1}, 3, True, "printed")
 
     monkeypatch.setattr(pages, "alone", run)
     monkeypatch.setattr(pages, "compare", lambda program: MEASURED)
     with pytest.raises(SystemExit, match=r"^failed: sentiment$"):
         pages.main(["speech", "sentiment", "dialogue", "--docs", str(tmp_path)])
+    assert "| 3 (busy) |" in (tmp_path / "programs" / "README.md").read_text()
     made = {path.name for path in (tmp_path / "programs").iterdir()}
     assert made == {"speech.md", "dialogue.md", "README.md", "figures.json"}
     assert "of no use here" in capsys.readouterr().err

@@ -24,7 +24,6 @@ import fusedlstm.keras
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
 
 # What `import fusedlstm` must leave alone: it may cost 0.3 s over importing NumPy.
 HEAVY = (
@@ -149,10 +148,6 @@ def test_the_package_says_that_it_has_types() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_of_the_readme_run_as_shown(example: str, tmp_path: Path) -> None:
     python(example, tmp_path)
-
-
-def test_examples_of_moving_weights_run_one_after_the_other(tmp_path: Path) -> None:
-    python("\n".join(examples(WEIGHTS)), tmp_path)
 
 
 def test_the_readme_names_the_functions_that_a_cell_may_use() -> None:

@@ -20,6 +20,7 @@ setup(
         "fusedlstm.kernels",
         "fusedlstm.kernels.cpu",
         "fusedlstm.kernels.cuda",
+        "fusedlstm.onnx",
         "fusedlstm.benchmarks",
     ],
     package_dir={

@@ -69,7 +69,8 @@ class Cell:
         key: a text that is equal for equal mathematics; names files in the cache.
     """
 
-    _without_dropout: Cell | None = None  # of what recurrent_dropout made
+    # the function and the arguments that make it again, of a cell that is no function of a module
+    made_by: tuple[Callable[..., Cell], tuple[Any, ...]] | None = None
 
     def __init__(
         self,
@@ -129,10 +130,8 @@ class Cell:
         return f"<fusedlstm cell {self.name}: gates {self.gates}, states {self.states}>"
 
     def __reduce__(self) -> Any:
-        """Pickled by its name, as functions are."""
-        if self._without_dropout is not None:
-            return recurrent_dropout, (self._without_dropout,)
-        return self.function.__qualname__
+        """Pickled by its name, as functions are, or by what makes it."""
+        return self.made_by or self.function.__qualname__
 
     @property
     def gates_with_input(self) -> tuple[str, ...]:
@@ -527,7 +526,7 @@ def recurrent_dropout(cell: Cell) -> Cell:
     function.__signature__ = inspect.Signature([mask, *taken])  # type: ignore[attr-defined]
     states = (*cell.states, "dropout_mask", "dropped")
     dropped = _rebuilt(cell, function, cell.gates, states=states, recurrent="dropped")
-    dropped._without_dropout = cell
+    dropped.made_by = (recurrent_dropout, (cell,))
     return dropped
 
 

@@ -197,7 +197,7 @@ def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> CPUDirection:
 
 
 def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> CPUDirection:
-    direction: CPUDirection = _engine().CPUDirection(cell, storage.from_keras(cell, flat, np.zeros_like))
+    direction: CPUDirection = _engine().CPUDirection(cell, storage.keras_views(cell, flat, np.zeros_like))
     if training:  # now, since the memory of the framework is ours during this call only
         direction.lay_out_for_backward()
     return direction
@@ -277,7 +277,7 @@ def _aligned(weight: Any) -> np.ndarray:
 
 
 def _weight_shapes(cell: Cell, inputs: int, units: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    """Of the weights by name, as :func:`fusedlstm.weights.from_keras` takes them."""
+    """Of the weights by name, as :func:`fusedlstm.weights.keras_views` takes them."""
     rows = len(cell.gates) * units
     shapes: dict[str, tuple[int, ...]] = {"kernel": (inputs, rows), "recurrent_kernel": (units, rows)}
     if bias:
@@ -304,7 +304,7 @@ def forward(
         run: what is the same in every call.
         training: whether to keep a record, which makes backward quicker.
         flat: the input (B, T, I); the mask (B, T) if there is one; the initial states (B, H); the weights,
-            as :func:`fusedlstm.weights.from_keras` takes them.
+            as :func:`fusedlstm.weights.keras_views` takes them.
         out: arrays in which some of the results may be; else all are new.
     """
     given = _Arguments(run, flat)
@@ -394,7 +394,8 @@ def backward(
         if dx is not None and steps.moves:
             dx[...] = steps.back(dx)
         dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
-    for target, gradient in zip(out[wants_dx:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
+    gradients = storage.keras_gradients(dweights, given.weights)
+    for target, gradient in zip(out[wants_dx:], [*dinitial, *gradients]):
         _write(target, gradient)
     return list(out)
 

@@ -216,7 +216,7 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _weights(self) -> list[Any]:
-        """As :func:`fusedlstm.weights.from_keras` takes them."""
+        """As :func:`fusedlstm.weights.keras_views` takes them."""
         cell = self.cell
         bias = () if cell.bias is None else (cell.bias,)
         every = (cell.kernel, cell.recurrent_kernel, *bias, *getattr(cell, "vectors", ()))
@@ -574,7 +574,7 @@ def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weig
     if run.backwards:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
 
-    flat = storage.flatten(storage.from_keras(run.cell, weights, _torch_zeros))
+    flat = storage.flatten(storage.keras_views(run.cell, weights, _torch_zeros))
 
     def operator(x: Any, lengths: Any) -> Any:
         states = [state.unsqueeze(0) for state in initial]

@@ -198,17 +198,20 @@ def _lstm(form: Form) -> Cell:
 
 def _gru(form: Form) -> Cell:
     f, g = form.function(0), form.function(1)
+    f_number, g_number = (function(Graph().symbol("x")).number for function in (f, g))  # if it is constant
     kinds: dict[str, Any] = {}
     if form.linear_before_reset:
         kinds = {"split": ("n",)}
-    elif g(Graph().symbol("x")).number is None:  # of a constant activation the product is not needed
+    elif g_number is None:  # else nothing depends on the product
         kinds = {"late": ("n",)}
 
     def onnx_gru(r: Any, z: Any, h: Any, **given: Any) -> Any:
         if "split" in kinds:
             n = given["n_x"] + f(r) * given["n_h"]
+        elif "late" in kinds:
+            n = given["n"](h - h if f_number == 0 else f(r) * h)  # a product is of a value, not of a number
         else:
-            n = given["n"](f(r) * h) if kinds else given["n"]
+            n = given["n"]
         new = g(n)
         return new + f(z) * (h - new)
 
@@ -299,7 +302,7 @@ def _number(name: str, value: Any) -> float:
     with np.errstate(over="ignore"):
         number = float(np.float32(value))
     if not isfinite(number):
-        raise ValueError(f"{name} must hold finite numbers, got {value!r}")
+        raise ValueError(f"{name} must hold finite numbers, got {float(value)!r}")
     return number
 
 
@@ -308,7 +311,7 @@ def _clip(value: Any) -> float | None:
         return None
     clip = _number("clip", value)
     if clip <= 0:
-        raise ValueError(f"clip must be positive, got {value!r}")
+        raise ValueError(f"clip must be positive, got {clip!r}")
     return clip
 
 

@@ -108,7 +108,8 @@ def _computed(
             own = states if len(layers) == 1 else tuple(state[d : d + 1] for state in states)
             own = own if len(own) > 1 else own[0]
         y, final = run(layer, reverse, x, own, lengths)
-        outputs.append(y.reshape(*y.shape[:2], -1, layer.hidden_size))  # (T, B, D, H)
+        own_directions = 2 if layer.bidirectional else 1
+        outputs.append(y.reshape(*y.shape[:2], own_directions, layer.hidden_size))  # (T, B, D, H)
         finals.append(final if isinstance(final, tuple) else (final,))
     y = np.concatenate(outputs, 2) if len(outputs) > 1 else outputs[0]
     y = y.transpose(1, 0, 2, 3) if read.layout else y.transpose(0, 2, 1, 3)

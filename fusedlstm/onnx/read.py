@@ -212,15 +212,15 @@ class _Scope:
 
 def _computed(node: NodeProto, taken: Mapping[str, np.ndarray], opset: int) -> dict[str, np.ndarray]:
     """What one node makes."""
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None)
-        for name, array in taken.items()
-    ]
     names = [name for name in node.output if name]
-    outputs = [helper.make_value_info(name, onnx.TypeProto()) for name in names]
-    graph = helper.make_graph([node], "node", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid(node.domain, opset)])
     try:
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None)
+            for name, array in taken.items()
+        ]
+        outputs = [helper.make_value_info(name, onnx.TypeProto()) for name in names]
+        graph = helper.make_graph([node], "node", inputs, outputs)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid(node.domain, opset)])
         return dict(zip(names, ReferenceEvaluator(model).run(None, dict(taken))))
     except Exception as error:  # whatever NumPy says of what the file says
         raise ValueError(f"the model is damaged: {_called(node)} cannot be computed: {error}") from error
@@ -256,7 +256,8 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 
 
 def _called(node: NodeProto) -> str:
-    return f"{node.op_type} {node.name or ', '.join(node.output)!r}"
+    name = node.name or ", ".join(map(str, node.output))  # protobuf gives bytes for what is no text
+    return f"{node.op_type} {name!r}"
 
 
 # --- Recurrent nodes --------------------------------------------------------------------------------------

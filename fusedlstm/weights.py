@@ -324,7 +324,9 @@ def _coupled(cell: Cell, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows by gate; between coupled_lstm, which has gate f, and ONNX, where i is 1 - f, the sign changes."""
     if cell is not cells.coupled_lstm:
         return rows
-    return rows | ({"f": -rows["i"]} if "i" in rows else {"i": -rows["f"]})
+    if "i" in rows:
+        return rows | {"f": -rows["i"]}
+    return {gate: part for gate, part in rows.items() if gate != "f"} | {"i": -rows["f"]}
 
 
 def _directions(layer: Recurrent) -> list[Weights]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,14 @@ def test_what_is_no_layer_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"layer must be a layer on arrays, .*, got torch\.nn\."):
         export(torch.nn.LSTM(2, 3), tmp_path / "m.onnx")  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
+
+
+def test_the_examples_of_the_page_run_one_after_the_other(tmp_path: Path, monkeypatch: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    exec(compile(program, "onnx.md", "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "lstm.onnx", "own.onnx"}
 
 
 # --- What is damaged or hostile ---------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Recurrent:
         input_size: I, the number of features of the input.
         hidden_size: H, the number of hidden units.
         num_layers: L; each layer after the first takes the output of the one before.
-        bias: whether gates have biases, ``bias_ih`` and ``bias_hh``.
+        bias: whether gates have biases, ``bias_ih`` and ``bias_hh``, if the cell's may.
         batch_first: whether input and output are (B, T, features) and not (T, B, features).  States
             are (L*D, B, features) in either case.
         dropout: probability with which an output of a layer except the last is set to zero in
@@ -219,10 +219,15 @@ class Recurrent:
     def _drawn(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
         """Initial weights."""
         bound = self.hidden_size**-0.5
-        return {
+        drawn = {
             name: generator.uniform(-bound, bound, shape).astype(self.dtype)
             for name, shape in self._shapes.items()
         }
+        for names in self._names:
+            for own, name in zip(self.cell.weights, names.vectors):
+                if own in self.cell.beginnings:
+                    drawn[name][...] = self.cell.beginnings[own]
+        return drawn
 
     def __repr__(self) -> str:
         shown = [repr(self.input_size), repr(self.hidden_size)]

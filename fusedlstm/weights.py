@@ -45,7 +45,7 @@ class Weights(NamedTuple):
 def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) -> Weights:
     """The names of the parameters, as PyTorch gives them, in the places of the weights."""
     suffix = f"_l{layer}" + ("_reverse" if reverse else "")
-    recurrent = bool(cell.gates_with_recurrent)
+    recurrent, bias = bool(cell.gates_with_recurrent), bias and cell.biases
     return Weights(
         f"weight_ih{suffix}",
         f"weight_hh{suffix}" if recurrent else None,
@@ -59,6 +59,7 @@ def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) ->
 def shapes(cell: Cell, inputs: int, hidden: int, bias: bool, proj: int) -> Weights:
     """The shapes of the parameters, in the places of the weights."""
     rows, recurrent = len(cell.gates_with_input) * hidden, len(cell.gates_with_recurrent) * hidden
+    bias = bias and cell.biases
     return Weights(
         (rows, inputs),
         (recurrent, proj or hidden) if recurrent else None,
@@ -213,7 +214,7 @@ def to_keras(layer: Recurrent) -> list[np.ndarray]:
     for weights in _directions(layer):
         ordered = _reordered(weights, layer.cell.gates, order)
         flat += [ordered.ih.T, ordered.hh.T]
-        if layer.bias:
+        if ordered.bias_ih is not None:
             biases = ordered.bias_ih, ordered.bias_hh
             flat.append(np.stack(biases) if layer.cell.split else biases[0] + biases[1])
         flat += [vector.copy() for vector in weights.vectors]

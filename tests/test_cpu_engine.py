@@ -18,8 +18,8 @@ from checks import (
     five_gates,
     late_and_means,
     late_of_output,
-    layer_norm_lstm,
     name,
+    normalized_lstm,
     one_gate,
     other_operand,
     three_states,
@@ -36,7 +36,7 @@ from fusedlstm.math import maximum, minimum, sigmoid, tanh, where
 from fusedlstm.weights import Weights, shapes
 
 BOTH = [np.float32, np.float64]
-LATE = (cells.gru_reset_before, cells.lstm_output_sees_cell, late_of_output, late_and_means, layer_norm_lstm)
+LATE = (cells.gru_reset_before, cells.lstm_output_sees_cell, late_of_output, late_and_means, normalized_lstm)
 
 
 @cell(gates=("a", "b", "c", "d", "e", "f", "g"), states=("h", "s", "t", "u"), weights=("v", "w"))
@@ -223,7 +223,7 @@ def test_every_cell(cell: Cell, case: Case) -> None:
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize(
-    "cell", [cells.lstm, cells.gru, cells.lstm_output_from_memory, late_and_means, layer_norm_lstm], ids=name
+    "cell", [cells.lstm, cells.gru, cells.lstm_output_from_memory, late_and_means, normalized_lstm], ids=name
 )
 def test_float32(cell: Cell, case: Case) -> None:
     check(cell, case, np.float32)
@@ -237,7 +237,7 @@ def test_projection(case: Case, proj: int, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("case", SIZES[1:], ids=str)
-@pytest.mark.parametrize("cell", [three_states, layer_norm_lstm], ids=name)
+@pytest.mark.parametrize("cell", [three_states, normalized_lstm], ids=name)
 def test_projection_of_other_cells(cell: Cell, case: Case) -> None:
     """One whose gate is split; one of several phases."""
     check(cell, case._replace(proj=4), np.float64)
@@ -328,7 +328,7 @@ APART = Case(30, 3, 9, 75, padded=True, reset=True)
         (cells.lstm_output_sees_cell, 0),
         (late_of_output, 0),
         (late_and_means, 0),
-        (layer_norm_lstm, 20),
+        (normalized_lstm, 20),
     ],
     ids=name,
 )
@@ -363,7 +363,7 @@ def check_threads(cell: Cell, case: Case, threads: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("cell", [cells.lstm, seven_gates, late_and_means, layer_norm_lstm], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, seven_gates, late_and_means, normalized_lstm], ids=name)
 def test_gradients_are_finite_differences(cell: Cell, reverse: bool) -> None:
     """Along random directions in x, the initial states and every weight at once."""
     case = Case(6, 3, 2, 4, padded=True, reset=True, reverse=reverse)

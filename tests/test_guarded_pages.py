@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from checks import layer_norm_lstm
+from checks import normalized_lstm
 
 from fusedlstm import GRU, LSTM, Recurrent, cells, layers, set_num_threads
 from fusedlstm import weights as storage
@@ -105,9 +105,10 @@ def allocating(memory: Memory) -> Iterator[None]:
     from fusedlstm import host
     from fusedlstm.kernels.cpu import engine
 
-    modules = [engine, host, layers, sys.modules.get("fusedlstm.torch")]
+    rooms = [module for name, module in sys.modules.items() if name.startswith("fusedlstm.torch.")]
+    modules = [engine, host, layers, *[room for room in rooms if hasattr(room, "np")]]
     with pytest.MonkeyPatch.context() as patch:
-        for module in filter(None, modules):
+        for module in modules:
             patch.setattr(module, "np", Guarded(memory))
         order = engine.sequences
         patch.setattr(
@@ -122,7 +123,7 @@ def allocating(memory: Memory) -> Iterator[None]:
 
 CELLS = (
     cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.peephole_lstm,
-    cells.lstm_output_sees_cell, layer_norm_lstm,
+    cells.lstm_output_sees_cell, normalized_lstm,
 )  # fmt: skip
 SIZES = ((1, 1, 1, 1), (3, 2, 1, 17), (5, 7, 3, 33), (2, 19, 17, 5))  # T, B, I, H
 ALL = len(CELLS) * 2 * len(SIZES)

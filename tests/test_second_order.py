@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ALL, late_and_means, layer_norm_lstm, name, three_states
+from checks import ALL, late_and_means, name, normalized_lstm, three_states
 from test_cpu_engine import Case as Sizes
 from test_cpu_engine import problem, several_threads
 from torch import Tensor
@@ -21,6 +21,9 @@ from fusedlstm import cells
 from fusedlstm.cells import Cell
 from fusedlstm.kernels import reference
 from fusedlstm.kernels.cpu.engine import CPU, CPUDirection
+from fusedlstm.torch import passes
+from fusedlstm.torch.replay import replay_second
+from fusedlstm.torch.shapes import shape_of
 from fusedlstm.weights import flatten, unflatten
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # of the norm, for one step
@@ -35,7 +38,7 @@ class Case:
         module = fused.Recurrent(cell, inputs, hidden, bidirectional=True, dtype=dtype, **settings)
         self.weights = [parameter.detach() for parameter in module.parameters()]
         self.x = torch.randn(steps, batch, inputs, dtype=dtype)
-        self.shape = fused._shape(self.x, self.weights, cell.key, 2)
+        self.shape = shape_of(self.x, self.weights, cell.key, 2)
         self.initial = [torch.randn(2, batch, size, dtype=dtype) for size in self.shape.sizes]
         self.grads = [torch.randn(size, dtype=dtype) for size in self.shape.results]
         self.seeds: list[Tensor | None] = [
@@ -54,10 +57,13 @@ class Case:
 
     def check(self) -> None:
         masks = self.lengths, self.reset
-        (y, *_), record = fused._run(self.x, self.initial, self.weights, *masks, self.shape.cell.key, 2, True)
+        more = (*masks, self.shape.cell.key, 2)
+        y, *_, handle = passes.forward(self.x, self.initial, self.weights, *more, True)
         given = (self.grads, self.x, self.initial, self.weights, self.seeds)
-        found = fused._run_second(record, self.grads, y, *given[1:], self.shape, True)
-        expected = fused._replay_second(*map(doubled, given), *masks, self.shape)
+        found = passes.backward_gradient(
+            self.grads, handle, y, self.x, self.initial, self.weights, *more, self.seeds
+        )
+        expected = replay_second(*map(doubled, given), *masks, self.shape)
         for ours, right in zip(flat(found), flat(expected), strict=True):
             assert ours.dtype is self.x.dtype
             assert ours.shape == right.shape
@@ -100,7 +106,7 @@ def test_sequences_without_steps(lengths: list[int], reset: bool) -> None:
     case.check()
 
 
-@pytest.mark.parametrize("cell", [three_states, layer_norm_lstm], ids=name)
+@pytest.mark.parametrize("cell", [three_states, normalized_lstm], ids=name)
 def test_projection(cell: Cell) -> None:
     Case(cell, (6, 3, 4, 17), torch.float64, proj_size=5).cut().check()
 
@@ -210,7 +216,7 @@ def test_the_gradient_of_the_input_may_be_left_out() -> None:
 @pytest.mark.parametrize("batch", [3, 20], ids=["each its own panels", "threads help each other"])
 @pytest.mark.parametrize(
     ("cell", "proj"),
-    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (layer_norm_lstm, 20), (late_and_means, 0)],
+    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (normalized_lstm, 20), (late_and_means, 0)],
     ids=name,
 )
 def test_two_threads_give_the_bits_of_one(

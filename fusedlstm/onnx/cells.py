@@ -174,7 +174,7 @@ def cell_of(form: Form) -> Cell:
 @once
 def _made(form: Form) -> Cell:
     made = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}[form.operator](form)
-    made.made_by = (cell_of, (form,))
+    made._made = cell_of, (form,)
     _FORMS[made.key] = form
     return made
 

@@ -172,7 +172,7 @@ def step_back(task, own, step, base, sync):
         multiply_late(task, own, n, active)
         call_phase(phase.address, (address_of(task), address_of(own), own.low, own.high, 0, active))
         barrier(sync, own.threads)
-        take_means(task, task.d_partials, phase.mean, phase.means, own.means)
+        take_means(task, task.d_partials, phase.mean, phase.means, phase.centers, own.means)
     multiply_recurrent(task, own, active)
     # empty sequences, the last rows, start with the others, and hand on the gradient of their final state
     starting = task.batch if step == 0 else active

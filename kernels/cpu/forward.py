@@ -246,7 +246,7 @@ def forward_work(thread, threads, sync, task):
                     run_own_panels(task, own, active, phase, backwards)
                 barrier(sync, threads)
                 if phase.means > 0:
-                    take_means(task, task.partials, phase.mean, phase.means, own.means)
+                    take_means(task, task.partials, phase.mean, phase.means, phase.centers, own.means)
                     if task.taped and thread == 0:
                         tape_means(task, own, phase, before, active)
             if task.projected:

@@ -208,7 +208,7 @@ class Layer:
             "gate": gate, "gates_row": slots * gate, "width": panels * gate,
             "output_width": round_up(self.outputs, program.panel) * size,
             "kept_plane": batch * panels * gate,
-            "mean_row": mean, "means_plane": mean, "partials_plane": panels * mean,
+            "mean_row": mean, "means_plane": mean, "partials_plane": panels * program.units * mean,
         }  # fmt: skip
         return np.zeros(len(TASK), np.int64), fields
 
@@ -220,7 +220,7 @@ class Layer:
         The output that enters first (B, P); the other states (S, B + rows, H), first the initial ones; what
         late gates multiply (operands, rows, H); the output before its projection (rows, H); means (means,
         rows); pre-activations (panels, gate_rows, slots * panel); then what no other pass reads: what a phase
-        hands on (kept, B, H), and sums over the units of a panel (means, panels, B).
+        hands on (kept, B, H), and sums over the units of a vector (means, vectors, B).
         """
         program, width = self.program, fields["width"]
         mean = round_up(rows, program.registers.lanes) * program.registers.size
@@ -246,7 +246,7 @@ class Layer:
         Gradients: of the output (B, P), carried from step to step; of the output before its projection
         (B, H); of the other states (S, B, H); of the initial output and the other initial states; of the
         learned vectors (V, H).  What a phase hands on (kept, B, H); products with the weights of late gates
-        (late, B, H); sums over the units of a panel (means, panels, B).  Gradients of the gates (rows of a
+        (late, B, H); sums over the units of a vector (means, vectors, B).  Gradients of the gates (rows of a
         chunk, slots, H), and of the output, if it is projected (rows of a chunk, P).
         """
         program, width = self.program, fields["width"]

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from fusedlstm.cells import Cell
-from fusedlstm.derive import MOVED_TRANSPOSED, PRODUCT, TRANSPOSED, Expression
+from fusedlstm.derive import MEAN, MOMENTS, MOVED_TRANSPOSED, PRODUCT, TRANSPOSED, VARIANCE, Expression
 from fusedlstm.once import lazy, making, once
 from fusedlstm.step import Operator, Phase, Step, Value
 
@@ -60,7 +60,7 @@ class Program:
         self.adjoints = cell.adjoint.phases(self._taped(), last=cell.states, added=cell.weights)
         self.means = phase.count(self.steps, "sum")
         self.operands = [str(gate) for gate in phase.operands(self.steps)]
-        self._kept: list[Any] = []  # C functions, as long as they may be called
+        self._kept: list[Any] = []  # C functions and tables, as long as their addresses are in use
         # what all threads read, or a later phase, is not written at the next step in its place
         self.ring = 2 if cell.operand or len(self.steps) > 1 else 1
 
@@ -127,7 +127,7 @@ class Program:
         for cut, address, here in zip(cuts, self._addresses(cuts, places, kind), self._products(cuts)):
             most = min([MOST_ROWS, *[self.registers.rows(len(gates) * self.units) for gates, _ in here]])
             sums = phase.count([cut], "sum")
-            rows.append((address, products, len(here), most, means, sums))
+            rows.append((address, products, len(here), most, means, sums, self._centers(cut)))
             products, means = products + len(here), means + sums
         return _table(rows, PHASE)
 
@@ -147,9 +147,22 @@ class Program:
         rows, means = [], 0
         for cut, address in zip(cuts, self._addresses(cuts, places, kind)):
             sums = phase.count([cut], "sum")
-            rows.append((address, 0, 0, 0, means, sums))
+            rows.append((address, 0, 0, 0, means, sums, self._centers(cut)))
             means += sums
         return _table(rows, PHASE)
+
+    def _centers(self, cut: Phase) -> int:
+        """The address of a table of the means of which a phase takes variances, -1 of a mean; 0 if empty."""
+        centers, center = [], -1
+        for operator in cut.operators:
+            if operator.kind in MOMENTS:
+                place = int(operator.result.name)
+                center = place if operator.kind == MEAN else center
+                centers.append(center if operator.kind == VARIANCE else -1)
+        if not centers:
+            return 0
+        self._kept.append(table := np.array(centers, np.int64))
+        return int(table.ctypes.data)
 
     def _products(self, cuts: tuple[Phase, ...]) -> list[list[tuple[tuple[str, ...], Operator | None]]]:
         """With which products each phase begins: their gates, and the operator if they are late."""

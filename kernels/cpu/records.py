@@ -92,7 +92,7 @@ def task_type(scalar: types.Float) -> Record:
 
 
 OWN = Record("own", OWN_FIELDS, constant=False)
-PHASE = Record("phase", "address product products rows mean means", constant=True)
+PHASE = Record("phase", "address product products rows mean means centers", constant=True)
 PRODUCT = Record("product", "tile offset weights panel_bytes depth late source place", constant=True)
 LATE = Record(
     "late",

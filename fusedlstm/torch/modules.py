@@ -300,6 +300,8 @@ class Recurrent(Stack):
         plan = layers.Recurrent(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         )
+        if plan.input_size is None:
+            raise TypeError("input_size must be an integer, got None")
         known_cells[cell.key] = cell
         self.cell, self.input_size, self.hidden_size = cell, plan.input_size, plan.hidden_size
         self.num_layers, self.bias, self.batch_first = plan.num_layers, plan.bias, plan.batch_first

@@ -14,7 +14,7 @@ import onnx.inliner
 import onnxruntime
 import pytest
 import torch
-from checks import ALL, PROJECTED, error, layer_norm_lstm, name
+from checks import ALL, PROJECTED, error, name, normalized_lstm
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -281,7 +281,7 @@ def test_exported_projections(cell: Cell, bias: bool) -> None:
 
 
 def test_exported_loops_keep_float64() -> None:
-    layer = Recurrent(layer_norm_lstm, 3, 5, dtype="float64", backend="reference")
+    layer = Recurrent(normalized_lstm, 3, 5, dtype="float64", backend="reference")
     inputs, expected = inputs_of(layer, states=False, lengths=True)
     found = runtime(to_model(layer, lengths=True).SerializeToString(), inputs)
     for actual, wanted in zip(found, expected, strict=True):

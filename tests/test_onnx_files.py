@@ -179,6 +179,17 @@ def test_nodes_that_are_no_stack(between: Any, options: Any, outputs: str) -> No
     assert [one.nodes for one in found] == [(first,), (second,)]
 
 
+def test_directions_that_are_not_laid_out_side_by_side_are_no_stack() -> None:
+    """The shape is right, and the numbers are those of other sequences."""
+    nodes = [
+        node("LSTM", "x W0 R0 B0", "y0", direction="bidirectional"),
+        node("Reshape", "y0 shape", "x1"),
+        node("LSTM", "x1 W1 R1 B1", "y", direction="bidirectional"),
+    ]
+    model = model_of(graph_of(nodes, weights(d=2) | {"shape": np.array([0, -1, 8])}))
+    assert len(layers(model)) == 2
+
+
 def test_a_stack_of_the_sizes_that_a_file_states() -> None:
     """Its Reshape says them as numbers."""
     nodes = [

@@ -55,12 +55,12 @@ def run(layer: Recurrent, reverse: bool, x: Any, state: Any, lengths: Any) -> tu
 
 def _flipped(x: Any, lengths: Any, axis: int) -> Any:
     """Each sequence of x reversed in time, where it lies; what is past the end stays."""
-    if lengths is None:
+    if lengths is None or x.ndim != 3:
         return np.flip(x, axis)
-    count = x.shape[axis]
+    count, ends = x.shape[axis], np.asarray(lengths)  # which the layer checks
     steps = np.arange(count)[:, None]
-    # (T, B); lengths are checked by the layer
-    places = np.minimum(np.where(steps < lengths, lengths - 1 - steps, steps), count - 1)
+    places = np.where(steps < ends, ends - 1 - steps, steps)  # (T, B)
+    places = np.clip(places, 0, max(count - 1, 0)).astype(np.intp)
     return np.take_along_axis(x, (places.T if axis else places)[..., None], axis)
 
 

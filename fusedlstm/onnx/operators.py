@@ -114,10 +114,9 @@ def _computed(
     y = np.concatenate(outputs, 2) if len(outputs) > 1 else outputs[0]
     y = y.transpose(1, 0, 2, 3) if read.layout else y.transpose(0, 2, 1, 3)
     final_states = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*finals)]
-    return [
-        np.ascontiguousarray(array).astype(dtype, copy=False)
-        for array in (y, *(_swapped(read, state) for state in final_states))
-    ]
+    results = [y, *(_swapped(read, state) for state in final_states)]
+    with np.errstate(over="ignore"):  # what float16 cannot hold is infinite
+        return [np.ascontiguousarray(array).astype(dtype, copy=False) for array in results]
 
 
 def _sequences(

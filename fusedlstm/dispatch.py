@@ -107,6 +107,17 @@ class TwiceDifferentiable(Direction, Protocol):
         """The tangents of what `backward` writes and returns, where dy and dfinal do not move."""
 
 
+class Repeatable(Direction, Protocol):
+    """A direction that can be bound to arrays."""
+
+    def repeated(self, x: Any, y: Any, states: States) -> Any:
+        """A forward pass over these arrays, as :meth:`Direction.forward` takes them, which `run()` runs.
+
+        Again and again, over what they hold then; the final states take the place of the initial ones.
+        That they are written to once before is part of it.
+        """
+
+
 class Engine(Protocol):
     """A set of kernels."""
 

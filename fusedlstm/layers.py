@@ -33,6 +33,7 @@ from .directions import Nothing, RecurrentDropout
 from .dispatch import Direction
 from .masks import ArraySteps
 from .once import fork_lock
+from .stepper import Stepper
 from .weights import Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "Recurrent", "Tape", "explain", "load"]
@@ -494,6 +495,27 @@ class Recurrent:
         if every is None:
             return y, end, tape
         return y, end, tuple(every if batched else [part[:, :, 0] for part in every]), tape
+
+    def stepper(self, batch: int = 1, steps: int | None = None) -> Stepper:
+        """Buffers and kernels for a few steps at a time, whose state stays between calls.
+
+        For streams, for text that is generated, for agents: all is checked once, so that a step costs little
+        more than its kernel.  On the CPU, without dropout.
+
+        Args:
+            batch: B, the sequences that run side by side.
+            steps: T, the steps of a call; by default one, and arrays without that axis.
+
+        Raises:
+            TypeError, ValueError: for sizes that are none; for a bidirectional layer, or one on a GPU.
+
+        Example:
+            >>> step = lstm.stepper()
+            >>> for x in stream:  # (1, I) each
+            ...     y = step(x)  # (1, P), until the next call
+        """
+        batch = _size("batch", batch)
+        return Stepper(self, batch, None if steps is None else _size("steps", steps))
 
     def _spread(
         self, masked: ArraySteps, initial: Any, y: Any, final: list[Any], every: list[Any] | None

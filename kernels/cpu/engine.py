@@ -15,7 +15,8 @@ from fusedlstm.weights import Weights, flatten
 
 from . import heads, pack, plan, team
 from .compile import entry_point
-from .entry import adjoint_tangent_pass, backward_pass, forward_pass, tangent_pass
+from .entry import adjoint_tangent_pass, again_pass, backward_pass, forward_pass, tangent_pass
+from .memory import round_up
 from .plan import BARRIER, BYTES, FLOPS, ONLY, Sequences, sequences, threads_for
 from .records import EVERY, WEIGHT_FIELDS
 from .spec import Registers, machine
@@ -255,6 +256,21 @@ class Packed:
         return packed
 
 
+class Repeated:
+    """A forward pass over arrays that stay, whose record has been written."""
+
+    __slots__ = ("_arguments", "_entry", "_kept", "_threads")
+
+    def __init__(self, threads: int, arguments: tuple[int, ...], kept: tuple[Any, ...]) -> None:
+        self._threads, self._arguments = threads, arguments
+        self._kept = kept  # whose addresses are in the record
+        self._entry = again_pass()
+
+    def run(self) -> None:
+        """Run the pass over what the arrays hold now."""
+        self._entry(team.current().address if self._threads > 1 else 0, *self._arguments)
+
+
 class CPUDirection:
     """One direction of one layer on the CPU; see dispatch.Direction."""
 
@@ -331,6 +347,23 @@ class CPUDirection:
             reset, reverse, memory,
         )  # fmt: skip
         return Tape(x, y, order, reset, reverse, memory) if training else None
+
+    def repeated(
+        self,
+        x: np.ndarray,  # (T, B, I)
+        y: np.ndarray,  # (T, B, P), written
+        states: States,  # in the place of the initial ones come the final ones
+    ) -> Repeated:
+        """See dispatch.Repeatable."""
+        threads, _, patience, _, task, order = self.layer.plan(*x.shape[:2])
+        memory = empty_bytes(task.nbytes)
+        entry, _, whole, work = self._forward
+        arguments = team.current().address if threads > 1 else 0, threads, patience, whole, work
+        entry(
+            *arguments, task.words, self._words, x, y, states, True, states, *order, NO_RESET, False, memory
+        )
+        start = round_up(memory.ctypes.data, LINE)
+        return Repeated(threads, (threads, patience, whole, work, start), (self, memory, x, y, states, order))
 
     def backward(
         self,

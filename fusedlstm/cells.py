@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import math
 from .derive import TRANSPOSED, CellError, Graph, LateGate, compile_source, function_name, reachable, trace
+from .math import exp, maximum, minimum, normalize, sigmoid, softplus, tanh, where
 from .math import relu as _relu
-from .math import sigmoid, tanh
 from .once import lazy, once
 from .step import Step
 
@@ -29,21 +29,31 @@ __all__ = [
     "CellError",
     "cell",
     "coupled_lstm",
+    "gate_inputs",
     "gru",
     "gru_reset_before",
+    "ind_rnn",
+    "layer_norm_gru",
+    "layer_norm_lstm",
+    "layer_norm_sum_gru",
+    "layer_norm_sum_lstm",
+    "li_gru",
     "lstm",
     "lstm_output_from_memory",
     "lstm_output_sees_cell",
+    "minimal_gated",
     "peephole_lstm",
     "recurrent_dropout",
     "rnn_relu",
     "rnn_tanh",
+    "slstm",
+    "with_constants",
     "with_functions",
     "with_gates",
 ]
 
 # names of the layers' own parameters, and of what generated code calls besides the functions of math
-_RESERVED = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "full_like", "mean")
+_RESERVED = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "full_like", "mean", "vector_mean")
 
 
 class Cell:
@@ -55,6 +65,8 @@ class Cell:
         states: names of the states; the first is the output.
         split: the gates that arrive as two arguments, ``n_x`` and ``n_h``.
         weights: names of the learned vectors of length hidden.
+        beginnings: by name of a learned vector, the number that all its entries begin with, if it has one.
+        biases: whether the gates of a layer may have biases of their own.
         recurrent: the state that the recurrent weights multiply at the next step.
         late: the gates that arrive as functions, of what their recurrent weights multiply.
         without_input: the gates without input weights.
@@ -65,11 +77,13 @@ class Cell:
         constants: the keyword-only arguments, and their values.
         seeds: names of the gradients of the new states, which the derived adjoint takes.
         step, adjoint: as expressions.
+        takes_gates: whether the input is that of the gates itself: see :func:`gate_inputs`.
         source: the generated code of the step and of its adjoint.
         key: a text that is equal for equal mathematics; names files in the cache.
     """
 
-    _without_dropout: Cell | None = None  # of what recurrent_dropout made
+    _made: tuple[Callable[..., Cell], tuple[Any, ...]] | None = None  # how, if not of a function alone
+    takes_gates: bool = False  # made by gate_inputs
 
     def __init__(
         self,
@@ -78,11 +92,12 @@ class Cell:
         states: Sequence[str],
         *,
         split: Sequence[str] = (),
-        weights: Sequence[str] = (),
+        weights: Sequence[str] | Mapping[str, float] = (),
         recurrent: str | None = None,
         late: Sequence[str] = (),
         without_input: Sequence[str] = (),
         without_recurrent: Sequence[str] = (),
+        biases: bool = True,
     ) -> None:
         if not isinstance(function, FunctionType):
             raise CellError(f"a cell is made of a function, got {function!r}")
@@ -90,7 +105,13 @@ class Cell:
         self.name = function.__name__
         self.__doc__, self.__module__ = function.__doc__, function.__module__
         self.gates, self.states = _names("gates", gates), _names("states", states)
+        self.beginnings: dict[str, float] = {}
+        if isinstance(weights, Mapping):
+            self.beginnings, weights = _beginnings(weights), tuple(weights)
         self.weights = _names("weights", weights, empty=True)
+        if type(biases) is not bool:
+            raise CellError(f"biases must be True or False, got {biases!r}")
+        self.biases = biases
         self.split, self.late = self._some("split", split), self._some("late", late)
         self.without_input = self._some("without_input", without_input)
         self.without_recurrent = self._some("without_recurrent", without_recurrent)
@@ -130,9 +151,7 @@ class Cell:
 
     def __reduce__(self) -> Any:
         """Pickled by its name, as functions are."""
-        if self._without_dropout is not None:
-            return recurrent_dropout, (self._without_dropout,)
-        return self.function.__qualname__
+        return self.function.__qualname__ if self._made is None else self._made
 
     @property
     def gates_with_input(self) -> tuple[str, ...]:
@@ -243,13 +262,25 @@ class Cell:
 
     def hidden_size(self, weights: Weights) -> int:
         """H of the weights of a layer."""
-        return int(weights.ih.shape[0]) // len(self.gates_with_input)
+        if weights.ih is not None:
+            return int(weights.ih.shape[0]) // len(self.gates_with_input)
+        if weights.hh is not None:
+            return int(weights.hh.shape[0]) // len(self.gates_with_recurrent)
+        return int(weights.vectors[0].shape[0])
+
+    def input_size(self, weights: Weights) -> int:
+        """I of the weights of a layer."""
+        if weights.ih is None:
+            return len(self.gates_with_input) * self.hidden_size(weights)
+        return int(weights.ih.shape[1])
 
     @property
     def unprojectable(self) -> str:
         """Why the output cannot be projected; empty if it can."""
         if self.reads_output:
             return f"it reads its own output {self.states[0]!r}, which has another size then"
+        if self.takes_gates:
+            return "its gates are given their inputs: put a linear layer behind it instead"
         if self.operand:
             return f"the recurrent weights multiply {self.recurrent!r}, not the output"
         if not self.gates_with_recurrent:
@@ -376,7 +407,7 @@ class Cell:
         for what in ("late", "without_input", "without_recurrent"):
             if names := getattr(self, what):
                 more.append((what, names))
-        return more
+        return more if self.biases else [*more, "without biases"]
 
 
 def _late_gate(gate: str, own: Any, multiply: Callable[[str, Any], Any], operand: Any) -> Any:
@@ -398,16 +429,27 @@ def _names(what: str, names: Sequence[str], empty: bool = False) -> tuple[str, .
     return names
 
 
+def _beginnings(weights: Mapping[str, float | None]) -> dict[str, float]:
+    """Of learned vectors, what those begin with that do not say None."""
+    for name, value in weights.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise CellError(
+                f"weights: the learned vector {name!r} begins with a number or None, got {value!r}"
+            )
+    return {name: float(value) for name, value in weights.items() if value is not None}
+
+
 def cell(
     gates: Sequence[str],
     states: Sequence[str] = ("h",),
     *,
     split: Sequence[str] = (),
-    weights: Sequence[str] = (),
+    weights: Sequence[str] | Mapping[str, float] = (),
     recurrent: str | None = None,
     late: Sequence[str] = (),
     without_input: Sequence[str] = (),
     without_recurrent: Sequence[str] = (),
+    biases: bool = True,
 ) -> Callable[[Callable[..., Any]], Cell]:
     """Make a recurrent cell of a function that states its mathematics.
 
@@ -421,7 +463,9 @@ def cell(
         states: names of the states, the output first.
         split: gates that arrive in two parts, ``n_x`` from the input and ``n_h`` from the recurrent
             product.
-        weights: names of learned vectors of length hidden, peepholes for instance.
+        weights: names of learned vectors of length hidden, peepholes for instance; or a dictionary of these
+            names and of the number that all entries of such a vector begin with, 1 for a gain, say, or None
+            for numbers drawn as those of the matrices.
         recurrent: the state that the recurrent weights multiply at the next step; by default the output.
         late: gates whose recurrent weights multiply a value of this step: such a gate arrives as a
             function and is called once, ``n(v)`` being its part of the input, its biases and the product
@@ -429,6 +473,8 @@ def cell(
         without_input: gates that do not see the input; they have no rows in ``weight_ih`` and ``bias_ih``.
         without_recurrent: gates that see nothing but the input; they have no rows in ``weight_hh`` and
             ``bias_hh``.
+        biases: False for a cell whose gates never have biases, since it adds learned vectors of its own
+            where they belong, behind a normalization for instance.
 
     Raises:
         CellError: if the function cannot become a kernel; the message says what to change.
@@ -451,7 +497,33 @@ def cell(
         late=late,
         without_input=without_input,
         without_recurrent=without_recurrent,
+        biases=biases,
     )
+
+
+def with_constants(cell: Cell, **constants: float) -> Cell:
+    """`cell` with other values of its constants, its keyword-only arguments.
+
+    Raises:
+        CellError: if the cell has no such constant.
+
+    Example:
+        >>> with_constants(layer_norm_lstm, eps=1e-3).constants
+        {'eps': 0.001}
+    """
+    for name in constants:
+        if name not in cell.constants:
+            known = ", ".join(cell.constants) or "none"
+            raise CellError(f"cell {cell.name} has no constant {name!r}; its constants are {known}")
+    function = _copied(cell.function, cell.function.__globals__)
+    function.__kwdefaults__ = cell.constants | constants
+    made = _rebuilt(cell, function, cell.gates)
+    made._made = _with_constants, (cell, constants)
+    return made
+
+
+def _with_constants(cell: Cell, constants: dict[str, float]) -> Cell:
+    return with_constants(cell, **constants)
 
 
 def with_functions(cell: Cell, **functions: Callable[..., Any]) -> Cell:
@@ -472,12 +544,17 @@ def with_functions(cell: Cell, **functions: Callable[..., Any]) -> Cell:
     for name in functions:
         if name not in given.__code__.co_names:
             raise CellError(f"cell {cell.name} calls nothing by the name {name!r}")
+    return _rebuilt(cell, _copied(given, given.__globals__ | functions), cell.gates)
+
+
+def _copied(function: Any, scope: dict[str, Any]) -> Any:
+    """A function with other globals."""
     made = FunctionType(
-        given.__code__, given.__globals__ | functions, given.__name__, given.__defaults__, given.__closure__
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )
     for name in ("__kwdefaults__", "__doc__", "__module__", "__qualname__"):
-        setattr(made, name, getattr(given, name))
-    return _rebuilt(cell, made, cell.gates)
+        setattr(made, name, getattr(function, name))
+    return made
 
 
 def with_gates(cell: Cell, gates: Sequence[str]) -> Cell:
@@ -497,8 +574,10 @@ def with_gates(cell: Cell, gates: Sequence[str]) -> Cell:
 
 def _rebuilt(cell: Cell, function: Callable[..., Any], gates: Sequence[str], **changed: Any) -> Cell:
     """`cell` of another function, other gates, or with other arguments of :func:`cell`."""
-    kept = ("states", "split", "weights", "recurrent", "late", "without_input", "without_recurrent")
-    return Cell(function, gates, **({name: getattr(cell, name) for name in kept} | changed))
+    kept = ("states", "split", "recurrent", "late", "without_input", "without_recurrent", "biases")
+    given = {name: getattr(cell, name) for name in kept}
+    given["weights"] = {name: cell.beginnings.get(name) for name in cell.weights}
+    return Cell(function, gates, **(given | changed))
 
 
 @once
@@ -527,8 +606,29 @@ def recurrent_dropout(cell: Cell) -> Cell:
     function.__signature__ = inspect.Signature([mask, *taken])  # type: ignore[attr-defined]
     states = (*cell.states, "dropout_mask", "dropped")
     dropped = _rebuilt(cell, function, cell.gates, states=states, recurrent="dropped")
-    dropped._without_dropout = cell
+    dropped._made = recurrent_dropout, (cell,)
     return dropped
+
+
+@once
+def gate_inputs(cell: Cell) -> Cell:
+    """`cell` for layers whose input is what the gates get of it, so that there is no product with it.
+
+    The input is (T, B, gates * H), of the gates that have input weights in `cell`, in their order; there are
+    no ``weight_ih`` and ``bias_ih``.
+
+    Raises:
+        CellError: if nothing that is learned is left.
+    """
+    if not cell.gates_with_recurrent and not cell.weights:
+        raise CellError(
+            f"cell {cell.name} has neither recurrent weights nor learned vectors: without input weights "
+            "nothing in it is learned"
+        )
+    made = object.__new__(Cell)
+    vars(made).update(vars(cell), takes_gates=True, key=f"{cell.key}_of_gates")
+    made._made = gate_inputs, (cell,)
+    return made
 
 
 def _masked(gate: Callable[[Any], Any], mask: Any, operand: Any) -> Any:
@@ -587,6 +687,124 @@ def gru_reset_before(r: Any, z: Any, n: Any, h: Any) -> Any:
     ``reset_after=False`` and ONNX with ``linear_before_reset=0``."""
     new = tanh(n(sigmoid(r) * h))
     return new + sigmoid(z) * (h - new)
+
+
+@cell(gates=("f", "n"), late=("n",))
+def minimal_gated(f: Any, n: Any, h: Any) -> Any:
+    """Minimal gated unit, whose one gate both forgets and resets (Zhou et al., 2016)."""
+    f = sigmoid(f)
+    return h + f * (tanh(n(f * h)) - h)
+
+
+@cell(gates=("a", "z"))
+def li_gru(a: Any, z: Any, h: Any) -> Any:
+    """Light gated recurrent unit, without a reset and with a rectifier (Ravanelli et al., 2018).
+
+    Its batch normalization of the input products is left out, and so is its candidate's dropout.
+    """
+    new = _relu(a)
+    return new + sigmoid(z) * (h - new)
+
+
+@cell(gates=("a",), weights=("u",), without_recurrent=("a",))
+def ind_rnn(a: Any, h: Any, u: Any) -> Any:
+    """Independently recurrent network, in which a unit sees no other unit's past (Li et al., 2018)."""
+    return _relu(a + u * h)
+
+
+@cell(gates=("i", "f", "z", "o"), states=("h", "c", "n", "m"))
+def slstm(i: Any, f: Any, z: Any, o: Any, c: Any, n: Any, m: Any) -> Any:
+    """LSTM with an exponential input gate, a normalizer state and a stabilizer state (Beck et al., 2024)."""
+    kept = m - softplus(-f)
+    m = where(n == 0, i, maximum(i, kept))
+    keep, let_in = exp(minimum(kept - m, 0)), exp(i - m)
+    c, n = keep * c + let_in * tanh(z), keep * n + let_in
+    return sigmoid(o) * c / n, c, n, m
+
+
+@cell(
+    gates=("i", "f", "g", "o"),
+    states=("h", "c"),
+    split=("i", "f", "g", "o"),
+    weights={f"gain_{gate}_{part}": 1.0 for part in "xh" for gate in "ifgo"}
+    | {f"shift_{gate}": 0.0 for gate in "ifgo"}
+    | {"gain_c": 1.0, "shift_c": 0.0},
+    biases=False,
+)
+def layer_norm_lstm(
+    i_x: Any, f_x: Any, g_x: Any, o_x: Any, i_h: Any, f_h: Any, g_h: Any, o_h: Any, c: Any,
+    gain_i_x: Any, gain_f_x: Any, gain_g_x: Any, gain_o_x: Any,
+    gain_i_h: Any, gain_f_h: Any, gain_g_h: Any, gain_o_h: Any,
+    shift_i: Any, shift_f: Any, shift_g: Any, shift_o: Any, gain_c: Any, shift_c: Any, *, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """LSTM with layer normalization of the input products, of the recurrent products and of what is shown of
+    the cell state (Ba et al., 2016), as in haste."""
+    i_x, f_x, g_x, o_x = normalize(i_x, f_x, g_x, o_x, eps=eps)
+    i_h, f_h, g_h, o_h = normalize(i_h, f_h, g_h, o_h, eps=eps)
+    i = gain_i_x * i_x + gain_i_h * i_h + shift_i
+    f = gain_f_x * f_x + gain_f_h * f_h + shift_f
+    g = gain_g_x * g_x + gain_g_h * g_h + shift_g
+    o = gain_o_x * o_x + gain_o_h * o_h + shift_o
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(gain_c * normalize(c, eps=eps) + shift_c), c
+
+
+@cell(
+    gates=("i", "f", "g", "o"),
+    states=("h", "c"),
+    weights={f"gain_{gate}": 1.0 for gate in "ifgoc"} | {f"shift_{gate}": 0.0 for gate in "ifgoc"},
+    biases=False,
+)
+def layer_norm_sum_lstm(
+    i: Any, f: Any, g: Any, o: Any, c: Any,
+    gain_i: Any, gain_f: Any, gain_g: Any, gain_o: Any, gain_c: Any,
+    shift_i: Any, shift_f: Any, shift_g: Any, shift_o: Any, shift_c: Any, *, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """LSTM with layer normalization of each gate's sum of products, and of the cell state that is handed on,
+    as in ``tf.contrib.rnn.LayerNormBasicLSTMCell``."""
+    i, f = gain_i * normalize(i, eps=eps) + shift_i, gain_f * normalize(f, eps=eps) + shift_f
+    g, o = gain_g * normalize(g, eps=eps) + shift_g, gain_o * normalize(o, eps=eps) + shift_o
+    c = gain_c * normalize(sigmoid(f) * c + sigmoid(i) * tanh(g), eps=eps) + shift_c
+    return sigmoid(o) * tanh(c), c
+
+
+@cell(
+    gates=("r", "z", "n"),
+    split=("r", "z", "n"),
+    weights={f"gain_{gate}_{part}": 1.0 for part in "xh" for gate in "rzn"}
+    | {"shift_r": 0.0, "shift_z": 0.0, "shift_n_x": 0.0, "shift_n_h": 0.0},
+    biases=False,
+)
+def layer_norm_gru(
+    r_x: Any, z_x: Any, n_x: Any, r_h: Any, z_h: Any, n_h: Any, h: Any,
+    gain_r_x: Any, gain_z_x: Any, gain_n_x: Any, gain_r_h: Any, gain_z_h: Any, gain_n_h: Any,
+    shift_r: Any, shift_z: Any, shift_n_x: Any, shift_n_h: Any, *, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """GRU with layer normalization of the input products and of the recurrent products (Ba et al., 2016), as
+    in haste."""
+    r_x, z_x, n_x = normalize(r_x, z_x, n_x, eps=eps)
+    r_h, z_h, n_h = normalize(r_h, z_h, n_h, eps=eps)
+    r = sigmoid(gain_r_x * r_x + gain_r_h * r_h + shift_r)
+    z = sigmoid(gain_z_x * z_x + gain_z_h * z_h + shift_z)
+    n = tanh(gain_n_x * n_x + shift_n_x + r * (gain_n_h * n_h + shift_n_h))
+    return n + z * (h - n)
+
+
+@cell(
+    gates=("r", "z", "n"),
+    split=("n",),
+    weights={f"gain_{gate}": 1.0 for gate in "rzn"} | {f"shift_{gate}": 0.0 for gate in "rzn"},
+    biases=False,
+)
+def layer_norm_sum_gru(
+    r: Any, z: Any, n_x: Any, n_h: Any, h: Any,
+    gain_r: Any, gain_z: Any, gain_n: Any, shift_r: Any, shift_z: Any, shift_n: Any, *, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """GRU with layer normalization of what each gate's activation is applied to."""
+    r = sigmoid(gain_r * normalize(r, eps=eps) + shift_r)
+    z = sigmoid(gain_z * normalize(z, eps=eps) + shift_z)
+    n = tanh(gain_n * normalize(n_x + r * n_h, eps=eps) + shift_n)
+    return n + z * (h - n)
 
 
 @cell(gates=("a",))

@@ -6,9 +6,10 @@ arise.  The adjoint follows by walking the graph backwards (reverse-mode differe
 yields the short code that one would write by hand; differentiating each result with respect to
 each argument, as a computer algebra system does, yields several times as much.
 
-Beside functions of one hidden unit there are linear operators over the units of a row, the only places
-where a unit sees another: the mean, and the products with the recurrent weights of a gate.  The adjoint
-of the mean is the mean, that of a product the product with the transposed weights.
+Beside functions of one hidden unit there are operators over the units of a row, the only places where a
+unit sees another: the mean, the variance, and the products with the recurrent weights of a gate.  The adjoint
+of the mean is the mean, and that of the variance is made of means; that of a product is the product with the
+transposed weights.
 
 The code is Python that calls the functions of :mod:`fusedlstm.math` by name.  NumPy arrays, SIMD
 vectors and CUDA scalars all run it, each with its own versions of these functions.
@@ -29,9 +30,13 @@ OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 LOGIC = {"and": "&", "or": "|"}
 
-# Operators over the units; all but the mean are written "kind:gate".  A product stands for the whole
-# pre-activation of a gate: its part of the input and its biases are in it.
-MEAN = "mean"
+# Operators over the units; products are written "kind:gate".  A product stands for the whole pre-activation
+# of a gate: its part of the input and its biases are in it.  The variance is that of its arguments but the
+# first, all taken together; the first is their mean.
+MEAN, VARIANCE = "mean", "variance"
+MOMENTS = (MEAN, VARIANCE)
+# What a phase computes toward a variance: the mean over those units of a row that are in one vector.
+VECTOR_MEAN = "vector_mean"
 PRODUCT, TRANSPOSED = "product", "transposed"  # of one argument
 # Their tangents, of the argument's tangent and the argument, since the weights may move too.
 MOVED_PRODUCT, MOVED_TRANSPOSED = "moved_product", "moved_transposed"
@@ -81,9 +86,25 @@ class Graph:
 
     def operator(self, op: str, *args: Expression) -> Expression:
         """The operator over the units `op` of `args`; of zero it is zero, but for a product's own part."""
-        if args[0].number is not None and (op == MEAN or (args[0].number == 0 and op.startswith(TRANSPOSED))):
+        if op == MEAN and not differs_between_units(args[0]):
+            return args[0]
+        if args[0].number == 0 and op.startswith(TRANSPOSED):
             return args[0]
         return self._node(op, args, None)
+
+    def moment(self, op: str, *args: Any) -> Expression:
+        """The mean or the variance over the units of a row, of all values of several taken together."""
+        values = [self.lift(f"{op}()", arg) for arg in args]
+        for value in values:
+            _refuse_condition(value, f"{op}()")
+        if not any(map(differs_between_units, values)):
+            known = "it is zero" if op == VARIANCE else "it is that value"
+            raise CellError(f"{op}() is taken of what is the same for all hidden units of a row: {known}")
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        center = self.operator(MEAN, total * (1 / len(values)))
+        return center if op == MEAN else self._node(VARIANCE, (center, *values), None)
 
     def lift(self, op: str, value: Any) -> Expression:
         if isinstance(value, Expression):
@@ -171,7 +192,7 @@ class Expression:
     @property
     def is_operator(self) -> bool:
         """Whether it is an operator over the units."""
-        return self.op == MEAN or ":" in self.op
+        return self.op in MOMENTS or ":" in self.op
 
     @property
     def is_condition(self) -> bool:
@@ -179,13 +200,8 @@ class Expression:
 
     def record(self, name: str, args: tuple[Any, ...]) -> Expression:
         """The call `name(*args)` of one of the functions of :mod:`fusedlstm.math`."""
-        if name == MEAN:
-            _refuse_condition(args[0], "mean()")
-            if not differs_between_units(self):
-                raise CellError(
-                    "mean() is taken of what is the same for all hidden units of a row: it is that value"
-                )
-            return self.graph.operator(MEAN, self)
+        if name in MOMENTS:
+            return self.graph.moment(name, *args)
         if name == "where" and not getattr(args[0], "is_condition", False):
             raise CellError("the first argument of where() must be a comparison, such as x > 0")
         for arg in args[1:] if name == "where" else args:
@@ -309,11 +325,8 @@ def _refuse_condition(arg: Any, where: str) -> None:
 
 def differs_between_units(node: Expression) -> bool:
     """Whether a value may differ between the hidden units of a row, as means do not."""
-    return any(part.op == "symbol" or (part.is_operator and part.op != MEAN) for part in _until_means(node))
-
-
-def _until_means(node: Expression) -> list[Expression]:
-    return reachable([node], stop=lambda part: part.op == MEAN)
+    parts = reachable([node], stop=lambda part: part.op in MOMENTS)
+    return any(part.op == "symbol" or (part.is_operator and part.op not in MOMENTS) for part in parts)
 
 
 class LateGate:
@@ -350,7 +363,7 @@ class LateGate:
 def trace(
     function: Callable[..., Any], given: dict[str, Expression | LateGate], constants: dict[str, float]
 ) -> list[Expression]:
-    """Call `function` with what is given by name; its results as expressions."""
+    """Call `function` with arguments by name; its results as expressions."""
     graph = next(iter(given.values())).graph
     try:
         results = function(**given, **constants)
@@ -388,6 +401,12 @@ def differentiate(
         d = adjoint.get(node.index)
         if d is None or not node.args or node.is_condition:
             continue
+        if node.op == VARIANCE:  # as if the mean stood still, since deviations from it add up to zero
+            center, *values = node.args
+            d = graph.operator(MEAN, d)
+            for value in values:
+                accumulate(value, d * (value - center) * (2 / len(values)))
+            continue
         if node.is_operator:
             kind, _, gate = node.op.partition(":")
             assert kind in (MEAN, PRODUCT), f"{node.op} is differentiated"
@@ -407,6 +426,13 @@ def tangents(
     moved = {node.index: direction for node, direction in zip(inputs, directions)}
     for node in reachable(results):
         if node.index in moved or node.is_condition:
+            continue
+        if node.op == VARIANCE:
+            center, *values = node.args
+            total = graph.constant(0.0)
+            for value in values:
+                total = total + (value - center) * moved[value.index] * (2 / len(values))
+            moved[node.index] = graph.operator(MEAN, total)
             continue
         if node.is_operator:
             gate = node.op.partition(":")[2]
@@ -485,6 +511,9 @@ def _text(node: Expression, args: list[str]) -> str:
             return f"{args[0]} {table[node.op]} {args[1]}"
     if node.op == "not":
         return f"~{args[0]}"
+    if node.op == VARIANCE:
+        squares = [f"({value} - {args[0]}) * ({value} - {args[0]})" for value in args[1:]]
+        return f"mean(({' + '.join(squares)}) * {1 / len(squares)!r})"
     if node.is_operator:
         return f"{function_name(node.op)}({', '.join(args)})"
     return f"{node.op}({', '.join(args)})"

@@ -22,11 +22,13 @@ __all__ = [
     "maximum",
     "mean",
     "minimum",
+    "normalize",
     "relu",
     "sigmoid",
     "softplus",
     "sqrt",
     "tanh",
+    "variance",
     "where",
 ]
 
@@ -130,7 +132,7 @@ def sqrt(x: Any) -> Any:
 
 @_function(lambda x, y: (where(x > 0, 1.0, where(x < 0, -1.0, 0.0)),))
 def absolute(x: Any) -> Any:
-    """|x|; the derivative at 0 is 0."""
+    """``|x|``; the derivative at 0 is 0."""
     return np.abs(x)
 
 
@@ -146,8 +148,40 @@ def maximum(x: Any, y: Any) -> Any:
     return np.maximum(x, y)
 
 
-def mean(x: Any) -> Any:
-    """The mean over the hidden units of a row, for every unit of it."""
-    if record := getattr(x, "record", None):
-        return record("mean", (x,))
-    return np.broadcast_to(np.mean(x, -1, keepdims=True), np.shape(x))
+def mean(*values: Any) -> Any:
+    """The mean over the hidden units of a row, for every unit of it; of several values, of all together."""
+    for value in values:
+        if record := getattr(value, "record", None):
+            return record("mean", values)
+    together = sum(values) / len(values)
+    return np.broadcast_to(np.mean(together, -1, keepdims=True), np.shape(together))
+
+
+def variance(*values: Any) -> Any:
+    """The variance over the hidden units of a row, for every unit of it; of several values, of all together.
+
+    It is the mean of the squares of what is left without the mean, as layer normalization takes it.
+    """
+    for value in values:
+        if record := getattr(value, "record", None):
+            return record("variance", values)
+    center = mean(*values)
+    return mean(*((value - center) * (value - center) for value in values))
+
+
+def normalize(*values: Any, eps: float = 1e-5) -> Any:
+    """Values less their mean over the hidden units of a row, over the root of their variance plus `eps`.
+
+    Several values are normalized together, by one mean and one variance, and come as a list.  Gains and
+    shifts are the cell's own: ``gain * normalize(x) + shift`` with learned vectors.
+
+    Source: Ba, Kiros and Hinton, "Layer normalization" (2016).
+    """
+    center, scale = mean(*values), 1 / sqrt(variance(*values) + eps)
+    normalized = [(value - center) * scale for value in values]
+    return normalized[0] if len(values) == 1 else normalized
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .derive import (
-    MEAN,
+    MOMENTS,
     PRODUCT,
     TRANSPOSED,
+    VARIANCE,
+    VECTOR_MEAN,
     Expression,
     Graph,
     differentiate,
@@ -35,7 +37,8 @@ class Value(NamedTuple):
     Attributes:
         role: "given", a leaf of the step; "result", one of its results; "operand", what a product is
             applied to, and "product", what it gives, or "moved", if it is the tangent of a product; "sum",
-            what a mean is taken of, and "mean"; "kept", what a later phase would have to compute again.
+            what a mean or a variance is taken of, and "mean", what it is; "lanes", how many units of a row
+            are in a vector; "kept", what a later phase would have to compute again.
         name: of the leaf or the result, of a product that of its gate; else a number.
     """
 
@@ -48,8 +51,9 @@ class Operator(NamedTuple):
 
     Attributes:
         kind: as the constants of :mod:`fusedlstm.derive` name it.
-        gate: whose recurrent weights it multiplies; empty for a mean.
-        operand: what it is applied to, which the phase, or one before it, has stored.
+        gate: whose recurrent weights it multiplies; empty for a mean or a variance.
+        operand: what it is applied to, which the phase, or one before it, has stored; of a variance, squares
+            of differences from the mean over a vector.  Its mean is the last before it in the phase.
         result: what the phases after it take.
     """
 
@@ -86,8 +90,8 @@ class Step:
     operands: dict[str, Expression] = field(default_factory=dict)
 
     def means(self, known: Mapping[Value, Expression] | None = None) -> tuple[Expression, ...]:
-        """The means that it takes, in the order in which its :meth:`phases` do."""
-        return tuple(node for node in _Cut(self, dict(known or {})).found if node.op == MEAN)
+        """The means and variances that it takes, in the order in which its :meth:`phases` do."""
+        return tuple(node for node in _Cut(self, dict(known or {})).found if node.op in MOMENTS)
 
     def adjoint(self, arguments: Iterable[str], seeds: Iterable[str]) -> Step:
         """The gradients of `arguments`, given those of the results under the names `seeds`.
@@ -182,11 +186,17 @@ class _Cut:
             if node.index in self.leaves:
                 self.level[node.index] = 0
                 continue
-            self.level[node.index] = max([self.level[arg.index] for arg in node.args], default=0)
+            args = node.args[1:] if node.op == VARIANCE else node.args  # its mean is taken beside it
+            self.level[node.index] = max([self.level[arg.index] for arg in args], default=0)
             if node.is_operator:
                 self.level[node.index] += 1
                 operators.append(node)
-        return sorted(operators, key=lambda node: (self.level[node.index], node.index))
+        return sorted(operators, key=self._order)
+
+    def _order(self, node: Expression) -> tuple[int, int, int]:
+        """By phases; a variance comes behind its mean."""
+        first = node.args[0] if node.op == VARIANCE else node
+        return self.level[node.index], first.index, node.index
 
     def _store(self, value: Value, node: Expression, phase: int, shared: bool = True) -> None:
         self.stores[phase][value] = node
@@ -199,10 +209,12 @@ class _Cut:
         for node in operators:
             kind, _, gate = node.op.partition(":")
             phase, operand = self.level[node.index] - 1, node.args[0]
-            if kind == MEAN:
+            if kind in MOMENTS:
                 value, result = Value("sum", means), Value("mean", means)
                 means += 1
-                self._store(value, operand, phase, shared=False)
+                self._store(
+                    value, self._deviation(node) if kind == VARIANCE else operand, phase, shared=False
+                )
             else:
                 result = Value("product" if kind in (PRODUCT, TRANSPOSED) else "moved", gate)
                 found = self._find(operand, phase)
@@ -211,6 +223,23 @@ class _Cut:
                     self._store(value, operand, phase)
             self.operators[phase].append(Operator(kind, gate, value, result))
             self.leaves[node.index] = result
+
+    def _deviation(self, variance: Expression) -> Expression:
+        """What a phase sums up toward a variance: squares of differences from the mean over a vector.
+
+        That mean is near enough to the mean over all units; squares of the values themselves would cancel
+        where the mean is large.
+        """
+        center, *values = variance.args
+        graph = self.step.graph
+        lanes = graph.symbol("lanes of a vector")
+        self.leaves[lanes.index] = Value("lanes", 0)
+        near = graph.apply(VECTOR_MEAN, center.args[0], lanes)
+        squares = [(value - near) * (value - near) for value in values]
+        total = squares[0]
+        for square in squares[1:]:
+            total = total + square
+        return total * (1 / len(values))
 
     def _find(self, node: Expression, phase: int) -> Value | None:
         """Under which name a phase, or one before it, stores an expression."""

@@ -87,7 +87,7 @@ def other_operand(a: Any, b_x: Any, b_h: Any, h: Any, c: Any, s: Any, w: Any) ->
 
 
 @cell(gates=("i", "f", "g", "o"), states=("h", "c"), weights=("s_i", "s_f", "s_g", "s_o", "s_c"))
-def layer_norm_lstm(
+def normalized_lstm(
     i: Any, f: Any, g: Any, o: Any, c: Any, s_i: Any, s_f: Any, s_g: Any, s_o: Any, s_c: Any
 ) -> Any:
     """Means of means: gates and the new state are normalized over the units of a row."""
@@ -145,7 +145,7 @@ OWN = (
     five_gates,
     unused_state,
     other_operand,
-    layer_norm_lstm,
+    normalized_lstm,
     independent,
     late_of_output,
     late_and_means,
@@ -153,7 +153,16 @@ OWN = (
     tangents_alike,
 )
 BUILT_IN = tuple(layers.BUILT_IN.values())
-ALL = (*BUILT_IN, *OWN)
+# Where values hardly differ, normalization magnifies what rounding has changed: by less with a larger eps.
+# And slstm divides by a state, which may be anything here.  test_built_in_cells.py has them as they are.
+ALL = (
+    *(
+        cells.with_constants(cell, eps=0.01) if "eps" in cell.constants else cell
+        for cell in BUILT_IN
+        if cell is not cells.slstm
+    ),
+    *OWN,
+)
 
 
 def _sees_units(cell: cells.Cell) -> bool:

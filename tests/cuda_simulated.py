@@ -23,8 +23,8 @@ from checks import (
     error,
     five_gates,
     independent,
-    layer_norm_lstm,
     name,
+    normalized_lstm,
     other_operand,
     three_states,
 )
@@ -584,7 +584,7 @@ def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (layer_norm_lstm, "layer_norm_lstm: it takes means over the hidden units"),
+        (normalized_lstm, "normalized_lstm: it takes means over the hidden units"),
         (independent, "independent: it has no gate whose recurrent weights multiply a state"),
         (two_late, "two_late: it has several late gates, 'a', 'b', and kernels have one product within"),
     ],

@@ -407,7 +407,7 @@ def test_cells_whose_gates_lack_a_product_are_refused(cell: fusedlstm.Cell) -> N
         Recurrent(cell, 5)
 
 
-@pytest.mark.parametrize("cell", [cells.lstm_output_sees_cell, checks.layer_norm_lstm], ids=checks.name)
+@pytest.mark.parametrize("cell", [cells.lstm_output_sees_cell, checks.normalized_lstm], ids=checks.name)
 def test_late_gates_and_means_are_what_a_loop_of_keras_gives(cell: fusedlstm.Cell) -> None:
     layer, x = Recurrent(cell, 5, return_sequences=True), np.random.default_rng(0).normal(size=(3, 6, 4))
     found = ops.convert_to_numpy(layer(x.astype("float32")))

@@ -152,6 +152,31 @@ def test_with_gates() -> None:
         cells.with_gates(cells.gru, ("z", "r"))
 
 
+def test_with_constants() -> None:
+    made = cells.with_constants(cells.layer_norm_lstm, eps=1e-3)
+    assert (made.constants, cells.layer_norm_lstm.constants) == ({"eps": 1e-3}, {"eps": 1e-5})
+    assert (made.beginnings, made.biases) == (cells.layer_norm_lstm.beginnings, False)
+    assert "0.001" in made.source
+    assert pickle.loads(pickle.dumps(made)).key == made.key
+    with pytest.raises(CellError, match="cell lstm has no constant 'eps'; its constants are none"):
+        cells.with_constants(cells.lstm, eps=1)
+
+
+def test_learned_vectors_begin_with_numbers() -> None:
+    made = define(lambda a, u, v, w: a * u + v * w, weights={"u": 1, "v": None, "w": 0.5})
+    assert (made.weights, made.beginnings) == (("u", "v", "w"), {"u": 1.0, "w": 0.5})
+    assert made.key == define(lambda a, u, v, w: a * u + v * w, weights=("u", "v", "w")).key
+    with pytest.raises(CellError, match="learned vector 'u' begins with a number or None, got 'one'"):
+        define(lambda a, u: a * u, weights={"u": "one"})
+
+
+def test_a_cell_may_do_without_biases() -> None:
+    made = define(lambda a: a, biases=False)
+    assert made.key != define(lambda a: a).key
+    with pytest.raises(CellError, match="biases must be True or False, got 0"):
+        define(lambda a: a, biases=0)
+
+
 # --- What a cell says of itself ---------------------------------------------------------------------------
 
 
@@ -191,7 +216,7 @@ def test_preactivations_of_gates_with_one_product_and_of_late_ones() -> None:
 def test_why_an_output_cannot_be_projected() -> None:
     reasons = {cell.name: cell.unprojectable for cell in ALL}
     assert not reasons["lstm"]
-    assert not reasons["layer_norm_lstm"]
+    assert not reasons["normalized_lstm"]
     assert "reads its own output 'h'" in reasons["gru_reset_before"]
     assert "late gate 'o' multiply values of the hidden units" in reasons["lstm_output_sees_cell"]
     states = {"states": ("h", "s"), "recurrent": "s"}
@@ -251,6 +276,8 @@ def test_recurrent_dropout() -> None:
     assert cells.recurrent_dropout(cells.gru) is dropped
     assert pickle.loads(pickle.dumps(dropped)) is dropped
     assert cells.recurrent_dropout(other_operand).constants == other_operand.constants
+    normalized = cells.recurrent_dropout(cells.layer_norm_gru)
+    assert (normalized.biases, normalized.beginnings) == (False, cells.layer_norm_gru.beginnings)
 
 
 def test_recurrent_dropout_of_a_late_gate() -> None:
@@ -539,10 +566,21 @@ def test_the_page_of_the_cells_quotes_them() -> None:
     }
 
 
+def test_the_page_of_the_cells_runs() -> None:
+    """Its blocks, one after the other, give the built-in cells."""
+    page = (Path(__file__).parent.parent / "docs" / "cells.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, scope)
+    for made in BUILT_IN:
+        assert scope[made.name].key == made.key
+        assert scope[made.name].beginnings == made.beginnings
+
+
 def bare(function: ast.FunctionDef) -> str:
     """A function without annotations, docstring and private names."""
     function.returns = None
-    for argument in function.args.args:
+    for argument in (*function.args.args, *function.args.kwonlyargs):
         argument.annotation = None
     if ast.get_docstring(function):
         function.body = function.body[1:]

@@ -106,7 +106,7 @@ def ranges(found: dict[str, int], sizes: dict[str, int]) -> None:
 def test_parts_of_memory_do_not_overlap(cell: Any, proj: int, tangents: bool, threads: int) -> None:
     """Of a forward pass that keeps a tape, of one that keeps none, and of a backward pass."""
     steps, batch, rows, hidden, chunk = 4, 5, 11, 33, 3
-    made = plan.layer(cell, np.dtype(np.float32), 6, hidden, proj or hidden, proj > 0)
+    made = plan.layer(cell, np.dtype(np.float32), 6, hidden, proj or hidden, proj > 0, 1)
     program, further = made.program, len(cell.states) - 1
     size, means = program.registers.size, len(cell.step.means())
     for taped in (rows, None):
@@ -126,7 +126,7 @@ def test_parts_of_memory_do_not_overlap(cell: Any, proj: int, tangents: bool, th
             "raw": (proj > 0) * kept_rows * found["width"],
             "means": means * kept_rows * size,
             "gates": made.padded * gate_rows * len(cell.preactivations) * size,
-            "partials": means * found["panels"] * batch * size,
+            "partials": means * found["panels"] * program.units * batch * size,
             "queues": threads * LINE,
             "thread_space": threads * found["thread_bytes"],
             "memory_end": 0,
@@ -158,7 +158,7 @@ def test_parts_of_memory_do_not_overlap(cell: Any, proj: int, tangents: bool, th
 
 
 def test_the_space_of_a_thread_does_not_overlap() -> None:
-    made = plan.layer(late_and_means, np.dtype(np.float64), 6, 33, 33, False)
+    made = plan.layer(late_and_means, np.dtype(np.float64), 6, 33, 33, False, 1)
     batch, chunk, vector, row = 7, 3, LANES * 8, 7 * 8
     found = fields(made.forward_task(4, batch, 20, chunk, 2, True))
     ranges(found, {
@@ -291,17 +291,32 @@ def test_zeros() -> None:
         assert np.isnan(array[..., [0, 3, 4, 5]]).all()
 
 
-def test_means_are_of_all_panels() -> None:
+def test_means_are_of_all_vectors() -> None:
     """Of the second and the third of four; a mean has whole vectors of rows, whatever the batch."""
-    take, panels, row = entry(memory.take_means, 4), 3, 2 * LANES
-    partials = np.random.default_rng(1).normal(size=(4, panels, row))
+    take, hidden, row = entry(memory.take_means, 5), 4 * LANES + 5, 2 * LANES
+    partials = np.random.default_rng(1).normal(size=(4, 8, row))
+    partials[:, 5:] = np.nan  # vectors beyond the hidden units
     target = np.full((4, row), np.nan)
-    words = task(
-        panels=panels, hidden=37, mean_row=row * 8, means_plane=row * 8, partials_plane=panels * row * 8
-    )
-    take(words, partials, 1, 2, target)
-    np.testing.assert_allclose(target[1:3], partials[1:3].sum(1) / 37, rtol=1e-15)
+    words = task(hidden=hidden, mean_row=row * 8, means_plane=row * 8, partials_plane=partials[0].nbytes)
+    take(words, partials, 1, 2, np.full(2, -1), target)
+    np.testing.assert_allclose(target[1:3], partials[1:3, :5].sum(1) / hidden, rtol=1e-14)
     assert np.isnan(target[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("hidden", [1, LANES - 1, LANES, 4 * LANES + 1])
+def test_variances_are_of_all_vectors(hidden: int) -> None:
+    """Also where the mean is large, and two variances are of one mean."""
+    take, row = entry(memory.take_means, 5), LANES
+    values = np.random.default_rng(1).normal(1e6, 1, (hidden, row))
+    cuts = np.split(values, range(LANES, hidden, LANES))
+    sums = [cut.sum(0) for cut in cuts]
+    squares = [((cut - cut.mean(0)) ** 2).sum(0) for cut in cuts]
+    partials, target = np.array([sums, sums, squares, squares]), np.full((4, row), np.nan)
+    words = task(hidden=hidden, mean_row=row * 8, means_plane=row * 8, partials_plane=partials[0].nbytes)
+    take(words, partials, 1, 3, np.array([-1, 1, 1]), target)
+    np.testing.assert_allclose(target[1], values.mean(0), rtol=1e-15)
+    np.testing.assert_allclose(target[2], values.var(0), rtol=1e-9, atol=1e-12)
+    assert np.array_equal(target[2], target[3])
 
 
 def test_a_line_begins_in_an_array() -> None:

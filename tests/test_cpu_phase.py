@@ -12,8 +12,8 @@ from checks import (
     independent,
     late_and_means,
     late_of_output,
-    layer_norm_lstm,
     name,
+    normalized_lstm,
     other_operand,
     three_states,
     unused_state,
@@ -40,7 +40,7 @@ CASES = [  # cell, projected
     (unused_state, False),
     (cells.gru_reset_before, False),
     (late_of_output, False),
-    (layer_norm_lstm, True),
+    (normalized_lstm, True),
     (late_and_means, False),
     (independent, False),
 ]
@@ -59,7 +59,15 @@ def program(cell: Cell, projected: bool) -> Program:
 def compiled(code: str) -> Any:
     """The code of a phase over NumPy arrays."""
     functions = {name: getattr(fusedlstm.math, name) for name in DERIVATIVES}
-    return compile_source(code, functions | {"full_like": np.full_like}, "phase").phase
+    functions |= {"full_like": np.full_like, "vector_mean": vector_mean}
+    return compile_source(code, functions, "phase").phase
+
+
+def vector_mean(x: np.ndarray, lanes: int) -> np.ndarray:
+    """Over the units of each vector, of which the last may have fewer, (ROWS, H)."""
+    cuts = np.arange(0, x.shape[1], lanes)
+    counts = np.diff([*cuts, x.shape[1]])
+    return np.repeat(np.add.reduceat(x, cuts, 1) / counts, counts, 1)
 
 
 class Memory:
@@ -81,7 +89,8 @@ class Memory:
         gates = self.add("gates", PANELS, ROWS, slots, made.panel)
         states = self.add("states", further, ROWS + 2, self.padded)
         vectors = self.add("vectors", len(cell.weights), self.padded)
-        kept, partials = self.add("kept", MOST, ROWS, self.padded), self.add("partials", MOST, PANELS, ROWS)
+        kept, vectors_of_a_row = self.add("kept", MOST, ROWS, self.padded), PANELS * made.units
+        partials = self.add("partials", MOST, vectors_of_a_row, ROWS)
         means, taped = self.add("means", MOST, ROWS), self.add("taped_means", MOST, ROWS)
         # rows of outputs lie anywhere, and end with the last unit
         output = self.add("outputs", ROWS, hidden)[self.random.permutation(ROWS)]
@@ -125,7 +134,8 @@ class Memory:
             "hidden": self.hidden, "width": row, "gates_row": slots * self.made.panel * 8,
             "gates_panel": ROWS * slots * self.made.panel * 8, "states_plane": (ROWS + 2) * row,
             "operands_plane": ROWS * row, "kept_plane": ROWS * row, "means_plane": ROWS * 8,
-            "taped_means_plane": ROWS * 8, "mean_row": ROWS * 8, "partials_plane": PANELS * ROWS * 8,
+            "taped_means_plane": ROWS * 8, "mean_row": ROWS * 8,
+            "partials_plane": PANELS * self.made.units * ROWS * 8,
             "d_row": slots * row, "carried_row": row,
         }  # fmt: skip
         blocks = {
@@ -137,7 +147,9 @@ class Memory:
             own(**{name: value for name, value in values.items() if name in OWN.fields}),
         )
 
-    def read(self, value: Value) -> np.ndarray:
+    def read(self, value: Value) -> Any:
+        if value.role == "lanes":
+            return self.made.registers.lanes
         return self.memory[self.reads[value][:, : self.hidden]]
 
     def expected(self, cut: Phase) -> list[np.ndarray]:
@@ -165,10 +177,12 @@ class Memory:
         """Compare what a phase has written; all places that it may write."""
         places = self.writes[value]
         if value.role == "sum":
-            cuts = np.arange(0, self.hidden, self.made.panel)[LOW:HIGH]
-            sums = np.add.reduceat(array[FIRST:LAST], cuts, 1)
-            close(self.memory[places[FIRST:LAST, LOW : LOW + len(cuts)]], sums)
-            return places[FIRST:LAST, LOW:HIGH]
+            units = self.made.units
+            vectors = slice(LOW * units, min(HIGH * units, -(-self.hidden // self.made.registers.lanes)))
+            cuts = np.arange(0, self.hidden, self.made.registers.lanes)
+            sums = np.add.reduceat(array[FIRST:LAST], cuts, 1)[:, vectors]
+            close(self.memory[places[FIRST:LAST, vectors]], sums)
+            return places[FIRST:LAST, vectors]
         here = self.columns(self.hidden)
         close(self.memory[places[FIRST:LAST, here]], array[FIRST:LAST, here])
         lanes = self.made.registers.lanes  # whole vectors are written where rows are padded

@@ -29,7 +29,8 @@ PAIRS = [(-1.0, 2.0), (3.0, 0.5), (0.1, 0.2)]
 
 
 def test_every_function_is_tested() -> None:
-    assert set(math.__all__) == {*ONE, *TWO, "where", "mean"} == {*DERIVATIVES, "mean"}
+    over_units = {"mean", "variance", "normalize"}
+    assert set(math.__all__) == {*ONE, *TWO, "where", *over_units} == {*DERIVATIVES, *over_units}
 
 
 def test_mean_is_that_of_a_row() -> None:
@@ -37,6 +38,28 @@ def test_mean_is_that_of_a_row() -> None:
     found = math.mean(x)
     assert found.shape == x.shape
     assert found[..., 0].tolist() == found[..., 2].tolist() == [[1, 4], [7, 10]]
+
+
+def test_moments_of_several_values_are_those_of_all_together() -> None:
+    x, y = np.random.default_rng(1).normal(3, 2, (2, 4, 5))
+    both = np.concatenate([x, y], -1)
+    for function, expected in ((math.mean, both.mean(-1)), (math.variance, both.var(-1))):
+        found = function(x, y)
+        assert found.shape == x.shape
+        np.testing.assert_allclose(found, np.tile(expected[:, None], 5), rtol=1e-14)
+    np.testing.assert_allclose(math.variance(x)[:, 1], x.var(-1), rtol=1e-14)
+
+
+def test_normalize() -> None:
+    x, y = np.random.default_rng(1).normal(3, 2, (2, 4, 5))
+    (one,) = [math.normalize(x)]
+    np.testing.assert_allclose(
+        one, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    )
+    both = np.concatenate(math.normalize(x, y, eps=0.5), -1)
+    np.testing.assert_allclose(both.mean(-1), 0, atol=1e-14)
+    variance = np.concatenate([x, y], -1).var(-1)
+    np.testing.assert_allclose(both.var(-1), variance / (variance + 0.5), rtol=1e-13)
 
 
 @pytest.mark.parametrize("name", ONE)

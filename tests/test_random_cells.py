@@ -15,6 +15,7 @@ from test_second_order import Case
 
 from fusedlstm import cell, math
 from fusedlstm.cells import Cell
+from fusedlstm.derive import MOMENTS
 from fusedlstm.kernels.cpu import phase
 from fusedlstm.kernels.cpu.program import Program
 
@@ -44,14 +45,14 @@ class _Text:
         self.lines.append(f"    {name} = {form.format(*operands)}")
         self.known.append(name)
         self.parts[name] = [*operands]
-        if self.differing & {*operands} and not form.startswith("mean"):
+        if self.differing & {*operands} and not form.startswith(MOMENTS):
             self.differing.add(name)
         return name
 
     def write_call(self, function: str) -> str:
-        """The call of a late gate or of the mean, of what differs between units."""
+        """The call of a late gate, of the mean or of the variance, of what differs between units."""
         name = self.write(f"{function}({{0}})", [n for n in self.known if n in self.differing][-1])
-        if function != "mean":
+        if function not in MOMENTS:
             self.differing.add(name)
         return name
 
@@ -71,7 +72,7 @@ class _Text:
 
 
 def write_cell(seed: int) -> Cell:
-    """A cell of one to four gates, and zero to two late ones, to three states and to two means."""
+    """A cell of one to four gates, and zero to two late ones, to three states, to two means or variances."""
     random = Random(seed)
     kinds = {"g0": "plain"} | {f"g{n}": random.choice(KINDS) for n in range(1, random.randint(1, 4))}
     late = [f"n{n}" for n in range(random.randint(0, 2))]
@@ -87,7 +88,8 @@ def write_cell(seed: int) -> Cell:
         for name in ([f"{gate}_x", f"{gate}_h"] if kind == "split" else [gate])
     ]
     text = _Text(random, [*taken, *states, *weights])
-    actions = [*late, *["mean"] * random.randint(0, 2), *["any"] * random.randint(4, 10)]
+    moments = [random.choice(MOMENTS) for _ in range(random.randint(0, 2))]
+    actions = [*late, *moments, *["any"] * random.randint(4, 10)]
     random.shuffle(actions)
     calls = [text.write_any() if action == "any" else text.write_call(action) for action in actions]
     results = [random.choice(text.known[-5:]) for _ in states]
@@ -97,7 +99,7 @@ def write_cell(seed: int) -> Cell:
             results[n] = text.write("0.5 * {0} + tanh({1})", results[n], call)
     arguments = ", ".join([*taken, *late, *states, *weights])
     source = f"def written({arguments}):\n" + "\n".join([*text.lines, f"    return {', '.join(results)}"])
-    scope: dict[str, Any] = {name: getattr(math, name) for name in ("tanh", "sigmoid", "mean")}
+    scope: dict[str, Any] = {name: getattr(math, name) for name in ("tanh", "sigmoid", *MOMENTS)}
     exec(source, scope)
     scope["written"].__doc__ = source
     gates = random.sample([*kinds, *late], len(kinds) + len(late))

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import ALL, late_and_means, late_of_output, layer_norm_lstm, name, tangents_alike
+from checks import ALL, late_and_means, late_of_output, name, normalized_lstm, tangents_alike
 from test_derive import FUNCTIONS, Rows
 from test_random_cells import write_cell
 
 from fusedlstm import cell, cells
 from fusedlstm.cells import Cell
 from fusedlstm.derive import Expression, compile_source
-from fusedlstm.math import exp, mean, sigmoid, tanh
+from fusedlstm.math import exp, mean, sigmoid, tanh, variance
 from fusedlstm.step import Phase, Step, Value
 
 WRITTEN = [write_cell(seed) for seed in range(25)]
@@ -37,7 +37,7 @@ class Run(Rows):
         self, kind: str, gate: str, operand: np.ndarray, values: dict[Value, np.ndarray]
     ) -> np.ndarray:
         """What an operator over the units gives; of a product's tangent, for weights that move."""
-        if kind == "mean":
+        if kind in ("mean", "variance"):  # here a vector has as many lanes as a row has units
             return np.tile(operand.mean(-1, keepdims=True), operand.shape[-1])
         weight = self.weights[gate]
         if kind == "product":
@@ -53,9 +53,10 @@ class Run(Rows):
 
     def phases(self, phases: tuple[Phase, ...], given: dict[Value, np.ndarray]) -> dict[Value, np.ndarray]:
         """All values that are there at the end.  Nothing is taken that is not there yet."""
-        values = dict(given)
+        values = dict(given) | {Value("lanes", 0): np.full(1, self.new[0].shape[-1])}
         for phase in phases:
-            function = compile_source(phase.code, FUNCTIONS, "phase").phase
+            scope = FUNCTIONS | {"vector_mean": lambda x, lanes: mean(x)}
+            function = compile_source(phase.code, scope, "phase").phase
             found = function(*[values[value] for value in phase.takes])
             values |= {v: np.broadcast_to(a, self.new[0].shape) for v, a in zip(phase.stores, found)}
             for kind, gate, operand, result in phase.operators:
@@ -153,13 +154,29 @@ def test_operators_stand_where_their_operand_is_there() -> None:
     assert shape(cells.gru_reset_before.step.phases()) == [[("product", "n", "operand")], []]
     assert shape(cells.lstm_output_sees_cell.step.phases()) == [[("product", "o", "result")], []]
     assert shape(late_of_output.step.phases()) == [[("product", "n", "result")], []]
-    assert shape(layer_norm_lstm.step.phases()) == [
+    assert shape(normalized_lstm.step.phases()) == [
         *[[("mean", "", "sum")] * 4] * 2, *[[("mean", "", "sum")]] * 2, []
     ]  # fmt: skip
     assert shape(late_and_means.step.phases()) == [
         [("mean", "", "sum")], [("product", "n", "operand")], [("mean", "", "sum")],
         [("product", "m", "operand")], [("mean", "", "sum")], [],
     ]  # fmt: skip
+
+
+def test_a_mean_and_its_variance_stand_side_by_side() -> None:
+    """Wherever they are written, and for several gates together too; an adjoint takes means only."""
+    found = [[kind for kind, *_ in here] for here in shape(cells.layer_norm_lstm.step.phases())]
+    assert found == [["mean", "variance"] * 2, ["mean", "variance"], []]
+
+    @cell(gates=("a", "b"))
+    def apart(a: Any, b: Any, h: Any) -> Any:
+        first, second = mean(a), mean(b)
+        return h + first * second + variance(b) * variance(a, b) * variance(a)
+
+    (first, _) = apart.step.phases()
+    kinds = [operator.kind for operator in first.operators]
+    assert kinds == ["mean", "variance", "mean", "variance", "mean", "variance"]
+    assert {o.kind for phase in apart.adjoint.phases(tape(apart)) for o in phase.operators} == {"mean"}
 
 
 def test_operators_of_an_adjoint_are_transposed_and_in_turn() -> None:
@@ -173,12 +190,12 @@ def test_operators_of_an_adjoint_are_transposed_and_in_turn() -> None:
 
 
 def test_means_that_the_forward_pass_has_taken_are_not_taken_again() -> None:
-    without = layer_norm_lstm.adjoint.phases()
-    with_tape = layer_norm_lstm.adjoint.phases(tape(layer_norm_lstm))
+    without = normalized_lstm.adjoint.phases()
+    with_tape = normalized_lstm.adjoint.phases(tape(normalized_lstm))
     count = [sum(len(here) for here in shape(phases)) for phases in (without, with_tape)]
-    assert count[0] == count[1] + len(layer_norm_lstm.step.means()) == 20
+    assert count[0] == count[1] + len(normalized_lstm.step.means()) == 20
     taken = {value for phase in with_tape for value in phase.takes}
-    assert tape(layer_norm_lstm).keys() <= taken
+    assert tape(normalized_lstm).keys() <= taken
 
 
 def test_equal_operators_are_applied_once() -> None:
@@ -203,7 +220,7 @@ def test_what_phases_take_is_there(cell: Cell) -> None:
     ):
         there: set[Value] = set()
         for phase in phases:
-            assert all(value.role in ("given", "tape") or value in there for value in phase.takes)
+            assert all(value.role in ("given", "tape", "lanes") or value in there for value in phase.takes)
             assert there.isdisjoint(phase.stores)
             there |= {*phase.stores}
             for operator in phase.operators:

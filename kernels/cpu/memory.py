@@ -6,9 +6,11 @@ padding costs nothing.
 
 from __future__ import annotations
 
+from .records import EVERY, every_at
 from .simd import inlined, load, part, read, read_byte, read_int, splat, store, write, write_int, write_zero
 
 OUTPUT, STATE, OPERAND = 0, 1, 2  # where a late gate finds what its weights multiply, after a step
+EVERY_BYTES = 8 * EVERY.words
 
 
 @inlined
@@ -152,19 +154,30 @@ def zero_padding(task, array, time_stride, row_stride, columns):
 
 
 @part
-def take_means(task, partials, mean, means, target):
-    """Write the means of a phase: the sum of all panels in their order, over the number of units.
+def take_means(task, partials, mean, means, centers, target):
+    """Write the means and variances of a phase, of which so many begin at `mean`.
 
-    Each thread does so for itself, which costs less than to wait for another.
+    A mean is the sum of all vectors of a row in their order, over the number of units.  A variance is that
+    of the squares of what differs from the mean over a vector, to which comes how far that mean lies from
+    the mean over all (Chan, Golub and LeVeque, 1983); which that is, the table `centers` says, and -1 of a
+    mean.  Each thread does so for itself, which costs less than to wait for another.
     """
     registers = task.registers
+    lanes, vectors = registers.lanes, -(-task.hidden // registers.lanes)
     for n in range(mean, mean + means):
-        for place in range(0, task.mean_row, registers.lanes * registers.size):
-            total = load(registers, partials + n * task.partials_plane + place)
-            for p in range(1, task.panels):
-                total = total + load(
-                    registers, partials + n * task.partials_plane + p * task.mean_row + place
-                )
+        center = read_int(centers + (n - mean) * 8)
+        for place in range(0, task.mean_row, lanes * registers.size):
+            start = partials + n * task.partials_plane + place
+            total = load(registers, start)
+            for v in range(1, vectors):
+                total = total + load(registers, start + v * task.mean_row)
+            if center >= 0:
+                whole = load(registers, target + center * task.means_plane + place)
+                start = partials + center * task.partials_plane + place
+                for v in range(vectors):
+                    count = min(lanes, task.hidden - v * lanes)
+                    moved = load(registers, start + v * task.mean_row) / count - whole
+                    total = total + moved * moved * count
             store(total / task.hidden, target + n * task.means_plane + place)
 
 
@@ -188,6 +201,15 @@ def get_rows(task, source, width, target, stride, columns):
         for k in range(columns):
             value = read(registers, source + row * width + k * registers.size)
             write(registers, value, start + k * registers.size)
+
+
+@inlined
+def state_at_step(task, n, step, row):
+    """Where further state n of a row is written after a step, or its gradient read; 0 if nowhere."""
+    every = every_at(task.every_state + n * EVERY_BYTES)
+    if every.array == 0:
+        return 0
+    return every.array + time_of(task, step, row) * every.time + sequence_of(task, row) * every.row
 
 
 @inlined

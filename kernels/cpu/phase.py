@@ -62,8 +62,9 @@ def _common(cuts: Sequence[Phase]) -> _Places:
         writes[Value("kept", n)] = f"store({{value}}, {_entry('kept', n, 'kept_plane')})"
     for n in range(count(cuts, "sum")):
         reads[Value("mean", n)] = _number("means", n, "means_plane")
-        place = f"partials + {n} * partials_plane + p * mean_row + row * SIZE"
-        writes[Value("sum", n)] = f"add_sum(registers, {{value}}, {place}, valid, unit)"
+        place = f"partials + {n} * partials_plane + (p * UNITS + unit) * mean_row + row * SIZE"
+        writes[Value("sum", n)] = f"write_sum(registers, {{value}}, {place}, lanes)"
+    reads[Value("lanes", 0)] = "lanes"
     return _Places(reads, writes)
 
 
@@ -239,10 +240,12 @@ def source(
     lines += [
         "    for p in range(low, high):",
         "        for row in range(first, last):",
-        f"            for unit in range({units}):",
-        f"                column = (p * {units} + unit) * VECTOR",
-        f"                valid = hidden - (p * {units} + unit) * {registers.lanes}",
+        "            for unit in range(UNITS):",
+        "                column = (p * UNITS + unit) * VECTOR",
+        f"                valid = hidden - (p * UNITS + unit) * {registers.lanes}",
     ]
+    if "lanes" in used:
+        lines.append(f"                lanes = min(valid, {registers.lanes})")
     inner = ["at = gates + p * gates_panel + row * gates_row + unit * VECTOR"]
     inner += [f"a{n} = {text}" for n, text in enumerate(reads)]
     inner.append(f"new = phase({', '.join(f'a{n}' for n in range(len(reads)))})")
@@ -250,7 +253,7 @@ def source(
     lines += ["                if valid > 0:", *(f"                    {line}" for line in (*inner, *more))]
     if beyond and units > 1:
         lines += ["                else:", *(f"                    {line}" for line in beyond)]
-    constants = {"SIZE": registers.size, "VECTOR": registers.lanes * registers.size}
+    constants = {"SIZE": registers.size, "VECTOR": registers.lanes * registers.size, "UNITS": units}
     constants["GATE"] = units * constants["VECTOR"]
     header = "\n".join(f"{name} = {value}" for name, value in constants.items())
     body = "\n".join(lines)
@@ -284,7 +287,7 @@ def compiled(text: str, scalar: types.Float, name: str) -> Any:
 def _body(text: str, filename: str) -> Any:
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     names = [*DERIVATIVES, "full_like", "load", "load_row", "store", "store_row", "keep", "splat", "read"]
-    names += ["read_int", "add_sum"]
+    names += ["read_int", "write_sum", "vector_mean"]
     namespace = {name: getattr(simd, name) for name in names} | {"__name__": __name__}
     module: Any = compile_source(text, namespace, filename)
     module.phase = inlined(module.phase)

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 
 from fusedlstm.cells import Cell
-from fusedlstm.derive import MOVED_TRANSPOSED, PRODUCT, TRANSPOSED, Expression
+from fusedlstm.derive import MEAN, MOMENTS, MOVED_TRANSPOSED, PRODUCT, TRANSPOSED, VARIANCE, Expression
 from fusedlstm.once import lazy, making, once
 from fusedlstm.step import Operator, Phase, Step, Value
 
@@ -60,7 +60,7 @@ class Program:
         self.adjoints = cell.adjoint.phases(self._taped(), last=cell.states, added=cell.weights)
         self.means = phase.count(self.steps, "sum")
         self.operands = [str(gate) for gate in phase.operands(self.steps)]
-        self._kept: list[Any] = []  # C functions, as long as they may be called
+        self._kept: list[Any] = []  # C functions and tables, as long as their addresses are in use
         # what all threads read, or a later phase, is not written at the next step in its place
         self.ring = 2 if cell.operand or len(self.steps) > 1 else 1
 
@@ -127,7 +127,7 @@ class Program:
         for cut, address, here in zip(cuts, self._addresses(cuts, places, kind), self._products(cuts)):
             most = min([MOST_ROWS, *[self.registers.rows(len(gates) * self.units) for gates, _ in here]])
             sums = phase.count([cut], "sum")
-            rows.append((address, products, len(here), most, means, sums))
+            rows.append((address, products, len(here), most, means, sums, self._centers(cut)))
             products, means = products + len(here), means + sums
         return _table(rows, PHASE)
 
@@ -147,9 +147,22 @@ class Program:
         rows, means = [], 0
         for cut, address in zip(cuts, self._addresses(cuts, places, kind)):
             sums = phase.count([cut], "sum")
-            rows.append((address, 0, 0, 0, means, sums))
+            rows.append((address, 0, 0, 0, means, sums, self._centers(cut)))
             means += sums
         return _table(rows, PHASE)
+
+    def _centers(self, cut: Phase) -> int:
+        """The address of a table of the means of which a phase takes variances, -1 of a mean; 0 if empty."""
+        centers, center = [], -1
+        for operator in cut.operators:
+            if operator.kind in MOMENTS:
+                place = int(operator.result.name)
+                center = place if operator.kind == MEAN else center
+                centers.append(center if operator.kind == VARIANCE else -1)
+        if not centers:
+            return 0
+        self._kept.append(table := np.array(centers, np.int64))
+        return int(table.ctypes.data)
 
     def _products(self, cuts: tuple[Phase, ...]) -> list[list[tuple[tuple[str, ...], Operator | None]]]:
         """With which products each phase begins: their gates, and the operator if they are late."""
@@ -159,19 +172,17 @@ class Program:
             found.append([((o.gate,), o) for o in cut.operators if o.gate])
         return found
 
-    def product_table(
-        self, cuts: tuple[Phase, ...], sizes: tuple[int, int], recurrent: int, late: dict[str, int]
-    ) -> np.ndarray:
-        """The products of a step or its tangent as records.PRODUCT, for panels at these addresses."""
-        rows, (outputs, hidden) = [], sizes
+    def product_table(self, cuts: tuple[Phase, ...], recurrent: int, late: dict[str, int]) -> np.ndarray:
+        """The products of a step or its tangent as records.PRODUCT, for tables of panels at these addresses:
+        of the recurrent weights and, by gate, of late ones."""
+        rows = []
         gate = self.panel * self.registers.size  # bytes of a gate in a row of a panel
         for gates, operator in (product for here in self._products(cuts) for product in here):
-            slot, weights, depth, where = self.recurrent_slot, recurrent, outputs, (0, 0, 0)
+            slot, panels, where = self.recurrent_slot, recurrent, (0, 0, 0)
             if operator is not None:
-                slot, weights, depth = self._slot(operator.gate), late[operator.gate], hidden
+                slot, panels = self._slot(operator.gate), late[operator.gate]
                 where = (1, *self._source(operator.operand))
-            panel_bytes = depth * len(gates) * gate
-            rows.append((self.tile(len(gates)), slot * gate, weights, panel_bytes, depth, *where))
+            rows.append((self.tile(len(gates)), slot * gate, panels, *where))
         return _table(rows, PRODUCT_ROW)
 
     def _source(self, operand: Value) -> tuple[int, int]:
@@ -189,8 +200,8 @@ class Program:
     def late_table(
         self, cuts: tuple[Phase, ...], weights: dict[str, int], moved: dict[str, int] | None = None
     ) -> np.ndarray:
-        """The late gates in an adjoint as records.LATE, for planes of weights at these addresses; and of the
-        weights' tangents, 0 for those that are zero."""
+        """The late gates in an adjoint as records.LATE, for tables of planes at these addresses: of weights,
+        and of their tangents, 0 for those that are zero."""
         found = {(o.kind, o.gate): (n + 1, o) for n, cut in enumerate(cuts) for o in cut.operators}
         rows, sources = [], self._late_sources()
         for gate in self.cell.late:
@@ -207,22 +218,22 @@ class Program:
             return -1, self._slot(gate)
         return found[0], self._slot(str(found[1].operand.name).removeprefix(self.cell.moved))
 
-    def input_table(self, moved: dict[str, int], inputs: int, outputs: int, hidden: int) -> np.ndarray:
+    def input_table(self, moved: dict[str, int]) -> np.ndarray:
         """What tangents of pre-activations begin with beside the product of the input's tangent, as
-        records.INPUT: values times the tangents of weights, whose panels lie at these addresses, by "ih",
-        "hh" and gate."""
+        records.INPUT: values times the tangents of weights, for tables of their panels at these addresses,
+        by "ih", "hh" and gate."""
         rows = []
         count = len(self.input_order)
         if moved["ih"]:
-            rows.append((*self._input_tile(count), 0, count, moved["ih"], inputs, X, 0))
+            rows.append((*self._input_tile(count), 0, moved["ih"], X, 0))
         count = len(self.recurrent_order)
         if count and moved["hh"]:
             slot = self.recurrent_slot
-            rows.append((*self._input_tile(count), slot, count, moved["hh"], outputs, RECURRENT, 0))
+            rows.append((*self._input_tile(count), slot, moved["hh"], RECURRENT, 0))
         for gate, (source, place) in self._late_sources().items():
             if moved[gate]:
                 where = LATE_INPUT + source, place
-                rows.append((*self._input_tile(1), self._slot(gate), 1, moved[gate], hidden, *where))
+                rows.append((*self._input_tile(1), self._slot(gate), moved[gate], *where))
         return _table(rows, INPUT)
 
     def _input_tile(self, gates: int) -> tuple[int, int]:

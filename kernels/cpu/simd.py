@@ -16,12 +16,14 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_jitable, register_model
 
+from .compile import Part
+
 INT64 = ir.IntType(64)
 
-# Without reference counts, since all memory belongs to who calls a kernel, and as in C when dividing by 0.
+# Without reference counts, since all memory belongs to the caller of a kernel; dividing by 0 as in C.
 OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
 # For what only other compiled code calls: nothing that Python or C could call is made.
-INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Part}
 
 
 def part(function: Any) -> Any:
@@ -313,10 +315,9 @@ def sum_lanes(typingctx: Any, vector: Any) -> Any:
 
 
 @inlined
-def add_sum(registers, vector, address, valid, unit):
-    """Write the sum of the first `valid` lanes; to what is there, it is added but for unit 0."""
-    total = sum_lanes(keep(vector, valid))
-    write(registers, total if unit == 0 else read(registers, address) + total, address)
+def write_sum(registers, vector, address, lanes):
+    """Write the sum of the first `lanes` lanes."""
+    write(registers, sum_lanes(keep(vector, lanes)), address)
 
 
 @intrinsic
@@ -428,6 +429,12 @@ def full_like(typingctx: Any, x: Any, value: Any) -> Any:
         return _as_vector(context, builder, sig.args[1], args[1], x)
 
     return x(x, value), codegen
+
+
+@inlined
+def vector_mean(x, lanes):
+    """A vector that holds the mean of the first `lanes` lanes in all."""
+    return full_like(x, sum_lanes(keep(x, lanes))) * (1.0 / lanes)
 
 
 @intrinsic

@@ -10,6 +10,7 @@ from numba import types
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_projection
 from fusedlstm.kernels import POISON
+from fusedlstm.kernels.random import Noise
 from fusedlstm.once import lazy, once
 from fusedlstm.weights import Weights
 
@@ -96,6 +97,7 @@ class Tape(NamedTuple):
     reset: np.ndarray  # (T, B) or NO_RESET
     reverse: bool
     memory: np.ndarray  # see plan.Layer
+    noise: Noise | None = None
 
 
 class Tangent(NamedTuple):
@@ -266,6 +268,7 @@ class CPUDirection:
         reset: np.ndarray | None,  # (T, B)
         reverse: bool,
         training: bool,
+        noise: Noise | None = None,
     ) -> Tape | None:
         """See dispatch.Direction."""
         layer, (steps, batch, _) = self.layer, x.shape
@@ -277,13 +280,14 @@ class CPUDirection:
         memory = empty_bytes(task.nbytes)
         if reset is None:
             reset = NO_RESET
+        words = self._words if noise is None else _with_noise(self._words, noise)
         entry, _, whole, work = self._forward
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words,
-            self._words, x, y, final if initial is None else initial, initial is not None, final, *order,
+            words, x, y, final if initial is None else initial, initial is not None, final, *order,
             reset, reverse, memory,
         )  # fmt: skip
-        return Tape(x, y, order, reset, reverse, memory) if training else None
+        return Tape(x, y, order, reset, reverse, memory, noise) if training else None
 
     def backward(
         self,
@@ -295,7 +299,7 @@ class CPUDirection:
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
         layer, program = self.layer, self.program
-        x, y, order, reset, reverse, memory = tape
+        x, y, order, reset, reverse, memory, noise = tape
         assert x is not None
         steps, batch, _ = x.shape
         threads, _, patience, *_ = layer.plan(steps, batch)
@@ -304,6 +308,8 @@ class CPUDirection:
         scratch = empty_bytes(task.nbytes)
         dinitial, gradients = self._empty_gradients(batch)
         words = self._backward_words[0]
+        if noise is not None:
+            words = _with_noise(words, noise)
         if dx is not None:
             words = words.copy()
             words[WEIGHTS["input_weights"]] = _address(self.packed.input_planes)
@@ -345,7 +351,7 @@ class CPUDirection:
         """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it."""
         moved = Packed(self.layer, weights)
         layer, program, cell = self.layer, self.program, self.program.cell
-        p_x, p_y, order, reset, reverse, p_memory = tape
+        p_x, p_y, order, reset, reverse, p_memory, noise = tape
         assert p_x is not None
         steps, batch, _ = p_x.shape
         threads, _, patience, chunk, *_ = layer.plan(steps, batch)
@@ -364,6 +370,8 @@ class CPUDirection:
             input_weights=packed.input_panels, bias=moved.bias, vectors=packed.vectors,
             projection=packed.projection, moved_vectors=moved.vectors, moved_projection=moved.projection,
         )  # fmt: skip
+        if noise is not None:
+            words = _with_noise(words, noise)
         entry, _, whole, work = tangent_pass(program.scalar, len(final))
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
@@ -382,8 +390,8 @@ class CPUDirection:
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
         layer, program, cell = self.layer, self.program, self.program.cell
-        p_x, p_y, order, reset, reverse, p_memory = tape
-        (x, y, *_, memory), moved = tangent
+        p_x, p_y, order, reset, reverse, p_memory, noise = tape
+        (x, y, _, _, _, memory, _), moved = tangent
         assert p_x is not None
         steps, batch, _ = p_x.shape
         threads, _, patience, *_ = layer.plan(steps, batch)
@@ -403,6 +411,8 @@ class CPUDirection:
             input_weights=0 if dx is None else packed.input_planes,
             moved_input_weights=0 if dx is None else moved.input_planes,
         )  # fmt: skip
+        if noise is not None:
+            words = _with_noise(words, noise)
         entry, _, whole, work = adjoint_tangent_pass(program.scalar, len(dinitial))
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
@@ -450,6 +460,13 @@ def _words(**values: np.ndarray | int) -> np.ndarray:
     words = np.zeros(len(WEIGHTS), np.int64)
     for name, value in values.items():
         words[WEIGHTS[name]] = value if isinstance(value, int) else _address(value)
+    return words
+
+
+def _with_noise(words: np.ndarray, noise: Noise) -> np.ndarray:
+    """The words that name weights, and those of the noise."""
+    words = words.copy()
+    words[WEIGHTS["noise_key_0"] : WEIGHTS["noise_draw"] + 1] = noise
     return words
 
 

@@ -17,6 +17,7 @@ setup(
     cmdclass={"build_py": BuildPy},
     packages=[
         "fusedlstm",
+        "fusedlstm.torch",
         "fusedlstm.kernels",
         "fusedlstm.kernels.cpu",
         "fusedlstm.kernels.cuda",

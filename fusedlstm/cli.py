@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fusedlstm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_info, _add_check, _add_bench):
+    for add in (_add_demo, _add_info, _add_check, _add_compile, _add_bench):
         add(commands)
     return parser
 
@@ -87,6 +87,43 @@ def _check(arguments: argparse.Namespace) -> int:
     if not arguments.all:
         print("Every cell with every option: fusedlstm check --all")
     return 1 if failed else 0
+
+
+def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "Compile the CPU kernels of built-in cells, forward and backward, so that first calls find them on "
+        "disk: in the build of an image, say, or where a program is installed. What is there is not compiled "
+        "again. Without cells: those of LSTM, GRU and RNN."
+    )
+    parser = commands.add_parser("compile", help="compile kernels before they are needed", description=text)
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="lstm, peephole_lstm, and so on")
+    parser.add_argument("--all", action="store_true", help="every built-in cell")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "float64"),
+        default=("float32",),
+        help="precisions (default float32)",
+    )
+    parser.add_argument(
+        "--projection", action="store_true", help="with a projection too, where there can be one"
+    )
+    parser.set_defaults(command=_compile)
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from . import ahead
+    from .info import caches_on_disk
+    from .layers import BUILT_IN
+
+    chosen = list(BUILT_IN) if arguments.all else arguments.cells or ["lstm", "gru", "rnn_tanh", "rnn_relu"]
+    if unknown := [name for name in chosen if name not in BUILT_IN]:
+        raise ValueError(f"CELL must be one of {', '.join(BUILT_IN)}, got {', '.join(unknown)}")
+    cells = [BUILT_IN[name] for name in chosen]
+    for what, seconds in ahead.compile_all(cells, arguments.dtype, arguments.projection):
+        print(f"{what:40} {seconds:6.1f} s", flush=True)
+    print(f"kept in {caches_on_disk()[0]}")
+    return 0
 
 
 def _with_bar(cases: list[Case]) -> Iterator[Case]:

@@ -31,6 +31,7 @@ class Nothing(NamedTuple):
         reset: Any | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,  # (T, B, H) each
     ) -> Any:
         for target, state in zip(final, (0,) * len(final) if initial is None else initial):
             target[...] = state
@@ -43,6 +44,7 @@ class Nothing(NamedTuple):
         dfinal: States | None,
         dx: Any | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         def zeros(shape: Any) -> Any:
             return np.zeros_like(dy, shape=shape)  # where dy lies
@@ -112,13 +114,16 @@ class RecurrentDropout(NamedTuple):
         reset: Any | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,  # (T, B, H) each
     ) -> Any:
         mask = self.masks[0]
         if initial is None:
             initial = (np.zeros_like(mask),) * len(final)
         more = (mask, mask * initial[self.cell.operand]) if self.shared else self.masks
-        initial, ignored = (*initial, *more), tuple(np.empty_like(mask) for _ in more)
-        return self.direction.forward(x, initial, y, (*final, *ignored), lengths, reset, reverse, training)
+        initial, final = (*initial, *more), (*final, *(np.empty_like(mask) for _ in more))
+        if states is not None:
+            states = (*states, *(None,) * len(more))
+        return self.direction.forward(x, initial, y, final, lengths, reset, reverse, training, states)
 
     def backward(
         self,
@@ -127,14 +132,17 @@ class RecurrentDropout(NamedTuple):
         dfinal: States | None,
         dx: Any | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         if dfinal is not None:
             more = 2 if self.shared else len(self.masks)
             dfinal = (*dfinal, *(np.zeros_like(self.masks[0]) for _ in range(more)))
-        dstates, grads = self.direction.backward(tape, dy, dfinal, dx, accumulate)
-        dinitial = [*dstates[: len(self.cell.states)]]
+        if dstates is not None:
+            dstates = (*dstates, *(None,) * (2 if self.shared else len(self.masks)))
+        dstarts, grads = self.direction.backward(tape, dy, dfinal, dx, accumulate, dstates)
+        dinitial = [*dstarts[: len(self.cell.states)]]
         if self.shared:
-            dinitial[self.cell.operand] += self.masks[0] * dstates[-1]
+            dinitial[self.cell.operand] += self.masks[0] * dstarts[-1]
         return tuple(dinitial), grads
 
     def explain(self, steps: int, batch: int, training: bool) -> dict[str, str]:

@@ -568,9 +568,10 @@ def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weig
     """The operator of fusedlstm.torch; what host.Steps does with arrays is done with tensors here."""
     import torch
 
-    from . import torch as adapter
+    from .torch.operators import apply_layer
+    from .torch.shapes import known_cells
 
-    adapter._cells.setdefault(run.cell.key, run.cell)
+    known_cells.setdefault(run.cell.key, run.cell)
     if run.backwards:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
 
@@ -578,7 +579,7 @@ def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weig
 
     def operator(x: Any, lengths: Any) -> Any:
         states = [state.unsqueeze(0) for state in initial]
-        y, *finals = adapter._apply(x.transpose(0, 1), states, flat, lengths, None, run.cell, 1)
+        y, *finals = apply_layer(x.transpose(0, 1), states, flat, lengths, None, run.cell, 1)
         return y.transpose(0, 1), [final.squeeze(0) for final in finals]
 
     if mask is None:

@@ -520,7 +520,7 @@ def one_number(model: keras.Model) -> None:
 @pytest.mark.parametrize("kind", PAIRS)
 def test_weights_are_laid_out_once_for_each_change(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if BACKEND == "torch":
-        from fusedlstm import torch as packer
+        from fusedlstm.torch import prepared as packer
     else:
         packer = host
     real, count = packer._pack, []

@@ -69,7 +69,7 @@ def python(script: str, *arguments: str, **environment: str) -> str:
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if not line.startswith("compiling kernels")] == []
     return done.stdout.strip()
 
 

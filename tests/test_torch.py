@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 import fusedlstm
 import fusedlstm.torch as fused
 from fusedlstm import cells
+from fusedlstm.torch import passes, prepared, records
 
 KINDS = ("LSTM", "GRU", "RNN")
 TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-12}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -478,15 +479,15 @@ def test_memory_for_backward_is_freed(frozen: bool) -> None:
     gc.collect()
     ours = fused.LSTM(INPUTS, HIDDEN, 2).requires_grad_(not frozen)
     x = torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
-    before = len(fused._records)
+    before = len(records._records)
     results = [ours(x)[0].sum() for _ in range(3)]
-    assert len(fused._records) == before + 6
+    assert len(records._records) == before + 6
     del results
     gc.collect()
-    assert len(fused._records) == before
-    number = len(fused._packed)
+    assert len(records._records) == before
+    number = len(prepared._packed)
     del ours
-    assert len(fused._packed) == number - 2
+    assert len(prepared._packed) == number - 2
 
 
 # --- Between forward and backward ---------------------------------------------------------------------
@@ -597,14 +598,14 @@ def test_lengths_and_reset_may_be_written_during_the_call(
 
     with torch.no_grad():
         expected = run()
-        direction = fused._direction
+        direction = passes.direction_of
 
         def write(*args: Any) -> Any:
             lengths.fill_(1 << 40)
             reset.fill_(False)
             return direction(*args)
 
-        monkeypatch.setattr(fused, "_direction", write)
+        monkeypatch.setattr(passes, "direction_of", write)
         assert_same(run(), expected)
 
 
@@ -933,7 +934,7 @@ def test_weights_made_in_inference_mode() -> None:
 def test_weights_without_counters_and_bits_are_never_the_same() -> None:
     with torch.inference_mode():
         weights = [torch.ones(2, 2)]
-    assert fused._stamp(None, weights, 1) != fused._stamp(None, weights, 1)
+    assert prepared._stamp(None, weights, 1) != prepared._stamp(None, weights, 1)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
@@ -951,8 +952,8 @@ def test_optimizers(optimizer: Any) -> None:
 
 def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    pack = fused._pack
-    monkeypatch.setattr(fused, "_pack", lambda *args: made.append(1) or pack(*args))
+    pack = prepared._pack
+    monkeypatch.setattr(prepared, "_pack", lambda *args: made.append(1) or pack(*args))
     ours = fused.LSTM(INPUTS, HIDDEN)
     x = torch.randn(STEPS, BATCH, INPUTS)
     for _ in range(3):
@@ -1140,7 +1141,8 @@ class Tagger(nn.Module):
 
 
 class OwnLSTM(nn.LSTM):
-    pass
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 def test_accelerate_and_restore() -> None:
@@ -1174,17 +1176,17 @@ def test_accelerate_and_restore() -> None:
 def test_restore_changes_nothing_where_a_module_has_become_another_class() -> None:
     model = nn.Sequential(nn.LSTM(2, 3), nn.GRU(3, 2))
     fused.accelerate(model)
-    nn.utils.parametrizations.weight_norm(model[1], "weight_hh_l0")
-    with pytest.raises(TypeError, match=r"^1 has become a ParametrizedGRU.*remove_parametrizations"):
+    model[1].__class__ = type("Other", (fused.GRU,), {})
+    with pytest.raises(TypeError, match=r"^1 has become a Other since: undo that first"):
         fused.restore(model)
     assert type(model[0]) is fused.LSTM
-    nn.utils.parametrize.remove_parametrizations(model[1], "weight_hh_l0")
+    model[1].__class__ = fused.GRU
     assert fused.restore(model) == ["0", "1"]
 
 
 def test_accelerate_takes_the_model_itself() -> None:
     model = nn.GRU(2, 3)
-    assert str(fused.accelerate(model)) == "1 replaced, 0 not\n  the model itself: GRU(2, 3)"
+    assert str(fused.accelerate(model)).startswith("1 replaced, 0 not\n  the model itself: GRU(2, 3)\n")
     assert type(model) is fused.GRU
     assert fused.restore(fused.LSTM(2, 3)) == []  # it never was PyTorch's
 

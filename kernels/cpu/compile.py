@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,10 +20,15 @@ from types import FunctionType
 from typing import Any
 
 import numba
-from numba import njit
+from numba import _dynfunc, njit
 from numba.core import config, registry, sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, InTreeCacheLocator
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.runtime import rtsys
+from numba.core.typed_passes import NativeLowering
 
 from fusedlstm.files import alone, write_whole
 from fusedlstm.folders import Store, is_private, user_cache, user_number, warn
@@ -34,7 +41,7 @@ DIGEST = 32  # bytes
 def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
     """A function compiled for Python to call, without Numba's look at its arguments."""
     compiled = kept(function, signature)
-    with making, _alone(compiled._cache):
+    with making, _said(), _alone(compiled._cache):
         compiled.compile(signature)
     return compiled.overloads[signature].entry_point
 
@@ -44,7 +51,7 @@ def c_function(function: Callable[..., None], signature: Any, more: str = "", **
     function = stamped(function, f"{signature} {more}")
     made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
     made._cache = _Cache(function)
-    with making, _alone(made._cache):
+    with making, _said(), _alone(made._cache):
         made.compile()
     return made
 
@@ -57,6 +64,52 @@ def kept(function: Callable[..., Any], signature: Any = "") -> Any:
     return dispatcher
 
 
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """The code of a part: optimised, and made to machine code, only where it has been linked to."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _PartLowering(NativeLowering):  # type: ignore[misc]
+    _name = "part_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.flags.no_compile = True
+        done = super().run_pass(state)
+        lowered, library = state.cr, state.library
+        described = lowered.fndesc
+        # what Numba knows the part by: as it makes it, but with no code
+        known = _dynfunc.make_function(
+            described.lookup_module(), described.qualname.split(".")[-1], "", 0, lowered.env, (library,)
+        )
+        state.targetctx.insert_user_function(known, described, [library])
+        state.cr = lowered._replace(cfunc=known)
+        return bool(done)
+
+
+class Part(CompilerBase):  # type: ignore[misc]
+    """How functions are compiled that only compiled code calls.
+
+    Numba would optimise each of them, and make machine code of it that nobody runs, before it does the same
+    with what calls them: that took half of the time of all compiling.
+    """
+
+    def define_pipelines(self) -> list[Any]:
+        passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        passes.passes = [
+            (_PartLowering if kind is NativeLowering else kind, text) for kind, text in passes.passes
+        ]
+        passes.finalize()
+        return [passes]
+
+
 # --- Names ------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +117,8 @@ def kept(function: Callable[..., Any], signature: Any = "") -> Any:
 def source_digest() -> str:
     """Changes with the source of the kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for path in [*sorted(folder.glob("*.py")), folder.parent / "random.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -167,10 +221,12 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         return any(os.path.exists(found._data_path(found._data_name(1))) for found in files)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
+        rtsys.initialize(context)
         for folder in store().folders():
             self._cache_file = self._in(folder)
             with suppress(Exception):  # whatever is wrong with it, it can be compiled anew
-                found = super().load_overload(signature, context)
+                # Numba's own would prepare for compiling before, which takes longer than all loading
+                found = self._load_overload(signature, context)
                 if found is not None:
                     return found
         return None
@@ -189,6 +245,34 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 @once
 def _say(message: str) -> None:
     warn(message)
+
+
+class _Spent:
+    """The seconds that this process has taken to compile, or to load; guarded by `making`."""
+
+    PATIENCE = 2.0  # seconds after which whoever waits is told what for
+    seconds, depth, said = 0.0, 0, False
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say once on the log that compiling takes long, and where the kernels are kept."""
+    start, _Spent.depth = time.perf_counter(), _Spent.depth + 1
+    try:
+        yield
+    finally:
+        _Spent.depth -= 1
+        if not _Spent.depth:  # else it is part of what is compiled around it
+            _Spent.seconds += time.perf_counter() - start
+    if _Spent.seconds > _Spent.PATIENCE and not _Spent.said:
+        _Spent.said = True
+        folder = store().place()
+        where = f"in {folder}" if folder else "nowhere, since no folder can be written"
+        logging.getLogger("fusedlstm").warning(
+            "compiling kernels, which takes some seconds for each cell and precision; they are kept %s, and "
+            "`fusedlstm compile` makes them ahead",
+            where,
+        )
 
 
 def _alone(cache: _Cache) -> AbstractContextManager[None]:

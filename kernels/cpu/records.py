@@ -32,6 +32,7 @@ WEIGHT_FIELDS = """
     input_weights bias recurrent_weights vectors projection
     moved_input_weights moved_recurrent_weights moved_vectors moved_projection
     noise_key_0 noise_key_1 noise_draw
+    every_state
 """
 # Offsets from the memory of the forward pass and from the scratch memory of the backward pass, to which the
 # addresses of these are added.
@@ -43,7 +44,7 @@ SCRATCH_FIELDS = """
 PLAN_FIELDS = """
     steps batch inputs hidden outputs chunk taped
     units panel panels slots input_slots further learned operand ring projected
-    late recurrent_slot recurrent_slots reads_operand
+    takes_gates late recurrent_slot recurrent_slots reads_operand  heads spans
     phase_table phases  input_tile input_rows recurrent_rows
     planes_tile plane_tile outer_tile thin_outer_tile  rows_times_planes add_outer launch
     input_order input_gates recurrent_order recurrent_gates late_order no_order
@@ -94,13 +95,20 @@ def task_type(scalar: types.Float) -> Record:
 
 OWN = Record("own", OWN_FIELDS, constant=False)
 PHASE = Record("phase", "address product products rows mean means centers", constant=True)
-PRODUCT = Record("product", "tile offset weights panel_bytes depth late source place", constant=True)
+PRODUCT = Record("product", "tile offset panels late source place", constant=True)
+# Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many numbers.
+PANEL = Record("panel", "weights shift depth", constant=True)
+# Of the planes of the vectors from `low` to `high`: where those of vector 0 would be; bytes from the start
+# of a row to what they multiply; how many numbers that is, and in how many stretches, so many bytes apart.
+PLANES_OF = Record("planes", "low high weights shift depth stretches step", constant=True)
 LATE = Record(
     "late",
     "phase from_slot weights slot source place moved_phase moved_from_slot moved_weights",
     constant=True,
 )
-INPUT = Record("input", "tile rows slot slots weights depth source place", constant=True)
+INPUT = Record("input", "tile rows slot panels source place", constant=True)
+# Of one state, where its values after each step go, or their gradients come from; an array of 0 is none.
+EVERY = Record("every", "array time row", constant=True)
 
 
 @register_model(Record)
@@ -154,7 +162,9 @@ def record_at(record: Record) -> Any:
     return at
 
 
-own_at, phase_at, product_at, late_at, input_at = map(record_at, (OWN, PHASE, PRODUCT, LATE, INPUT))
+own_at, phase_at, product_at, late_at, input_at, every_at, panel_at, planes_at = map(
+    record_at, (OWN, PHASE, PRODUCT, LATE, INPUT, EVERY, PANEL, PLANES_OF)
+)
 
 
 @intrinsic

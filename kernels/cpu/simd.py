@@ -18,12 +18,14 @@ from numba.extending import intrinsic, lower_builtin, models, overload, register
 
 from fusedlstm.kernels.random import philox
 
+from .compile import Part
+
 INT64 = ir.IntType(64)
 
 # Without reference counts, since all memory belongs to who calls a kernel, and as in C when dividing by 0.
 OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
 # For what only other compiled code calls: nothing that Python or C could call is made.
-INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Part}
 
 
 def part(function: Any) -> Any:

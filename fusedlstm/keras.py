@@ -583,44 +583,32 @@ def _forget_compiled(model: Any) -> None:
 
 
 def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weights: list[Any]) -> list[Any]:
-    """The operator of fusedlstm.torch; what host.Steps does with arrays is done with tensors here."""
-    import torch
-
+    """The operator of fusedlstm.torch."""
+    from .torch.masks import TensorSteps
     from .torch.operators import apply_layer
     from .torch.shapes import known_cells
 
     known_cells.setdefault(run.cell.key, run.cell)
     if run.backwards:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
-
+    x, steps = x.transpose(0, 1), None
+    if mask is not None:
+        steps = TensorSteps(mask.transpose(0, 1))
+        x = steps.front(x)
+    states = [state.unsqueeze(0) for state in initial]
     flat = storage.flatten(storage.from_keras(run.cell, weights, _torch_zeros))
-
-    def operator(x: Any, lengths: Any) -> Any:
-        states = [state.unsqueeze(0) for state in initial]
-        y, *finals = apply_layer(x.transpose(0, 1), states, flat, lengths, None, run.cell, 1)
-        return y.transpose(0, 1), [final.squeeze(0) for final in finals]
-
-    if mask is None:
-        y, finals = operator(x, None)
-        return [y if run.sequences else finals[0], *finals]
-    counts, latest = mask.sum(1), mask.cumsum(1)[..., None] - 1
-    empty, lengths = (counts == 0)[:, None], counts.clamp(min=1)
-    ends_only = (mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).all()
-    if not torch.compiler.is_compiling() and ends_only:
-        y, finals = operator(x, lengths)
-        if run.sequences and not run.zeros:
-            y = torch.where(mask[..., None], y, finals[0][:, None])
-    else:
-        order = torch.argsort(~mask, dim=1, stable=True)[..., None]
-        x = torch.take_along_dim(x, order, 1).masked_fill(empty[..., None], 0)
-        y, finals = operator(x, lengths)
-        finals = [torch.where(empty, state, final) for state, final in zip(initial, finals)]
-        if run.sequences:
-            y = torch.take_along_dim(y, latest.clamp(min=0), 1)
-            y = y.masked_fill(~mask[..., None] if run.zeros else latest < 0, 0)
+    lengths = None if steps is None else steps.lengths
+    y, *finals = apply_layer(x, states, flat, lengths, None, run.cell, 1)
+    finals = [final.squeeze(0) for final in finals]
     if not run.sequences:
-        y = finals[0].masked_fill(~mask[:, -1:] if run.zeros else empty, 0)
-    return [y, *finals]
+        y = finals[0]
+        if steps is not None:
+            hidden = ~steps.mask[-1] if run.zeros else steps.lengths == 0
+            y = y.masked_fill(hidden[:, None], 0)
+        return [y, *finals]
+    if steps is not None:
+        y = steps.spread(y, False, None, run.zeros)
+    return [y.transpose(0, 1), *finals]
 
 
 def _torch_zeros(bias: Any) -> Any:

@@ -773,3 +773,15 @@ def test_an_array_that_is_missing(tmp_path: Path) -> None:
     weights.write(path, arrays, settings)
     with pytest.raises(ValueError, match="bias_hh_l0 is missing"):
         fusedlstm.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"input_size": None}, "an input_size"), ({"heads": 2}, "one head")],
+    ids=["gate inputs", "heads"],
+)
+@pytest.mark.parametrize("convert", [weights.to_keras, weights.to_onnx])
+def test_options_that_others_do_not_have_are_refused(convert: Any, options: Any, expected: str) -> None:
+    layer = Recurrent(cells.lstm, **({"input_size": 3, "hidden_size": 4} | options))
+    with pytest.raises(ValueError, match=f"^layer must have {expected}, as layers of"):
+        convert(layer)

@@ -33,7 +33,7 @@ def export(
     """Write a layer, or a stack of them, as a model of ONNX; see :func:`to_model`.
 
     Raises:
-        TypeError: `layer` is none on arrays.
+        TypeError, ValueError: as in :func:`to_model`.
         OSError: if the file cannot be written.
     """
     write_whole(Path(path), to_model(layer, states=states, lengths=lengths).SerializeToString())
@@ -53,6 +53,7 @@ def to_model(layer: Recurrent, *, states: bool = False, lengths: bool = False) -
 
     Raises:
         TypeError: `layer` is none on arrays.
+        ValueError: for a layer of gate inputs, with heads or with zoneout, which are not written yet.
     """
     if not isinstance(layer, Recurrent):
         raise TypeError(
@@ -60,6 +61,9 @@ def to_model(layer: Recurrent, *, states: bool = False, lengths: bool = False) -
             f"{type(layer).__module__}.{type(layer).__qualname__}; fusedlstm.weights.from_torch and "
             "from_keras give one the weights of others"
         )
+    storage.check_plain(layer, "ONNX")
+    if np.any(layer.zoneout):
+        raise ValueError(f"layer must have no zoneout, which is not written to ONNX, got {layer!r}")
     return _Layer(layer, states, lengths).made()
 
 
@@ -153,7 +157,7 @@ class _Layer:
         return cast(ModelProto, model)
 
     def _inputs(self) -> list[ValueInfoProto]:
-        found = [self.graph.info("x", *self._axes(), self.layer.input_size)]
+        found = [self.graph.info("x", *self._axes(), self.layer._features)]
         if self.states:
             found += self._states("0")
         if self.lengths:

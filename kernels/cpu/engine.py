@@ -18,8 +18,9 @@ from .compile import entry_point
 from .entry import adjoint_tangent_pass, backward_pass, forward_pass, tangent_pass
 from .plan import BARRIER, BYTES, FLOPS, ONLY, Sequences, sequences, threads_for
 from .records import WEIGHT_FIELDS
-from .spec import Registers, machine
+from .spec import WIDENED, Operand, Registers, machine
 from .team import LINE
+from .tile import FEW
 from .work import Compiled, compiled
 
 
@@ -67,6 +68,13 @@ def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
         for entry, work in ((pack.pack_panels, pack.panels_work), (pack.pack_planes, pack.planes_work))
     )
     return panels, planes
+
+
+@once
+def narrower(scalar: types.Float, precision: str) -> Kernel:
+    """The compiled :func:`pack.narrow`."""
+    captured = (Registers(scalar, precision), INT, INT, INT, INT, INT)
+    return compile_kernel(pack.narrow, pack.narrow_work, types.Tuple(captured), *captured)
 
 
 @once
@@ -166,7 +174,8 @@ class Packed:
         threads, address, patience = threads_for(weight.nbytes / 4e3)
         args = (None, weight, gates, self.layer.hidden, self.program.units, packed.ctypes.data)
         kernel.entry(address, threads, patience, kernel.address, *args)
-        return packed
+        panels = self.layer.padded // self.program.panel
+        return self._narrowed(packed, panels, weight.shape[1], gates.size * self.program.units)
 
     def _planes(self, weight: np.ndarray | None, gates: np.ndarray, rows: int, padded: int) -> np.ndarray:
         """The given gates of a matrix, so many rows each, as planes."""
@@ -178,7 +187,21 @@ class Packed:
         threads, address, patience = threads_for(weight.nbytes / 8e3)
         args = (None, weight, gates, rows, padded, packed.ctypes.data)
         kernel.entry(address, threads, patience, kernel.address, *args)
-        return packed
+        return self._narrowed(packed, -(-weight.shape[1] // lanes), padded * gates.size, 1)
+
+    def _narrowed(self, packed: np.ndarray, panels: int, depth: int, width: int) -> np.ndarray:
+        """Panels (panels, depth, width, lanes), or planes of width 1, of what products multiply."""
+        program = self.program
+        registers = program.registers
+        if registers.group == 1:
+            return packed
+        size = panels * width * (program.groups(depth) * registers.column + registers.tail)
+        narrow = empty(size, np.dtype(np.uint8))
+        kernel = narrower(program.scalar, program.precision)
+        threads, address, patience = threads_for(packed.nbytes / 4e3)
+        args = (None, packed.ctypes.data, panels, depth, width, narrow.ctypes.data)
+        kernel.entry(address, threads, patience, kernel.address, *args)
+        return narrow
 
     @lazy
     def bias(self) -> np.ndarray:
@@ -213,18 +236,20 @@ class Packed:
 
 
 class CPUDirection:
-    """One direction of one layer on the CPU; see dispatch.Direction."""
+    """One direction of one layer on the CPU, with products in a precision; see dispatch.Direction."""
 
-    def __init__(self, cell: Cell, weights: Weights) -> None:
+    def __init__(self, cell: Cell, weights: Weights, precision: str = "float32") -> None:
         check_projection(cell, weights)
         self.weights, self.dtype = weights, weights.ih.dtype
+        _check_precision(precision, weights)
         hidden, inputs = cell.hidden_size(weights), weights.ih.shape[1]
         projected = weights.hr is not None
         outputs = len(weights.hr) if projected else hidden
-        self.layer = layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, projected)
+        self.layer = layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, projected, precision)
         self.program = program = layer.program
         self.packed = packed = Packed(layer, weights)
-        self._forward = forward_pass(program.scalar, len(cell.states))  # looked up now, which takes a while
+        # looked up now, which takes a while
+        self._forward = forward_pass(program.scalar, len(cell.states), precision)
         late = dict(zip(cell.late, map(_address, packed.late_panels)))
         self._products = program.product_table(
             program.steps, layer.sizes, _address(packed.recurrent_panels), late
@@ -239,8 +264,20 @@ class CPUDirection:
         """Bytes of what has been laid out."""
         return self.packed.nbytes
 
+    @lazy
+    def _exact(self) -> CPUDirection:
+        """The same with products of float32, which takes the same tapes."""
+        return self if self.program.precision == "float32" else CPUDirection(self.program.cell, self.weights)
+
+    @property
+    def _trained(self) -> CPUDirection:
+        """What runs the backward pass: where bfloat16 is but a format of storage, that of float32."""
+        return self._exact if self.program.registers.operand is WIDENED else self
+
     def lay_out_for_backward(self) -> None:
         """Do now what the first backward pass would; from then on the weights' memory is not read."""
+        if self._trained is not self:
+            return self._trained.lay_out_for_backward()
         self.packed.input_planes  # noqa: B018
         self._backward_words  # noqa: B018
 
@@ -269,6 +306,8 @@ class CPUDirection:
     ) -> Tape | None:
         """See dispatch.Direction."""
         layer, (steps, batch, _) = self.layer, x.shape
+        if training and self.program.precision == "int8":
+            raise ValueError("precision 'int8' is for inference; train in 'float32' or 'bfloat16'")
         threads, _, patience, chunk, task, order = layer.plan(steps, batch)
         if lengths is not None:
             order = sequences(steps, batch, lengths)
@@ -294,6 +333,8 @@ class CPUDirection:
         accumulate: bool,
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
+        if self._trained is not self:
+            return self._trained.backward(tape, dy, dfinal, dx, accumulate)
         layer, program = self.layer, self.program
         x, y, order, reset, reverse, memory = tape
         assert x is not None
@@ -307,7 +348,7 @@ class CPUDirection:
         if dx is not None:
             words = words.copy()
             words[WEIGHTS["input_weights"]] = _address(self.packed.input_planes)
-        entry, _, whole, work = backward_pass(program.scalar, len(dinitial))
+        entry, _, whole, work = backward_pass(program.scalar, len(dinitial), program.precision)
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
             x, y, dy, x if dx is None else dx, dx is not None, accumulate,
@@ -342,7 +383,12 @@ class CPUDirection:
         y: np.ndarray,  # (T, B, P), written
         final: States,  # written
     ) -> Tangent:
-        """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it."""
+        """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it.
+
+        Second derivatives have products of float32, whatever the precision of the first.
+        """
+        if self._exact is not self:
+            return self._exact.tangent(tape, x, initial, weights, y, final)
         moved = Packed(self.layer, weights)
         layer, program, cell = self.layer, self.program, self.program.cell
         p_x, p_y, order, reset, reverse, p_memory = tape
@@ -381,6 +427,8 @@ class CPUDirection:
         dx: np.ndarray | None,  # (T, B, I): the tangent of its dx, written; None if not wanted
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
+        if self._exact is not self:
+            return self._exact.backward_tangent(tape, tangent, dy, dfinal, dx)
         layer, program, cell = self.layer, self.program, self.program.cell
         p_x, p_y, order, reset, reverse, p_memory = tape
         (x, y, *_, memory), moved = tangent
@@ -419,7 +467,8 @@ class CPUDirection:
         threads, _, _, chunk, *_ = self.layer.plan(steps, batch)
         step = self.layer.step_time(batch)
         why = f"of {team.describe()}; a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
-        computes = 2 * batch / FLOPS > self.dtype.itemsize / BYTES
+        operand = program.registers.operand
+        computes = 2 * batch / (FLOPS * operand.rate) > (operand.weight or self.dtype.itemsize) / BYTES
         panels = (self.packed.input_panels, self.packed.recurrent_panels, *self.packed.late_panels)
         size = sum(array.nbytes for array in panels) / 1e6
         width = len(program.recurrent_order) * program.units
@@ -429,12 +478,42 @@ class CPUDirection:
             "phases": f"{len(program.steps)} a step{back}",
             "tile": f"{program.recurrent_rows} rows x {width} vectors of {lanes} {self.dtype} "
             f"({machine().name})",
+            "products": _describe_products(program.precision, operand),
             "threads": f"{threads} {why}",
             "layout": f"weights in panels of {program.panel} hidden units with all their gates, "
             f"{size:.1f} MB",
             "chunk": f"the input of {chunk} steps is projected at once",
             "bound": f"{'multiply-adds' if computes else 'reading the weights'}, at batch {batch}",
         }
+
+
+MOST_INTEGERS = 1 << 17  # products of integers in a sum, which then cannot exceed 32 bits
+
+
+def _check_precision(precision: str, weights: Weights) -> None:
+    """Refuse what there are no products of."""
+    if precision != "float32" and weights.ih.dtype != np.float32:
+        raise ValueError(f"precision {precision!r} needs weights of float32, got {weights.ih.dtype}")
+    depth = max(weight.shape[1] for weight in (weights.ih, weights.hh, weights.hr) if weight is not None)
+    if precision == "int8" and depth > MOST_INTEGERS:
+        raise ValueError(f"precision 'int8' takes at most {MOST_INTEGERS} inputs or units, got {depth}")
+
+
+def _describe_products(precision: str, operand: Operand) -> str:
+    """What is multiplied, and how."""
+    if precision == "float32":
+        return "of the layer's own numbers"
+    if operand is WIDENED:
+        return (
+            "bfloat16 is what weights are stored as, and rows rounded to; this processor has no instruction "
+            "for it, so that they are widened to float32 in registers"
+        )
+    how = f"by {operand.instruction}"
+    if operand.matrix:
+        how += f", and by {operand.matrix} from {FEW + 1} rows on"
+    if precision == "int8":
+        return f"integers of 8 bits with a scale for each row of weights and of values, {how}"
+    return f"bfloat16, {how}; sums are float32"
 
 
 def _address(array: np.ndarray) -> int:
@@ -458,8 +537,15 @@ def _singly(order: np.ndarray) -> list[np.ndarray]:
 
 
 class CPU:
-    """See dispatch.Engine."""
+    """See dispatch.Engine.
+
+    Args:
+        precision: of products in float32 layers: "float32", "bfloat16" or "int8".
+    """
+
+    def __init__(self, precision: str = "float32") -> None:
+        self.precision = precision
 
     def prepare(self, cell: Cell, weights: Weights) -> CPUDirection:
         """See dispatch.Engine."""
-        return CPUDirection(cell, weights)
+        return CPUDirection(cell, weights, self.precision)

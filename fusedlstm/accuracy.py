@@ -88,7 +88,7 @@ def compare(
     if lengths is not None:
         lengths = layers._lengths(lengths, steps, batch, batched, xp)
     if reset is not None:
-        reset = layer._reset(reset, steps, batch, batched, xp)
+        reset = layer._marks("reset", reset, steps, batch, batched, xp)
     exact, narrow = given, given
     finals: list[tuple[list[Any], list[Any]]] = []
     of_layers, of_gates = {}, {}

@@ -29,6 +29,7 @@ __all__ = [
     "CellError",
     "cell",
     "coupled_lstm",
+    "gate_inputs",
     "gru",
     "gru_reset_before",
     "ind_rnn",
@@ -76,11 +77,13 @@ class Cell:
         constants: the keyword-only arguments, and their values.
         seeds: names of the gradients of the new states, which the derived adjoint takes.
         step, adjoint: as expressions.
+        takes_gates: whether the input is that of the gates itself: see :func:`gate_inputs`.
         source: the generated code of the step and of its adjoint.
         key: a text that is equal for equal mathematics; names files in the cache.
     """
 
     _made: tuple[Callable[..., Cell], tuple[Any, ...]] | None = None  # how, if not of a function alone
+    takes_gates: bool = False  # made by gate_inputs
 
     def __init__(
         self,
@@ -259,13 +262,25 @@ class Cell:
 
     def hidden_size(self, weights: Weights) -> int:
         """H of the weights of a layer."""
-        return int(weights.ih.shape[0]) // len(self.gates_with_input)
+        if weights.ih is not None:
+            return int(weights.ih.shape[0]) // len(self.gates_with_input)
+        if weights.hh is not None:
+            return int(weights.hh.shape[0]) // len(self.gates_with_recurrent)
+        return int(weights.vectors[0].shape[0])
+
+    def input_size(self, weights: Weights) -> int:
+        """I of the weights of a layer."""
+        if weights.ih is None:
+            return len(self.gates_with_input) * self.hidden_size(weights)
+        return int(weights.ih.shape[1])
 
     @property
     def unprojectable(self) -> str:
         """Why the output cannot be projected; empty if it can."""
         if self.reads_output:
             return f"it reads its own output {self.states[0]!r}, which has another size then"
+        if self.takes_gates:
+            return "its gates are given their inputs: put a linear layer behind it instead"
         if self.operand:
             return f"the recurrent weights multiply {self.recurrent!r}, not the output"
         if not self.gates_with_recurrent:
@@ -593,6 +608,27 @@ def recurrent_dropout(cell: Cell) -> Cell:
     dropped = _rebuilt(cell, function, cell.gates, states=states, recurrent="dropped")
     dropped._made = recurrent_dropout, (cell,)
     return dropped
+
+
+@once
+def gate_inputs(cell: Cell) -> Cell:
+    """`cell` for layers whose input is what the gates get of it, so that there is no product with it.
+
+    The input is (T, B, gates * H), of the gates that have input weights in `cell`, in their order; there are
+    no ``weight_ih`` and ``bias_ih``.
+
+    Raises:
+        CellError: if nothing that is learned is left.
+    """
+    if not cell.gates_with_recurrent and not cell.weights:
+        raise CellError(
+            f"cell {cell.name} has neither recurrent weights nor learned vectors: without input weights "
+            "nothing in it is learned"
+        )
+    made = object.__new__(Cell)
+    vars(made).update(vars(cell), takes_gates=True, key=f"{cell.key}_of_gates")
+    made._made = gate_inputs, (cell,)
+    return made
 
 
 def _masked(gate: Callable[[Any], Any], mask: Any, operand: Any) -> Any:

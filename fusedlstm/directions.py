@@ -29,6 +29,7 @@ class Nothing(NamedTuple):
         reset: Any | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,  # (T, B, H) each
     ) -> Any:
         for target, state in zip(final, (0,) * len(final) if initial is None else initial):
             target[...] = state
@@ -41,6 +42,7 @@ class Nothing(NamedTuple):
         dfinal: States | None,
         dx: Any | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         def zeros(shape: Any) -> Any:
             return np.zeros_like(dy, shape=shape)  # where dy lies
@@ -69,13 +71,16 @@ class RecurrentDropout(NamedTuple):
         reset: Any | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,  # (T, B, H) each
     ) -> Any:
         mask = self.mask
         if initial is None:
             initial = (np.zeros_like(mask),) * len(final)
         initial = (*initial, mask, mask * initial[self.cell.operand])
-        ignored = np.empty_like(mask), np.empty_like(mask)
-        return self.direction.forward(x, initial, y, (*final, *ignored), lengths, reset, reverse, training)
+        final = (*final, np.empty_like(mask), np.empty_like(mask))
+        if states is not None:
+            states = (*states, None, None)
+        return self.direction.forward(x, initial, y, final, lengths, reset, reverse, training, states)
 
     def backward(
         self,
@@ -84,10 +89,13 @@ class RecurrentDropout(NamedTuple):
         dfinal: States | None,
         dx: Any | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         if dfinal is not None:
             dfinal = (*dfinal, np.zeros_like(self.mask), np.zeros_like(self.mask))
-        (*dinitial, _, dmasked), grads = self.direction.backward(tape, dy, dfinal, dx, accumulate)
+        if dstates is not None:
+            dstates = (*dstates, None, None)
+        (*dinitial, _, dmasked), grads = self.direction.backward(tape, dy, dfinal, dx, accumulate, dstates)
         dinitial[self.cell.operand] += self.mask * dmasked
         return tuple(dinitial), grads
 

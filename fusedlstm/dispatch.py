@@ -65,6 +65,9 @@ class Direction(Protocol):
         reset: Any | None,  # (T, B) bool
         reverse: bool,
         training: bool,
+        # (T, B, H) each, written: the states but the output after each step, zero past the end; None, also in
+        # the place of some, if they are not wanted
+        states: States | None = None,
     ) -> Any:
         """Run all steps; the tape that `backward` takes if training, else None."""
 
@@ -75,6 +78,7 @@ class Direction(Protocol):
         dfinal: States | None,  # shaped as the final states; None is zero
         dx: Any | None,  # (T, B, I), written or added to; None if it is not wanted, which saves its product
         accumulate: bool,  # whether dx is added to
+        dstates: States | None = None,  # (T, B, H) each, of the states but the output after each step
     ) -> tuple[States, Weights]:
         """The gradients of the initial states and of the weights.  A tape may be used again."""
 
@@ -93,6 +97,7 @@ class TwiceDifferentiable(Direction, Protocol):
         weights: Weights,  # of which each may be None
         y: Any,  # (T, B, P), written
         final: States,  # written
+        states: States | None = None,  # (T, B, H) each, written
     ) -> Any:
         """The tangent of that pass; what `backward_tangent` needs of it."""
 
@@ -103,8 +108,20 @@ class TwiceDifferentiable(Direction, Protocol):
         dy: Any,  # (T, B, P): of the backward pass after it
         dfinal: States | None,
         dx: Any | None,  # (T, B, I), written; None if it is not wanted
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         """The tangents of what `backward` writes and returns, where dy and dfinal do not move."""
+
+
+class Repeatable(Direction, Protocol):
+    """A direction that can be bound to arrays."""
+
+    def repeated(self, x: Any, y: Any, states: States) -> Any:
+        """A forward pass over these arrays, as :meth:`Direction.forward` takes them, which `run()` runs.
+
+        Again and again, over what they hold then; the final states take the place of the initial ones.
+        That they are written to once before is part of it.
+        """
 
 
 class Engine(Protocol):

@@ -19,7 +19,8 @@ import numpy as np
 
 from . import weights as storage
 from .cells import Cell
-from .once import fork_lock, lazy, once
+from .masks import ArraySteps
+from .once import fork_lock, once
 
 if TYPE_CHECKING:
     from fusedlstm.kernels.cpu.engine import CPUDirection
@@ -38,74 +39,6 @@ class Run(NamedTuple):
     zeros: bool  # whether the output of a step that is masked is zero, or that of the step before
     carries: bool  # whether, if there is no step before, it is the initial one, or zero
     masked: bool  # whether there is a mask
-
-
-class Steps:
-    """Which steps of each sequence count.
-
-    Kernels know sequences that end, not steps that are left out: those that count move to the front.  A
-    sequence in which none does is run for one step, and nothing of that is used.
-    """
-
-    def __init__(self, mask: np.ndarray) -> None:
-        self.mask = mask  # (B, T)
-        counts = mask.sum(1)
-        self.lengths, self.empty = np.maximum(counts, 1), counts == 0
-        ends_only = (mask == (np.arange(mask.shape[1]) < counts[:, None])).all()
-        self.moves = bool(self.empty.any() or not ends_only)
-
-    @lazy
-    def order(self) -> np.ndarray:
-        """(B, T, 1): the steps, those that count first."""
-        return np.argsort(~self.mask, axis=1, kind="stable")[..., None]
-
-    @lazy
-    def shown(self) -> np.ndarray:
-        """(B, T): which of the steps that count was the latest at each step; -1 before the first."""
-        return np.cumsum(self.mask, axis=1) - 1
-
-    def front(self, x: np.ndarray) -> np.ndarray:
-        """The steps (B, T, I) that count at the front."""
-        if not self.moves:
-            return x
-        moved = np.take_along_axis(x, self.order, 1)
-        moved[self.empty] = 0  # may have been anything
-        return moved
-
-    def back(self, dx: np.ndarray) -> np.ndarray:
-        """The gradient of what was moved to the front."""
-        moved = np.empty_like(dx)
-        np.put_along_axis(moved, self.order, dx, 1)
-        moved[~self.mask] = 0
-        return moved
-
-    def spread(self, y: np.ndarray, last: np.ndarray, before: np.ndarray | None, zeros: bool) -> np.ndarray:
-        """What Keras shows at every step, of the outputs (B, T, H) of those that count."""
-        if not self.moves:
-            if not zeros:
-                np.copyto(y, last[:, None], where=~self.mask[..., None])
-            return y
-        shown = np.take_along_axis(y, np.maximum(self.shown, 0)[..., None], 1)
-        hidden = ~self.mask if zeros else self.shown < 0
-        np.copyto(shown, 0 if zeros or before is None else before[:, None], where=hidden[..., None])
-        return shown
-
-    def gather(self, dy: np.ndarray, zeros: bool) -> tuple[np.ndarray, np.ndarray | int, np.ndarray | int]:
-        """The gradients of y, last and before, as `spread` takes them."""
-        if not self.moves:
-            return dy, 0 if zeros else np.where(self.mask[..., None], 0, dy).sum(1), 0
-        gathered, before = np.zeros_like(dy), np.zeros_like(dy[:, 0])
-        rows = np.nonzero(self.mask)[0]
-        if zeros:
-            gathered[rows, self.shown[self.mask]] = dy[self.mask]
-            return gathered, 0, 0
-        starts = self.mask.copy()
-        starts[:, 0] = True  # sums of the steps that show the same output
-        sums = np.add.reduceat(dy.reshape(-1, dy.shape[-1]), np.flatnonzero(starts), axis=0)
-        counts = self.mask[starts]
-        gathered[rows, self.shown[self.mask]] = sums[counts]
-        before[np.nonzero(starts)[0][~counts]] = sums[~counts]
-        return gathered, 0, before
 
 
 # --- What is kept from call to call ----------------------------------------------------------------------
@@ -229,7 +162,8 @@ class _Arguments:
         if run.backwards:
             x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
         self.x, self.sequences = x, run.sequences  # (B, T, I)
-        self.steps = None if mask is None else Steps(mask)
+        # of no sequences there is nothing to move
+        self.steps = None if mask is None or not len(x) else ArraySteps(np, mask.T)
 
     def _check_all(self, cell: Cell, x: np.ndarray, mask: np.ndarray | None) -> None:
         kernel, recurrent, *others = self.weights
@@ -259,8 +193,9 @@ class _Arguments:
     @property
     def run_steps(self) -> np.ndarray:
         """(T, B, I): the input as kernels take it."""
-        x: np.ndarray = self.x if self.steps is None else self.steps.front(self.x)
-        return np.swapaxes(x, 0, 1)
+        x = np.swapaxes(self.x, 0, 1)
+        moved: np.ndarray = x if self.steps is None else self.steps.front(x)
+        return moved
 
 
 def _rows(array: Any) -> np.ndarray:
@@ -331,9 +266,6 @@ def _forward(
     direction = _pack(cell, weights, True) if training else _packed_direction(cell, weights)
     lengths = None if steps is None else steps.lengths
     tape = direction.forward(x, given.initial, y.swapaxes(0, 1), finals, lengths, None, False, training)
-    if steps is not None and steps.moves:
-        for final, state in zip(finals, given.initial):
-            final[steps.empty] = state[steps.empty]
     return y, finals, _Record(direction, tape._replace(x=None)) if training else None
 
 
@@ -343,13 +275,14 @@ def _shown(run: Run, given: _Arguments, y: np.ndarray, finals: tuple[np.ndarray,
     if steps is None:
         return y if run.sequences else finals[0]
     if run.sequences:
-        return steps.spread(y, finals[0], given.initial[0] if run.carries else None, run.zeros)
+        before = given.initial[0] if run.carries else 0
+        return np.ascontiguousarray(steps.spread(y.swapaxes(0, 1), False, before, run.zeros).swapaxes(0, 1))
     return np.where(_hidden(run, steps), 0, finals[0])
 
 
-def _hidden(run: Run, steps: Steps) -> np.ndarray:
+def _hidden(run: Run, steps: ArraySteps) -> np.ndarray:
     """(B, 1): where the last output is zero, and not the final state."""
-    hidden = ~steps.mask[:, -1] if run.zeros else steps.empty & (not run.carries)
+    hidden: np.ndarray = ~steps.mask[-1] if run.zeros else (steps.lengths == 0) & (not run.carries)
     return hidden[:, None]
 
 
@@ -380,20 +313,19 @@ def backward(
         return list(out)
     record = _records.take(int(number)) or _forward(run, True, given)[2]
     assert record is not None
-    dy, dfinals, direct = _seeds(run, given, dshown, dfinals)
+    dy, dfinals, past = _seeds(run, given, dshown, dfinals)
     x, steps = given.run_steps, given.steps
     dx = out[0][:, :: -1 if run.backwards else 1] if wants_dx else None  # (B, T, I)
     dinitial, dweights = record.direction.backward(
         record.tape._replace(x=x),
-        dy.swapaxes(0, 1),
+        dy,
         tuple(dfinals),
         None if dx is None else dx.swapaxes(0, 1),
         False,
     )
-    if steps is not None:
-        if dx is not None and steps.moves:
-            dx[...] = steps.back(dx)
-        dinitial = tuple([part + more for part, more in zip(dinitial, direct)])
+    if steps is not None and dx is not None and steps.moves:
+        dx[...] = steps.back(dx.swapaxes(0, 1)).swapaxes(0, 1)
+    dinitial = (dinitial[0] + past, *dinitial[1:])
     for target, gradient in zip(out[wants_dx:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
         _write(target, gradient)
     return list(out)
@@ -409,21 +341,16 @@ def _write(target: np.ndarray, gradient: np.ndarray) -> None:
 
 def _seeds(
     run: Run, given: _Arguments, dshown: np.ndarray, dfinals: list[np.ndarray]
-) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
-    """Gradients of the outputs (B, T, H) and final states of the run, and what goes past the run to the
-    initial states."""
-    steps = given.steps
-    direct: list[Any] = [0] * len(dfinals)
+) -> tuple[np.ndarray, list[np.ndarray], Any]:
+    """Gradients of the outputs (T, B, H) and final states of the run, and what goes past the run to the
+    initial output."""
+    steps, past = given.steps, 0
     if run.sequences:
-        dy, last, before = (dshown, 0, 0) if steps is None else steps.gather(dshown, run.zeros)
-        if run.carries:
-            direct[0] = before
-    else:
-        dy = np.broadcast_to(np.zeros(given.shape[2:], dshown.dtype), given.shape)
-        last = dshown if steps is None else np.where(_hidden(run, steps), 0, dshown)
-    dfinals[0] = dfinals[0] + last
-    if steps is not None and steps.moves:
-        empty = steps.empty[:, None]
-        direct = [more + np.where(empty, part, 0) for more, part in zip(direct, dfinals)]
-        dfinals = [np.where(empty, 0, part) for part in dfinals]
-    return dy, dfinals, direct
+        dy = dshown.swapaxes(0, 1)
+        if steps is not None:
+            dy, before = steps.gather(dy, False, run.zeros)
+            past = before if run.carries else 0
+        return dy, dfinals, past
+    dy = np.broadcast_to(np.zeros(given.shape[2:], dshown.dtype), given.shape).swapaxes(0, 1)
+    last = dshown if steps is None else np.where(_hidden(run, steps), 0, dshown)
+    return dy, [dfinals[0] + last, *dfinals[1:]], past

@@ -31,7 +31,9 @@ from . import weights as storage
 from .cells import Cell
 from .directions import Nothing, RecurrentDropout
 from .dispatch import Direction
+from .masks import ArraySteps
 from .once import fork_lock
+from .stepper import Stepper
 from .weights import Weights
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "Recurrent", "Tape", "explain", "load"]
@@ -46,10 +48,10 @@ class _Place:
     Weights never change; a place is replaced as a whole, so nothing packed can be out of date.
     """
 
-    __slots__ = ("dropping", "ready", "weights")
+    __slots__ = ("dropping", "level", "ready", "weights")
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, level: int) -> None:
+        self.weights, self.level = weights, level
         self.ready: dict[type, Direction] = {}  # by the type of the input array
         self.dropping: dict[type, Direction] = {}  # those with recurrent dropout
 
@@ -64,7 +66,10 @@ class Recurrent:
 
     Args:
         cell: what :func:`fusedlstm.cell` made of a function, or one of :mod:`fusedlstm.cells`.
-        input_size: I, the number of features of the input.
+        input_size: I, the number of features of the input.  None if the input is what the gates get of it,
+            (T, B, D*gates*H): of the gates that have input weights, in their order, first those of the
+            forward direction.  Then I is D*gates*H, and the first layer has no ``weight_ih`` and ``bias_ih``.
+            Not with a projection.
         hidden_size: H, the number of hidden units.
         num_layers: L; each layer after the first takes the output of the one before.
         bias: whether gates have biases, ``bias_ih`` and ``bias_hh``, if the cell's may.
@@ -88,6 +93,8 @@ class Recurrent:
             where the recurrent weights multiply it; the others are divided by 1 - recurrent_dropout.
             One mask holds for all steps of a sequence (Gal and Ghahramani, 2016); output and states are
             not masked.  Not with a projection.
+        heads: blocks on the diagonal of the recurrent weights of each gate; between them these are zero, and
+            neither kept nor multiplied: ``weight_hh`` is (gates*H, H/heads).  Not with a projection.
         seed: of the initial weights and of dropout; None takes fresh entropy.
 
     Raises:
@@ -95,7 +102,7 @@ class Recurrent:
     """
 
     cell: Cell
-    input_size: int
+    input_size: int | None
     hidden_size: int
     num_layers: int
     bias: bool
@@ -104,6 +111,7 @@ class Recurrent:
     bidirectional: bool
     proj_size: int
     recurrent_dropout: float
+    heads: int
     dtype: np.dtype[Any]
     backend: str
     precision: str
@@ -114,6 +122,7 @@ class Recurrent:
     _sizes: tuple[int, ...]  # of the states: P, then H
     _directions: int
     _width: int  # of the output: D * P
+    _features: int  # of the input: I
     _drops: bool  # whether there is dropout of any kind in training
     _key: tuple[Any, Any]
     _draws: count[int]
@@ -121,7 +130,7 @@ class Recurrent:
     def __init__(
         self,
         cell: Cell,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -135,6 +144,7 @@ class Recurrent:
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         self._configure(
@@ -153,6 +163,7 @@ class Recurrent:
                 "precision": precision,
                 "form": form,
                 "recurrent_dropout": recurrent_dropout,
+                "heads": heads,
             }
         )
         self._name_weights()
@@ -168,6 +179,9 @@ class Recurrent:
         settings.update(
             _directions=directions,
             _width=directions * outputs,
+            _features=self.input_size
+            if self.input_size is not None
+            else directions * len(self.cell.gates_with_input) * self.hidden_size,
             _drops=self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1),
             _sizes=(outputs, *[self.hidden_size] * (len(self.cell.states) - 1)),
         )
@@ -175,12 +189,17 @@ class Recurrent:
     def _check_settings(self) -> None:
         if self.precision != "float32" and self.dtype != np.float32:
             raise ValueError(f"precision {self.precision!r} needs dtype 'float32', got {self.dtype.name!r}")
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size must be a multiple of heads {self.heads}, got {self.hidden_size}")
+        if self.heads > 1 and (self.proj_size or not self.cell.gates_with_recurrent):
+            why = "proj_size" if self.proj_size else f"the cell {self.cell.name}, without recurrent weights"
+            raise ValueError(f"heads must be 1 with {why}, got {self.heads}")
         if self.proj_size >= self.hidden_size:
             raise ValueError(
                 f"proj_size must be smaller than hidden_size {self.hidden_size}, got {self.proj_size}"
             )
-        if self.proj_size and self.cell.unprojectable:
-            raise ValueError(f"proj_size must be 0 with the cell {self.cell.name}: {self.cell.unprojectable}")
+        if self.proj_size and (why := self._cell(0).unprojectable):
+            raise ValueError(f"proj_size must be 0 with the cell {self.cell.name}: {why}")
         if self.proj_size and self.recurrent_dropout:
             raise ValueError(
                 f"recurrent_dropout must be 0 with proj_size, got {self.recurrent_dropout!r} with "
@@ -188,6 +207,11 @@ class Recurrent:
             )
         if self.dropout and self.num_layers == 1:
             _warn("dropout is applied after every layer but the last, and there is one layer")
+
+    def _cell(self, level: int, dropping: bool = False) -> Cell:
+        """The cell that a layer of the stack runs."""
+        cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
+        return cells.gate_inputs(cell) if self.input_size is None and level == 0 else cell
 
     def _name_weights(self, arrays: Mapping[str, Any] | None = None) -> None:
         """Fix the names and shapes of the weights, as long as `arrays` has all of these names, if given.
@@ -198,9 +222,9 @@ class Recurrent:
         places, shapes = [], {}
         for n in range(self.num_layers * self._directions):
             layer, reverse = divmod(n, self._directions)
-            names = storage.names(self.cell, layer, bool(reverse), self.bias, self.proj_size > 0)
-            inputs = self._width if layer else self.input_size
-            expected = storage.shapes(self.cell, inputs, self.hidden_size, self.bias, self.proj_size)
+            cell, inputs = self._cell(layer), self._width if layer else self._features
+            names = storage.names(cell, layer, bool(reverse), self.bias, self.proj_size > 0)
+            expected = storage.shapes(cell, inputs, self.hidden_size, self.bias, self.proj_size, self.heads)
             named = dict(zip(storage.flatten(names), storage.flatten(expected)))
             if arrays is not None and (missing := [name for name in named if name not in arrays]):
                 raise ValueError("; ".join(f"{name} is missing" for name in missing))
@@ -302,7 +326,7 @@ class Recurrent:
             places = []
             for n, names in enumerate(self._names):
                 if not arrays.keys().isdisjoint(storage.flatten(names)):
-                    places.append(_Place(storage.fill(names, merged.__getitem__)))
+                    places.append(_Place(storage.fill(names, merged.__getitem__), n // self._directions))
                 else:
                     places.append(self._places[n])
             vars(self).update(arrays, _places=tuple(places))
@@ -353,9 +377,12 @@ class Recurrent:
         state: Any = None,
         lengths: Any = None,  # (B,)
         reset: Any = None,  # (T, B), (B, T) or (T,)
-    ) -> tuple[Any, Any]:
-        """Outputs and final state; see :meth:`forward`."""
-        return self.forward(x, state, lengths, reset)[:2]
+        *,
+        mask: Any = None,  # (T, B), (B, T) or (T,)
+        all_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """Outputs, final state and, if asked for, all states; see :meth:`forward`."""
+        return self.forward(x, state, lengths, reset, mask=mask, all_states=all_states)[:-1]
 
     def forward(
         self,
@@ -365,8 +392,10 @@ class Recurrent:
         reset: Any = None,  # (T, B), (B, T) or (T,)
         training: bool = False,
         *,
+        mask: Any = None,  # (T, B), (B, T) or (T,)
+        all_states: bool = False,
         draw: int | None = None,
-    ) -> tuple[Any, Any, Tape | None]:
+    ) -> tuple[Any, ...]:
         """Run the layers over a batch of sequences, or over one.
 
         Args:
@@ -383,19 +412,26 @@ class Recurrent:
             reset: booleans, shaped as x without its features: where true, the state goes back to the
                 initial one before that step.  The reverse direction goes back at the same boundary.
             training: whether to apply dropout and to keep what backward needs.
+            mask: booleans, shaped as x without its features: where false, a step is left out, and hands the
+                state on; its output is that of the step before, or what has been carried in.
+            all_states: whether all states after each step are asked for.
             draw: number of the dropout masks; ``tape.draw`` of an earlier call gives its masks again.
                 By default each call in training takes the next number.
 
         Returns:
-            y, shaped as x with D*P features; the final state, shaped as the initial one; and the
-            :class:`Tape` in training, else None.  The tape refers to x and y: change neither in place
-            before backward.  Everything else that it needs, it has taken by value.
+            y, shaped as x with D*P features; the final state, shaped as the initial one; with all_states a
+            tuple of the states after each step, the output first, (T, L*D, B, P) and (T, L*D, B, H), or
+            without the axis B, zero past the end; and the :class:`Tape` in training, else None.  The tape
+            refers to x and y: change neither in place before backward.  Everything else that it needs, it
+            has taken by value.
 
         Raises:
             TypeError, ValueError: for an argument that is none of the above; it names the argument.
         """
         if type(training) is not bool:
             training = _flag("training", training)
+        if all_states is not False:
+            all_states = _flag("all_states", all_states)
         if draw is not None:
             draw = _size("draw", draw, minimum=0)
         given = x
@@ -403,7 +439,8 @@ class Recurrent:
             x = dispatch.taken("x", x)
             if dispatch.elsewhere(device := dispatch.device_of(x)):
                 with device:
-                    return self.forward(x, state, lengths, reset, training, draw=draw)
+                    options: dict[str, Any] = {"mask": mask, "all_states": all_states, "draw": draw}
+                    return self.forward(x, state, lengths, reset, training, **options)
         x, batched = self._input(x)
         kind = type(x)
         xp = np if kind is np.ndarray else _array_module(x)
@@ -412,19 +449,27 @@ class Recurrent:
         if lengths is not None:
             lengths = _lengths(lengths, steps, batch, batched, xp)
         if reset is not None:
-            reset = self._reset(reset, steps, batch, batched, xp)
+            reset = self._marks("reset", reset, steps, batch, batched, xp)
+        runs, masked = steps > 0 and batch > 0, None
+        if mask is not None:
+            mask = self._marks("mask", mask, steps, batch, batched, xp)
+            if runs:
+                masked = ArraySteps(xp, mask, lengths, reset)
+                x, lengths, reset = masked.front(x), masked.lengths, masked.reset
         dtype, directions, outputs, places = self.dtype, self._directions, self._sizes[0], self._places
         final: list[Any] = []
         empty = xp.empty
         for size in self._sizes:
             final.append(empty((len(places), batch, size), dtype))
+        every: list[Any] | None = None
+        if all_states:
+            every = [empty((steps, len(places), batch, size), dtype) for size in self._sizes]
         tape = None
         if training:
             x = x.view()  # whose shape nobody changes
-            tape = Tape(self, given, x, batched)
+            tape = Tape(self, given, x, batched, masked, all_states)
             if self._drops:
                 tape.draw = next(self._draws) if draw is None else draw
-        runs = steps > 0 and batch > 0
         if not runs:
             dispatch.engine(self.backend, x, self.precision, self.form)  # refuses what it would of others
         y = x
@@ -439,28 +484,88 @@ class Recurrent:
                 direction = self._dropping(place, x, n, tape.draw, xp)
             else:
                 direction = place.ready.get(kind) or self._prepare(place, x)
+            own = y if directions == 1 else y[..., outputs * reverse : outputs * (1 + reverse)]
             record = direction.forward(
-                x,
+                x if self.input_size is not None else self._fed(x, n),
                 None if initial is None else _entries(initial, n),
-                y if directions == 1 else y[..., outputs * reverse : outputs * (1 + reverse)],
+                own,
                 _entries(final, n),
                 lengths,
                 reset,
                 reverse,
                 training,
+                None if every is None else tuple([part[:, n] for part in every[1:]]),
             )
+            if every is not None and len(places) == 1 and masked is None:
+                every[0] = own[:, None]
+            elif every is not None:
+                every[0][:, n] = own
             if tape is not None:
                 tape.runs.append((direction, record))
+        if masked is not None:
+            y = self._spread(masked, initial, y, final, every)
         if not batched:
             y, final = y[:, 0], [part[:, 0] for part in final]
         elif self.batch_first:
             y = y.swapaxes(0, 1)
         elif training:
             y = y.view()  # a view cannot be resized under the tape
-        return y, final[0] if len(final) == 1 else tuple(final), tape
+        end = final[0] if len(final) == 1 else tuple(final)
+        if every is None:
+            return y, end, tape
+        return y, end, tuple(every if batched else [part[:, :, 0] for part in every]), tape
+
+    def stepper(self, batch: int = 1, steps: int | None = None) -> Stepper:
+        """Buffers and kernels for a few steps at a time, whose state stays between calls.
+
+        For streams, for text that is generated, for agents: all is checked once, so that a step costs little
+        more than its kernel.  On the CPU, without dropout.
+
+        Args:
+            batch: B, the sequences that run side by side.
+            steps: T, the steps of a call; by default one, and arrays without that axis.
+
+        Raises:
+            TypeError, ValueError: for sizes that are none; for a bidirectional layer, or one on a GPU.
+
+        Example:
+            >>> step = lstm.stepper()
+            >>> for x in stream:  # (1, I) each
+            ...     y = step(x)  # (1, P), until the next call
+        """
+        batch = _size("batch", batch)
+        return Stepper(self, batch, None if steps is None else _size("steps", steps))
+
+    def _spread(
+        self, masked: ArraySteps, initial: Any, y: Any, final: list[Any], every: list[Any] | None
+    ) -> Any:
+        """The output (T, B, D*P) of all steps, of that of those that count; other results are overwritten."""
+        directions, outputs, shown = self._directions, self._sizes[0], []
+        for n in range(len(self._places)):
+            reverse = n % directions
+            before = [0] * len(final) if initial is None else _entries(initial, n)
+            if n + directions >= len(self._places):
+                part = slice(outputs * reverse, outputs * (1 + reverse))
+                shown.append(masked.spread(y[..., part], reverse == 1, before[0]))
+            for state, start in zip(final, before):
+                masked.end(state[n], reverse == 1, start)
+            for state, start in zip(every or (), before):
+                values = masked.spread(state[:, n], reverse == 1, start)
+                if masked.moves:
+                    state[:, n] = values
+        if not masked.moves:  # what lies at the ends has been written where it is
+            return y
+        return shown[0] if directions == 1 else masked.module.concatenate(shown, -1)
+
+    def _fed(self, x: Any, n: int) -> Any:
+        """What place n takes of the input of its layer, or gives to its gradient."""
+        if self.input_size is not None or n >= self._directions or self._directions == 1:
+            return x
+        size = self._features // 2
+        return x[..., size * n : size * (n + 1)]
 
     def _prepare(self, place: _Place, x: Any, dropping: bool = False) -> Direction:
-        cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
+        cell = self._cell(place.level, dropping)
         engine = dispatch.engine(self.backend, x, self.precision, self.form)
         direction = engine.prepare(cell, place.weights)
         return (place.dropping if dropping else place.ready).setdefault(type(x), direction)
@@ -477,9 +582,9 @@ class Recurrent:
         if type(x) is not np.ndarray or x.dtype is not self.dtype or not x.flags.carray:
             x = _laid_out("x", x, self.dtype, _array_module(x))
         shape = x.shape
-        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
+        if len(shape) not in (2, 3) or shape[-1] != self._features:
             axes = "(B, T, {0})" if self.batch_first else "(T, B, {0})"
-            expected = f"{axes} or (T, {{0}})".format(self.input_size)
+            expected = f"{axes} or (T, {{0}})".format(self._features)
             raise ValueError(f"x must have the shape {expected}, got {shape}")
         if len(shape) == 2:
             return x[:, None], False
@@ -521,18 +626,18 @@ class Recurrent:
     def _state_names(self) -> str:
         return f"({', '.join(self.cell.states)})"
 
-    def _reset(self, reset: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
-        """reset as (T, B), in memory that nobody else writes."""
-        on_gpu = dispatch.lies_on_gpu(reset)
-        flags = xp.asarray(_beside_x("reset", reset, xp) if on_gpu else dispatch.on_host("reset", reset))
+    def _marks(self, name: str, marks: Any, steps: int, batch: int, batched: bool, xp: Any) -> Any:
+        """reset or mask as (T, B), in memory that nobody else writes."""
+        on_gpu = dispatch.lies_on_gpu(marks)
+        flags = xp.asarray(_beside_x(name, marks, xp) if on_gpu else dispatch.on_host(name, marks))
         expected: tuple[int, ...] = (steps,)
         if batched:
             expected = (batch, steps) if self.batch_first else (steps, batch)
         if flags.dtype != bool:
-            raise TypeError(f"reset must be booleans, got {flags.dtype}")
+            raise TypeError(f"{name} must be booleans, got {flags.dtype}")
         if flags.shape != expected:
             raise ValueError(
-                f"reset must have the shape {expected}, as x without its features, got {flags.shape}"
+                f"{name} must have the shape {expected}, as x without its features, got {flags.shape}"
             )
         if not batched:
             flags = flags[:, None]
@@ -548,10 +653,14 @@ class Tape:
         draw: number of the dropout masks of this pass, None if there was no dropout.
     """
 
-    __slots__ = ("batched", "device", "draw", "given", "layer", "memory", "runs", "sizes")
+    __slots__ = (
+        "all_states", "batched", "device", "draw", "given", "layer", "masked", "memory", "runs", "sizes",
+    )  # fmt: skip
 
-    def __init__(self, layer: Recurrent, given: Any, x: Any, batched: bool) -> None:
-        self.layer, self.batched = layer, batched
+    def __init__(
+        self, layer: Recurrent, given: Any, x: Any, batched: bool, masked: ArraySteps | None, all_states: bool
+    ) -> None:
+        self.layer, self.batched, self.masked, self.all_states = layer, batched, masked, all_states
         self.sizes: tuple[int, int] = x.shape[:2]
         self.device, self.memory = dispatch.device_of(x), _memory(x)
         # an x that was copied may change
@@ -567,12 +676,14 @@ class Tape:
         rate, key = self.layer.dropout, self.layer._key
         return values * dropout_mask(values.shape, rate, key, self.draw, layer, values.dtype, xp)
 
-    def backward(self, dy: Any, dstate: Any = None) -> tuple[Any, Any, dict[str, Any]]:
+    def backward(self, dy: Any, dstate: Any = None, dstates: Any = None) -> tuple[Any, Any, dict[str, Any]]:
         """Gradients of x, of the initial state and of the weights.
 
         Args:
             dy: gradient of the output, shaped as it; None for zero.
             dstate: gradient of the final state, shaped as it; None for zero.
+            dstates: those of all states, shaped as these, if the forward pass was asked for them; None, also
+                in the place of some, for zero.
 
         Returns:
             dx, shaped as x; the gradient of the initial state, shaped as it; and those of the weights
@@ -584,40 +695,99 @@ class Tape:
         """
         if dispatch.elsewhere(self.device):
             with self.device:
-                return self.backward(dy, dstate)
+                return self.backward(dy, dstate, dstates)
         if self.given is not None and _memory(dispatch.taken("x", self.given)) != self.memory:
             raise RuntimeError("x has been resized since the forward pass; backward needs what was in it")
         layer, (steps, batch) = self.layer, self.sizes
         xp = np if self.device is None else sys.modules["cupy"]
         d_output = self._output_gradient(dy, xp)
         d_final = None if dstate is None else layer._state("dstate", dstate, batch, self.batched, xp)
+        d_every = None if dstates is None else self._all_gradients(dstates, xp)
         directions, outputs = layer._directions, layer._sizes[0]
         d_initial = [xp.empty((len(self.runs), batch, size), layer.dtype) for size in layer._sizes]
+        past: list[Any] = []  # gradients that go past the steps to the initial states
+        if self.masked is not None:
+            d_output, d_final, d_every, past = self._gather(d_output, d_final, d_every)
         grads: dict[str, Any] = dict.fromkeys(layer._shapes)
         for level in reversed(range(layer.num_layers)):
-            inputs = layer._width if level else layer.input_size
+            inputs = layer._width if level else layer._features
             d_input = xp.empty((steps, batch, inputs), layer.dtype)
             for reverse in range(directions):
                 n = level * directions + reverse
                 direction, record = self.runs[n]
+                part = slice(outputs * reverse, outputs * (1 + reverse))
+                own, further = d_output if directions == 1 else d_output[..., part], None
+                if d_every is not None:
+                    first, *others = [None if part is None else part[:, n] for part in d_every]
+                    own, further = own if first is None else own + first, tuple(others)
+                target = layer._fed(d_input, n)
                 states, gradients = direction.backward(
                     record,
-                    d_output
-                    if directions == 1
-                    else d_output[..., outputs * reverse : outputs * (1 + reverse)],
+                    own,
                     None if d_final is None else _entries(d_final, n),
-                    d_input,
-                    reverse == 1,
+                    target,
+                    reverse == 1 and target is d_input,
+                    further,
                 )
-                for target, part in zip(d_initial, states):
-                    target[n] = part
+                for entry, state in zip(d_initial, states):
+                    entry[n] = state
                 grads.update(zip(storage.flatten(layer._names[n]), storage.flatten(gradients)))
             d_output = self.dropped(d_input, level - 1, xp) if level else d_input
+        if self.masked is not None:
+            d_output = self.masked.back(d_output)
+        for target, part in zip(d_initial, past):
+            target += part
         if not self.batched:
             d_output, d_initial = d_output[:, 0], [part[:, 0] for part in d_initial]
         elif layer.batch_first:
             d_output = d_output.swapaxes(0, 1)
         return d_output, d_initial[0] if len(d_initial) == 1 else tuple(d_initial), grads
+
+    def _all_gradients(self, dstates: Any, xp: Any) -> list[Any]:
+        """dstates as (T, L*D, B, size) each, or None."""
+        layer, (steps, batch) = self.layer, self.sizes
+        if not self.all_states:
+            raise ValueError("dstates must be None after a forward pass without all_states=True")
+        if type(dstates) not in (tuple, list) or len(dstates) != len(layer._sizes):
+            raise TypeError(f"dstates must be a tuple {layer._state_names()}, got {_described(dstates)}")
+        parts: list[Any] = []
+        for name, part, size in zip(layer.cell.states, dstates, layer._sizes):
+            if part is not None:
+                label = f"{name} in dstates"
+                part = _laid_out(label, part, layer.dtype, xp)
+                expected = (steps, len(self.runs), *([batch] if self.batched else []), size)
+                if part.shape != expected:
+                    raise ValueError(f"{label} must have the shape {expected}, got {part.shape}")
+                part = part if self.batched else part[:, :, None]
+            parts.append(part)
+        return parts
+
+    def _gather(
+        self, d_output: Any, d_final: Any, d_every: list[Any] | None
+    ) -> tuple[Any, Any, list[Any] | None, list[Any]]:
+        """Gradients of what the steps that count gave, and those that go past them to the initial states."""
+        masked, layer = self.masked, self.layer
+        assert masked is not None
+        xp, outputs, places = masked.module, layer._sizes[0], len(self.runs)
+        past = [xp.zeros((places, self.sizes[1], size), layer.dtype) for size in layer._sizes]
+        gathered = xp.empty(d_output.shape, layer.dtype)
+        if d_final is not None:
+            d_final = [xp.array(part) for part in d_final]
+        given: list[Any] = [None] * len(past) if d_every is None else d_every
+        if d_every is not None:
+            d_every = [None if part is None else xp.empty_like(part) for part in d_every]
+        for n in range(places):
+            reverse = n % layer._directions
+            if n >= places - layer._directions:
+                part = slice(outputs * reverse, outputs * (1 + reverse))
+                gathered[..., part], past[0][n] = masked.gather(d_output[..., part], reverse == 1)
+            for k in range(len(past)):
+                if d_every is not None and given[k] is not None:
+                    d_every[k][:, n], direct = masked.gather(given[k][:, n], reverse == 1)
+                    past[k][n] += direct
+                if d_final is not None:
+                    past[k][n] += masked.split_end(d_final[k][n], reverse == 1)
+        return gathered, d_final, d_every, past
 
     def _output_gradient(self, dy: Any, xp: Any) -> Any:
         """dy as (T, B, D*P)."""
@@ -647,7 +817,7 @@ class LSTM(Recurrent):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -661,6 +831,7 @@ class LSTM(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -678,6 +849,7 @@ class LSTM(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            heads=heads,
             seed=seed,
         )
 
@@ -689,7 +861,7 @@ class GRU(Recurrent):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -703,6 +875,7 @@ class GRU(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -719,6 +892,7 @@ class GRU(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            heads=heads,
             seed=seed,
         )
 
@@ -738,7 +912,7 @@ class RNN(Recurrent):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         nonlinearity: str = "tanh",
@@ -752,6 +926,7 @@ class RNN(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        heads: int = 1,
         seed: int | None = None,
     ) -> None:
         kinds = {"tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
@@ -771,6 +946,7 @@ class RNN(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            heads=heads,
             seed=seed,
         )
 
@@ -1020,7 +1196,7 @@ def _option(name: str, value: Any) -> str:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of the settings
     "cell": _cell,
-    "input_size": _size,
+    "input_size": lambda name, value: None if value is None else _size(name, value),
     "hidden_size": _size,
     "num_layers": _size,
     "bias": _flag,
@@ -1029,6 +1205,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of the settings
     "bidirectional": _flag,
     "proj_size": partial(_size, minimum=0),
     "recurrent_dropout": _probability,
+    "heads": _size,
     "dtype": _dtype,
     **dict.fromkeys(dispatch.OPTIONS, _option),
 }

@@ -29,8 +29,8 @@ class Weights(NamedTuple):
     With P the size of the output: the projection's if there is one, else H.
     """
 
-    ih: Any  # (gates with input weights * H, I)
-    hh: Any  # (gates with recurrent weights * H, P), or None if there are none
+    ih: Any  # (gates with input weights * H, I), or None if gates are given their inputs
+    hh: Any  # (gates with recurrent weights * H, P / heads), or None if there are none
     bias_ih: Any = None  # (rows of ih,) or None
     bias_hh: Any = None  # (rows of hh,) or None
     hr: Any = None  # (P, H) or None
@@ -41,24 +41,26 @@ def names(cell: Cell, layer: int, reverse: bool, bias: bool, projected: bool) ->
     """The names of the parameters, as PyTorch gives them, in the places of the weights."""
     suffix = f"_l{layer}" + ("_reverse" if reverse else "")
     recurrent, bias = bool(cell.gates_with_recurrent), bias and cell.biases
+    given = cell.takes_gates
     return Weights(
-        f"weight_ih{suffix}",
+        None if given else f"weight_ih{suffix}",
         f"weight_hh{suffix}" if recurrent else None,
-        f"bias_ih{suffix}" if bias else None,
+        f"bias_ih{suffix}" if bias and not given else None,
         f"bias_hh{suffix}" if bias and recurrent else None,
         f"weight_hr{suffix}" if projected else None,
         tuple(f"{name}{suffix}" for name in cell.weights),
     )
 
 
-def shapes(cell: Cell, inputs: int, hidden: int, bias: bool, proj: int) -> Weights:
+def shapes(cell: Cell, inputs: int, hidden: int, bias: bool, proj: int, heads: int = 1) -> Weights:
     """The shapes of the parameters, in the places of the weights."""
     rows, recurrent = len(cell.gates_with_input) * hidden, len(cell.gates_with_recurrent) * hidden
     bias = bias and cell.biases
+    given = cell.takes_gates
     return Weights(
-        (rows, inputs),
-        (recurrent, proj or hidden) if recurrent else None,
-        (rows,) if bias else None,
+        None if given else (rows, inputs),
+        (recurrent, (proj or hidden) // heads) if recurrent else None,
+        (rows,) if bias and not given else None,
         (recurrent,) if bias and recurrent else None,
         (proj, hidden) if proj else None,
         ((hidden,),) * len(cell.weights),
@@ -73,14 +75,15 @@ def flatten(weights: Weights) -> list[Any]:
 
 def unflatten(cell: Cell, flat: Sequence[Any]) -> Weights:
     """The weights of a cell whose entries :func:`flatten` gave."""
-    matrices = 2 if cell.gates_with_recurrent else 1
-    own = len(flat) - len(cell.weights)
-    rest = own - matrices  # as many biases as matrices, or none; and one more with a projection
-    hh = flat[1] if matrices == 2 else None
-    biases = [*flat[matrices : 2 * matrices], None][:2] if rest >= matrices else (None, None)
-    projected = rest % matrices == 1
-    hr = flat[own - 1] if projected else None
-    return Weights(flat[0], hh, biases[0], biases[1], hr, tuple(flat[own:]))
+    products = (not cell.takes_gates, bool(cell.gates_with_recurrent))  # whether there are weights of each
+    matrices, own = sum(products), len(flat) - len(cell.weights)
+    # as many biases as matrices, or none; and one more with a projection, which needs both matrices
+    biased, projected = own >= 2 * matrices, matrices == 2 and own % 2 == 1
+    rest = iter(flat)
+    ih, hh = (next(rest) if there else None for there in products)
+    bias_ih, bias_hh = (next(rest) if there and biased else None for there in products)
+    hr = next(rest) if projected else None
+    return Weights(ih, hh, bias_ih, bias_hh, hr, tuple(rest))
 
 
 def from_keras(cell: Cell, flat: Sequence[Any], zeros_like: Callable[[Any], Any]) -> Weights:

@@ -34,6 +34,7 @@ class Tape(NamedTuple):
     x: np.ndarray  # (T, B, I)
     steps: list[Taped]  # for each t
     raw: np.ndarray  # (T, B, H), the output before its projection
+    states: tuple[np.ndarray, ...]  # (T, B, H) each, the states but the output after each step
     active: np.ndarray  # (T, B)
     boundary: np.ndarray  # (T, B)
     order: range
@@ -71,6 +72,7 @@ def forward(
     hidden = cell.hidden_size(weights)
     y = np.zeros((steps, *initial[0].shape), x.dtype)
     raw = np.zeros((steps, batch, hidden), x.dtype)
+    every = tuple(np.zeros((steps, *state.shape), x.dtype) for state in initial[1:])
     tapes = [Taped({}, {}) for _ in range(steps)]
     states = initial
     for t in order:
@@ -82,8 +84,9 @@ def forward(
         if weights.hr is not None:
             new[0] = raw[t] @ weights.hr.T
         states = tuple(np.where(active[t, :, None], n, s) for n, s in zip(new, states))
-        y[t] = np.where(active[t, :, None], new[0], 0)
-    return y, states, Tape(cell, weights, x, tapes, raw, active, boundary, order)
+        for target, state in zip((y, *every), new):
+            target[t] = np.where(active[t, :, None], state, 0)
+    return y, states, Tape(cell, weights, x, tapes, raw, every, active, boundary, order)
 
 
 def _arguments(
@@ -92,13 +95,15 @@ def _arguments(
     """What the function of the cell takes at a step; what backward needs of it is noted on the tape."""
     input_weights, recurrent_weights = by_gate(cell, weights)
     from_input = {gate: x @ weight.T for gate, weight in input_weights.items()}
+    if cell.takes_gates:
+        from_input = dict(zip(cell.gates_with_input, np.split(x, len(cell.gates_with_input), -1)))
     from_output, bias_hh = {}, {}
     if weights.bias_ih is not None:
         for gate, bias in zip(cell.gates_with_input, np.split(weights.bias_ih, len(from_input))):
             from_input[gate] = from_input[gate] + bias
-        if recurrent_weights:
-            parts = np.split(weights.bias_hh, len(recurrent_weights))
-            bias_hh = dict(zip(cell.gates_with_recurrent, parts))
+    if weights.bias_hh is not None:
+        parts = np.split(weights.bias_hh, len(recurrent_weights))
+        bias_hh = dict(zip(cell.gates_with_recurrent, parts))
 
     def multiply(gate: str, operand: np.ndarray) -> Any:
         tape.operands[gate] = operand
@@ -120,16 +125,39 @@ def _noting(function: Any, gate: str, arguments: dict[str, np.ndarray], operand:
 
 
 def by_gate(cell: Cell, weights: Weights) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The input weights (H, I) and the recurrent weights (H, P) of each gate that has them."""
+    """The input weights (H, I) and the recurrent weights (H, P), with zeros between heads, of each gate that
+    has them."""
     ih, hh = cell.gates_with_input, cell.gates_with_recurrent
-    recurrent = dict(zip(hh, np.split(weights.hh, len(hh)))) if hh else {}
-    return dict(zip(ih, np.split(weights.ih, len(ih)))), recurrent
+    columns = cell.hidden_size(weights) if weights.hr is None else len(weights.hr)
+    recurrent = {}
+    if hh:
+        recurrent = {g: block_diagonal(w, columns) for g, w in zip(hh, np.split(weights.hh, len(hh)))}
+    return {} if weights.ih is None else dict(zip(ih, np.split(weights.ih, len(ih)))), recurrent
+
+
+def block_diagonal(weight: np.ndarray, columns: int) -> np.ndarray:
+    """(H, columns / heads) as (H, columns), with zeros between the heads."""
+    heads = columns // weight.shape[1]
+    if heads == 1:
+        return weight
+    blocks = np.zeros((heads, len(weight) // heads, heads, weight.shape[1]), weight.dtype)
+    for n, block in enumerate(np.split(weight, heads)):
+        blocks[n, :, n] = block
+    return blocks.reshape(len(weight), columns)
+
+
+def diagonal_blocks(weight: np.ndarray, width: int) -> np.ndarray:
+    """What :func:`block_diagonal` made the matrix of; what lies between the heads is lost."""
+    heads = weight.shape[1] // width
+    blocks = weight.reshape(heads, -1, heads, width)
+    return np.concatenate([blocks[n, :, n] for n in range(heads)])
 
 
 def backward(
     tape: Tape,
     dy: np.ndarray,  # (T, B, P)
     dfinal: tuple[np.ndarray, ...],  # shaped as the final states
+    dstates: tuple[np.ndarray | None, ...] = (),  # (T, B, H) each, of the states but the output at each step
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], Weights]:
     """Gradients of x, of the initial states and of the weights."""
     cell, weights = tape.cell, tape.weights
@@ -140,12 +168,14 @@ def backward(
     transposed = {
         function_name(f"{TRANSPOSED}:{gate}"): partial(_times, recurrent_weights[gate]) for gate in cell.late
     }
-    dstates = list(dfinal)
+    dafter = list(dfinal)
     for t in reversed(tape.order):
         active = tape.active[t, :, None]
-        dnew = [np.where(active, d, 0) for d in dstates]
-        passed = [np.where(active, 0, d) for d in dstates]
-        dnew[0] = dnew[0] + np.where(active, dy[t], 0)
+        dnew = [np.where(active, d, 0) for d in dafter]
+        passed = [np.where(active, 0, d) for d in dafter]
+        for n, given in enumerate((dy, *dstates)):
+            if given is not None:
+                dnew[n] = dnew[n] + np.where(active, given[t], 0)
         if weights.hr is not None:
             grads.hr[...] += dnew[0].T @ np.where(active, tape.raw[t], 0)
             dnew[0] = dnew[0] @ weights.hr
@@ -154,26 +184,29 @@ def backward(
         # a row that is past its end has no gradient, whatever its values are
         d = dict(zip(cell.arguments, (np.where(active, g, 0) for g in gradients)))
         x = np.where(active, tape.x[t], 0)
+        if cell.takes_gates:
+            dx[t] = np.concatenate([d[f"{g}_x" if g in cell.split else g] for g in cell.gates_with_input], -1)
         for n, (gate, weight) in enumerate(input_weights.items()):
             part = d[f"{gate}_x" if gate in cell.split else gate]
             dx[t] += part @ weight
             _part(grads.ih, n, len(input_weights))[...] += part.T @ x
             if weights.bias_ih is not None:
                 _part(grads.bias_ih, n, len(input_weights))[...] += part.sum(0)
-        dstates = [p + d.get(name, 0) for name, p in zip(cell.states, passed)]
+        dafter = [p + d.get(name, 0) for name, p in zip(cell.states, passed)]
         for n, (gate, weight) in enumerate(recurrent_weights.items()):
             part = d[f"{gate}_h" if gate in cell.split else gate]
             if gate not in cell.late:
-                dstates[cell.operand] = dstates[cell.operand] + part @ weight
-            _part(grads.hh, n, len(recurrent_weights))[...] += part.T @ np.where(active, operands[gate], 0)
+                dafter[cell.operand] = dafter[cell.operand] + part @ weight
+            target = _part(grads.hh, n, len(recurrent_weights))
+            target += diagonal_blocks(part.T @ np.where(active, operands[gate], 0), target.shape[1])
             if weights.bias_hh is not None:
                 _part(grads.bias_hh, n, len(recurrent_weights))[...] += part.sum(0)
         for name, vector in zip(cell.weights, grads.vectors):
             vector += d[name].sum(0)
         boundary = tape.boundary[t, :, None]
-        total = [s + np.where(boundary, d, 0) for s, d in zip(total, dstates)]
-        dstates = [np.where(boundary, 0, d) for d in dstates]
-    return dx, tuple(s + d for s, d in zip(total, dstates)), grads
+        total = [s + np.where(boundary, d, 0) for s, d in zip(total, dafter)]
+        dafter = [np.where(boundary, 0, d) for d in dafter]
+    return dx, tuple(s + d for s, d in zip(total, dafter)), grads
 
 
 def _times(weight: np.ndarray, d: np.ndarray) -> Any:
@@ -207,12 +240,14 @@ class Direction(NamedTuple):
         reset: np.ndarray | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: tuple[np.ndarray | None, ...] | None = None,  # (T, B, H) each
     ) -> Tape | None:
         if initial is None:
             initial = tuple(np.zeros_like(state) for state in final)
-        y[...], states, tape = forward(self.cell, self.weights, x, initial, lengths, reset, reverse)
-        for target, state in zip(final, states):
-            target[...] = state
+        y[...], end, tape = forward(self.cell, self.weights, x, initial, lengths, reset, reverse)
+        for target, state in zip((*final, *(states or ())), (*end, *tape.states)):
+            if target is not None:
+                target[...] = state
         return tape if training else None
 
     def backward(
@@ -222,12 +257,13 @@ class Direction(NamedTuple):
         dfinal: tuple[np.ndarray, ...] | None,
         dx: np.ndarray | None,  # (T, B, I)
         accumulate: bool,
+        dstates: tuple[np.ndarray | None, ...] | None = None,  # (T, B, H) each
     ) -> tuple[tuple[np.ndarray, ...], Weights]:
         if dfinal is None:
             hidden = tape.raw[0]
             outputs = hidden if self.weights.hr is None else hidden[:, : len(self.weights.hr)]
             dfinal = tuple(np.zeros_like(hidden if n else outputs) for n in range(len(self.cell.states)))
-        here, dinitial, grads = backward(tape, dy, dfinal)
+        here, dinitial, grads = backward(tape, dy, dfinal, dstates or ())
         if dx is not None:
             dx[...] = dx + here if accumulate else here
         return dinitial, grads

@@ -67,14 +67,17 @@ class Case(NamedTuple):
     reverse: bool = False
     accumulate: bool = False
     batch_first: bool = False  # arrays (B, T, ...), seen as (T, B, ...)
-    wide: bool = False  # y, dy and dx are slices of the last axis of wider arrays
+    wide: bool = False  # y, dy, dx and all states are slices of the last axis of wider arrays
+    every: bool = False  # all states are asked for, and have gradients
     seed: int = 1
+    heads: int = 1
 
     def __str__(self) -> str:
-        options = [field for field in self._fields[8:-1] if getattr(self, field)]
+        options = [field for field in self._fields[8:-2] if getattr(self, field)]
         proj = f"-P{self.proj}" if self.proj else ""
+        heads = f"-{self.heads} heads" if self.heads > 1 else ""
         return "-".join(
-            [f"T{self.steps}-B{self.batch}-I{self.inputs}-H{self.hidden}{proj}"]
+            [f"T{self.steps}-B{self.batch}-I{self.inputs}-H{self.hidden}{proj}{heads}"]
             + ([] if self.bias else ["no_bias"])
             + options
         )
@@ -91,6 +94,7 @@ class Problem(NamedTuple):
     dy: np.ndarray  # (T, B, P)
     dfinal: tuple[np.ndarray, ...]
     dx: np.ndarray  # (T, B, I): what dx is added to
+    dstates: tuple[np.ndarray, ...]  # (T, B, H) each
 
 
 def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
@@ -100,10 +104,12 @@ def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
         return (scale * generator.normal(size=shape)).astype(dtype).astype(np.float64)
 
     T, B, inputs, hidden = case[:4]
-    ih, hh, bias_ih, bias_hh, hr, vectors = shapes(cell, inputs, hidden, case.bias, case.proj)
+    if cell.takes_gates:
+        inputs = len(cell.gates_with_input) * hidden
+    ih, hh, bias_ih, bias_hh, hr, vectors = shapes(cell, inputs, hidden, case.bias, case.proj, case.heads)
     sizes = [case.proj or hidden, *[hidden] * (len(cell.states) - 1)]
     weights = Weights(
-        normal(*ih, scale=inputs**-0.5),
+        normal(*ih, scale=inputs**-0.5) if ih else None,
         normal(*hh, scale=0.7 * hh[1] ** -0.5) if hh else None,
         normal(*bias_ih) if bias_ih else None,
         normal(*bias_hh) if bias_hh else None,
@@ -114,9 +120,9 @@ def problem(cell: Cell, case: Case, dtype: Any) -> Problem:
     lengths = generator.integers(1, max(2, T), B) if case.padded else None  # often none is T long
     reset = generator.random((T, B)) < 0.3 if case.reset else None
     dx = normal(T, B, inputs, scale=float(case.accumulate))
-    return Problem(
-        weights, normal(T, B, inputs), states[0], lengths, reset, normal(T, B, sizes[0]), states[1], dx
-    )
+    x, dy = normal(T, B, inputs), normal(T, B, sizes[0])
+    dstates = tuple(normal(T, B, hidden) for _ in sizes[1:])
+    return Problem(weights, x, states[0], lengths, reset, dy, states[1], dx, dstates)
 
 
 def cast(weights: Weights, dtype: Any) -> Weights:
@@ -152,8 +158,8 @@ def direction(cell: Cell, case: Case, dtype: Any) -> CPUDirection:
 Results = dict[str, np.ndarray]
 
 
-def named(y: Any, final: Any, dx: Any, dinitial: Any, grads: Weights) -> Results:
-    arrays = {"y": y, "dx": dx}
+def named(y: Any, final: Any, dx: Any, dinitial: Any, grads: Weights, states: Any = ()) -> Results:
+    arrays = {"y": y, "dx": dx} | {f"states {n}": array for n, array in enumerate(states)}
     for n, (end, start) in enumerate(zip(final, dinitial)):
         arrays |= {f"final {n}": end, f"dinitial {n}": start}
     arrays |= {f: a for f, a in zip(Weights._fields[:5], grads) if a is not None}
@@ -173,18 +179,29 @@ def run(
     initial = tuple(state.astype(dtype) for state in p.initial) if case.initial else None
     final = tuple(np.full(state.shape, np.nan, dtype) for state in p.initial)
     options = (p.lengths, p.reset, case.reverse)
-    tape = made.forward(x.array, initial, y.array, final, *options, True)
-    again, states = np.full_like(y.array, np.nan), tuple(np.full_like(state, np.nan) for state in final)
-    assert made.forward(x.array, initial, again, states, *options, False) is None
-    for ours, theirs in zip((again, *states), (y.array, *final)):
+    every, dstates = (
+        [Buffer(fill * values, case, dtype) for values in p.dstates if case.every] for fill in (np.nan, 1)
+    )
+    states, dafter = (
+        tuple(buffer.array for buffer in buffers) if case.every else None for buffers in (every, dstates)
+    )
+    tape = made.forward(x.array, initial, y.array, final, *options, True, states)
+    again, ends = np.full_like(y.array, np.nan), tuple(np.full_like(state, np.nan) for state in final)
+    assert made.forward(x.array, initial, again, ends, *options, False) is None
+    for ours, theirs in zip((again, *ends), (y.array, *final)):
         assert np.array_equal(ours, theirs)
+    if states:
+        others = tuple(np.full_like(array, np.nan) for array in states)
+        made.forward(x.array, initial, again, ends, *options, False, others)
+        assert all(map(np.array_equal, others, states))
     dfinal = tuple(d.astype(dtype) for d in p.dfinal) if case.dfinal else None
     if backward_twice:
-        made.backward(tape, dy.array * 3, dfinal, np.zeros_like(dx.array), False)
-    dinitial, grads = made.backward(tape, dy.array, dfinal, dx.array, case.accumulate)
-    assert all(buffer.is_guarded() for buffer in (x, y, dy, dx))
-    results = named(y.array, final, dx.array, dinitial, grads)
-    without = named(y.array, final, dx.array, *made.backward(tape, dy.array, dfinal, None, False))
+        made.backward(tape, dy.array * 3, dfinal, np.zeros_like(dx.array), False, dafter)
+    dinitial, grads = made.backward(tape, dy.array, dfinal, dx.array, case.accumulate, dafter)
+    assert all(buffer.is_guarded() for buffer in (x, y, dy, dx, *every, *dstates))
+    results = named(y.array, final, dx.array, dinitial, grads, states or ())
+    dinitial, grads = made.backward(tape, dy.array, dfinal, None, False, dafter)
+    without = named(y.array, final, dx.array, dinitial, grads, states or ())
     assert all(np.array_equal(results[what], without[what], equal_nan=True) for what in results)
     return results
 
@@ -194,15 +211,15 @@ def expected(cell: Cell, case: Case, dtype: Any) -> Results:
     y, final, tape = reference.forward(
         cell, p.weights, p.x, p.initial, p.lengths, p.reset, reverse=case.reverse
     )
-    dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal)
-    return named(y, final, p.dx + dx, dinitial, grads)
+    dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal, p.dstates if case.every else ())
+    return named(y, final, p.dx + dx, dinitial, grads, tape.states if case.every else ())
 
 
 def check(cell: Cell, case: Case, dtype: Any, **options: Any) -> None:
     actual, wanted = run(cell, case, dtype, **options), expected(cell, case, dtype)
     assert actual.keys() == wanted.keys()
     for what, array in actual.items():
-        gradient = what != "y" and not what.startswith("final")
+        gradient = what != "y" and not what.startswith(("final", "states"))
         assert_close(array, wanted[what], case.steps, what, gradient)
 
 
@@ -210,8 +227,8 @@ PLAIN = Case(7, 5, 3, 17)
 SIZES = [
     Case(1, 1, 1, 1),
     PLAIN,
-    Case(6, 13, 1, 33, padded=True, reset=True, reverse=True, accumulate=True, batch_first=True),
-    Case(9, 7, 20, 64, padded=True, reset=True, bias=False, wide=True),
+    Case(6, 13, 1, 33, padded=True, reset=True, reverse=True, accumulate=True, batch_first=True, every=True),
+    Case(9, 7, 20, 64, padded=True, reset=True, bias=False, wide=True, every=True),
 ]
 
 
@@ -227,6 +244,25 @@ def test_every_cell(cell: Cell, case: Case) -> None:
 )
 def test_float32(cell: Cell, case: Case) -> None:
     check(cell, case, np.float32)
+
+
+HEADS = [(16, 16), (33, 3), (34, 2), (64, 4), (75, 5)]  # H, heads
+GIVEN = (cells.gate_inputs(cells.lstm), cells.gate_inputs(late_and_means), cells.gate_inputs(five_gates))
+
+
+@pytest.mark.parametrize("case", SIZES[1:], ids=str)
+@pytest.mark.parametrize(("hidden", "heads"), HEADS)
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
+def test_heads(cell: Cell, hidden: int, heads: int, case: Case) -> None:
+    check(cell, case._replace(hidden=hidden, heads=heads), np.float64)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("cell", GIVEN, ids=name)
+def test_gate_inputs(cell: Cell, case: Case) -> None:
+    """Their gradient is written, or added to what is there."""
+    check(cell, case, np.float64)
+    check(cell, case._replace(accumulate=not case.accumulate, heads=case.hidden), np.float32)
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -246,7 +282,7 @@ def test_projection_of_other_cells(cell: Cell, case: Case) -> None:
 @given(
     cell=st.sampled_from([cells.lstm, cells.gru, three_states, one_gate, five_gates, other_operand, *LATE]),
     sizes=st.tuples(*[st.integers(1, most) for most in (40, 30, 40, 70)]),
-    flags=st.tuples(*[st.booleans()] * 9),
+    flags=st.tuples(*[st.booleans()] * 10),
     proj=st.sampled_from([0, 0, 1, 6]),
     seed=st.integers(0, 2**31),
 )

@@ -106,7 +106,7 @@ def ranges(found: dict[str, int], sizes: dict[str, int]) -> None:
 def test_parts_of_memory_do_not_overlap(cell: Any, proj: int, tangents: bool, threads: int) -> None:
     """Of a forward pass that keeps a tape, of one that keeps none, and of a backward pass."""
     steps, batch, rows, hidden, chunk = 4, 5, 11, 33, 3
-    made = plan.layer(cell, np.dtype(np.float32), 6, hidden, proj or hidden, proj > 0)
+    made = plan.layer(cell, np.dtype(np.float32), 6, hidden, proj or hidden, proj > 0, 1)
     program, further = made.program, len(cell.states) - 1
     size, means = program.registers.size, len(cell.step.means())
     for taped in (rows, None):
@@ -158,7 +158,7 @@ def test_parts_of_memory_do_not_overlap(cell: Any, proj: int, tangents: bool, th
 
 
 def test_the_space_of_a_thread_does_not_overlap() -> None:
-    made = plan.layer(late_and_means, np.dtype(np.float64), 6, 33, 33, False)
+    made = plan.layer(late_and_means, np.dtype(np.float64), 6, 33, 33, False, 1)
     batch, chunk, vector, row = 7, 3, LANES * 8, 7 * 8
     found = fields(made.forward_task(4, batch, 20, chunk, 2, True))
     ranges(found, {

@@ -268,6 +268,13 @@ def test_what_sums_of_integers_cannot_hold_is_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", NARROW)
+def test_heads_are_refused(precision: str) -> None:
+    layer = fusedlstm.LSTM(3, 8, heads=2, precision=precision)
+    with pytest.raises(ValueError, match="needs recurrent weights in one piece, got 2 heads"):
+        layer(np.zeros((1, 1, 3), np.float32))
+
+
+@pytest.mark.parametrize("precision", NARROW)
 def test_weights_take_less_memory(precision: str) -> None:
     p = problem(cells.lstm, Case(1, 1, 128, 128), np.float32)
     weights = cast(p.weights, np.float32)

@@ -43,9 +43,8 @@ def test_rows_times_planes(accumulate: int, dtype: Any) -> None:
             out, around = guarded((count, length + 2), dtype, generator)
             before = around.copy()
             scratch = np.full(MOST_ROWS * PLANES * lanes, np.nan, dtype)
-            multiply(
-                words, count, table(a), planes, depth, low, high, table(out), length, accumulate, scratch
-            )
+            b = np.array([(0, vectors, planes.ctypes.data, 0, depth, 1, 0)])
+            multiply(words, count, table(a), b, low, high, table(out), length, accumulate, scratch)
             expected = before.copy()
             inner = expected[GUARD : expected.size - GUARD].reshape(out.shape)
             here = slice(low * lanes, min(high * lanes, length))
@@ -99,8 +98,8 @@ def test_add_outer(case: tuple[int, ...], first: int, dtype: Any) -> None:
         space = np.full(count * PLANES * lanes, np.nan, dtype)
         scratch = np.full(MOST_ROWS * PLANES * lanes, np.nan, dtype)
         add(
-            words, d, d.strides[0], d.strides[1], count, low, high, order, 3, panel, hidden, table(values),
-            columns, target, target.strides[0], first, space, scratch, 0,
+            words, d, d.strides[0], d.strides[1], count, low, high, order, 3, panel, hidden, 0, hidden,
+            table(values), 0, columns, target, target.strides[0], first, space, scratch, 0,
         )  # fmt: skip
         np.testing.assert_allclose(around, expected, rtol=0, atol=20 * count * np.finfo(dtype).eps)
 

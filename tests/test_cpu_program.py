@@ -132,19 +132,15 @@ def test_states_that_other_threads_read_are_not_written_over(cell: Cell, ring: i
 )
 def test_products_of_a_step(cell: Cell, expected: list[tuple[int, ...]]) -> None:
     """Those with the recurrent weights first, then those of late gates; slots, and where operands lie."""
-    found, outputs, hidden = made(cell), 11, 13
+    found = made(cell)
     late = {gate: 100 + n for n, gate in enumerate(cell.late)}
     gate = found.panel * found.registers.size
     for cuts in (found.steps, found.tangents):
-        table = found.product_table(cuts, (outputs, hidden), 7, late)
-        depths = [hidden if row[2] else outputs for row in expected]
-        places = [
-            [slot * gate, slots * depth * gate, *rest]
-            for (slot, slots, *rest), depth in zip(expected, depths)
-        ]
-        assert columns(table, PRODUCT, "offset", "panel_bytes", "late", "source", "place") == places
-        weights = [7 if not row[2] else late[cell.late[n - 1]] for n, row in enumerate(expected)]
-        assert columns(table, PRODUCT, "weights", "depth") == [[*pair] for pair in zip(weights, depths)]
+        table = found.product_table(cuts, 7, late)
+        places = [[found.tile(slots), slot * gate, *rest] for slot, slots, *rest in expected]
+        assert columns(table, PRODUCT, "tile", "offset", "late", "source", "place") == places
+        panels = [[7 if not row[2] else late[cell.late[n - 1]]] for n, row in enumerate(expected)]
+        assert columns(table, PRODUCT, "panels") == panels
     begun = columns(found.phase_table, PHASE, "product", "products")
     assert [first for first, _ in begun] == np.cumsum([0, *[count for _, count in begun[:-1]]]).tolist()
     assert sum(count for _, count in begun) == len(expected)
@@ -189,6 +185,5 @@ def test_operands_lie_where_the_step_has_them() -> None:
 def test_tangents_of_weights_that_are_zero_are_not_multiplied() -> None:
     found = made(late_and_means)
     addresses = {"ih": 3, "hh": 0, "n": 4, "m": 0}
-    table = found.input_table(addresses, 10, 20, 30)
-    assert columns(table, INPUT, "weights", "depth", "slot") == [[3, 10, 0], [4, 30, 0]]
-    assert len(found.input_table(dict.fromkeys(addresses, 0), 10, 20, 30)) == 0
+    assert columns(found.input_table(addresses), INPUT, "panels", "slot") == [[3, 0], [4, 0]]
+    assert len(found.input_table(dict.fromkeys(addresses, 0))) == 0

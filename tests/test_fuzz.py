@@ -174,12 +174,18 @@ class Call(NamedTuple):
     """A layer and what it is called with."""
 
     options: dict[str, Any]
-    arguments: dict[str, Argument]  # x, state, lengths, reset, dy, dstate
+    arguments: dict[str, Argument]  # x, state, lengths, reset, mask, dy, dstate, dstates
+    all_states: bool
 
     def __str__(self) -> str:
         told = [f"{name} {argument}" for name, argument in self.arguments.items()]
         options = {name: getattr(value, "name", value) for name, value in self.options.items()}
         return f"{options} " + "; ".join(told)
+
+    @property
+    def newer(self) -> bool:
+        """Whether it has options that PyTorch's modules do not have."""
+        return self.options["input_size"] is None or self.options["heads"] > 1
 
     @property
     def hostile(self) -> list[str]:
@@ -199,7 +205,7 @@ def calls(draw: st.DrawFn) -> Call:
     options = {
         "cell": cell, "input_size": inputs, "hidden_size": hidden, "num_layers": draw(st.integers(1, 2)),
         "bidirectional": draw(st.booleans()), "batch_first": draw(st.booleans()), "proj_size": proj,
-        "bias": draw(st.booleans()),
+        "bias": draw(st.booleans()), "heads": 1 if proj or draw(st.booleans()) else hidden,
     }  # fmt: skip
     dtype = draw(st.sampled_from(["float32", "float64"]))
     random = np.random.default_rng(draw(st.integers(0, 1000)))
@@ -216,6 +222,8 @@ def calls(draw: st.DrawFn) -> Call:
     def states() -> list[np.ndarray]:
         return [normal(rows, *([batch] if batched else []), size) for size in sizes]
 
+    if not proj and draw(st.booleans()):
+        options["input_size"], inputs = None, directions * len(cell.gates) * hidden
     arguments = {"x": draw(changed(normal(*leading, inputs)))}
     if draw(st.booleans()):
         arguments["state"] = draw(changed_states(states()))
@@ -226,11 +234,19 @@ def calls(draw: st.DrawFn) -> Call:
     if draw(st.booleans()):
         arguments["reset"] = draw(changed(random.random(leading) < 0.3))
     if draw(st.booleans()):
+        arguments["mask"] = draw(changed(random.random(leading) < 0.7))
+    all_states = draw(st.booleans())
+    if draw(st.booleans()):
         arguments["dy"] = draw(changed(normal(*leading, directions * sizes[0])))
         if draw(st.booleans()):
             arguments["dstate"] = draw(changed_states(states()))
+        if all_states:
+            parts = [normal(steps, *state.shape) for state in states()]
+            drawn = draw(changed_states(parts))
+            # a tuple even of one
+            arguments["dstates"] = drawn if len(parts) > 1 else drawn._replace(value=(drawn.value,))
     options["dtype"] = dtype
-    return Call(options, arguments)
+    return Call(options, arguments, all_states)
 
 
 def plain(value: Any, dtype: Any = np.float64) -> Any:
@@ -250,14 +266,14 @@ def expected(call: Call, weights: dict[str, Any]) -> list[np.ndarray]:
     """What the reference gives in float64."""
     layer = Recurrent(**call.options | {"dtype": "float64"}, backend="reference")
     layer.load_state_dict(weights)
-    x, state, lengths, reset = call.given("x", "state", "lengths", "reset")
-    training = "dy" in call.arguments
-    reset = None if reset is None else plain(reset, None)
+    x, state, lengths, reset, mask = call.given("x", "state", "lengths", "reset", "mask")
+    reset, mask = (None if marks is None else plain(marks, None) for marks in (reset, mask))
     lengths = None if lengths is None else plain(lengths, np.int64)
-    y, final, tape = layer.forward(plain(x), plain(state), lengths, reset, training=training)
-    results = [y, *_tuple(final)]
+    options = {"training": "dy" in call.arguments, "mask": mask, "all_states": call.all_states}
+    y, final, *states, tape = layer.forward(plain(x), plain(state), lengths, reset, **options)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if tape is not None:
-        dx, dinitial, gradients = tape.backward(*map(plain, call.given("dy", "dstate")))
+        dx, dinitial, gradients = tape.backward(*map(plain, call.given("dy", "dstate", "dstates")))
         results += [dx, *_tuple(dinitial), *gradients.values()]
     return results
 
@@ -287,18 +303,19 @@ def check(call: Call, run: Callable[[Call], tuple[list[Any], dict[str, Any]]], n
 
 def run_arrays(call: Call) -> tuple[list[Any], dict[str, Any]]:
     layer = Recurrent(**call.options, backend="cpu", seed=1)
-    training = "dy" in call.arguments
-    y, final, tape = layer.forward(*call.given("x", "state", "lengths", "reset"), training=training)
-    results = [y, *_tuple(final)]
+    (mask,) = call.given("mask")
+    options = {"training": "dy" in call.arguments, "mask": mask, "all_states": call.all_states}
+    y, final, *states, tape = layer.forward(*call.given("x", "state", "lengths", "reset"), **options)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if tape is not None:
-        dx, dinitial, gradients = tape.backward(*call.given("dy", "dstate"))
+        dx, dinitial, gradients = tape.backward(*call.given("dy", "dstate", "dstates"))
         results += [dx, *_tuple(dinitial), *gradients.values()]
     return results, layer.state_dict()
 
 
 ARRAYS = {
     "x": r"\bx\b", "state": r"\bstate\b", "lengths": r"\blengths\b", "reset": r"\breset\b", "dy": r"\bdy\b",
-    "dstate": r"\bdstate\b",
+    "mask": r"\bmask\b", "dstate": r"\bdstate\b", "dstates": r"\bdstates\b",
 }  # fmt: skip
 
 
@@ -331,10 +348,10 @@ def _torch() -> Any:
 @st.composite
 def torch_calls(draw: st.DrawFn) -> Call:
     """Some of the calls on arrays, with tensors."""
-    torch, call = _torch(), draw(calls())
+    torch, call = _torch(), draw(calls().filter(lambda call: not call.newer))
     arguments = {}
     for name, argument in call.arguments.items():
-        if name == "dstate":
+        if name in ("mask", "dstate", "dstates"):
             continue
         changes: list[str] = []
 
@@ -364,7 +381,7 @@ def torch_calls(draw: st.DrawFn) -> Call:
         if "swapped bytes" in argument.change or (name == "x" and 0 in getattr(value, "shape", ())[:-1]):
             hostile = True  # PyTorch has no such numbers; there must be a step
         arguments[name] = Argument(value, told, hostile)
-    return Call(call.options, arguments)
+    return Call(call.options, arguments, False)
 
 
 def run_torch(call: Call) -> tuple[list[Any], dict[str, Any]]:

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from checks import normalized_lstm
 
-from fusedlstm import GRU, LSTM, Recurrent, cells, layers, set_num_threads
+from fusedlstm import GRU, LSTM, Recurrent, cells, layers, masks, set_num_threads
 from fusedlstm import weights as storage
 from fusedlstm.cells import Cell
 
@@ -106,7 +106,7 @@ def allocating(memory: Memory) -> Iterator[None]:
     from fusedlstm.kernels.cpu import engine
 
     rooms = [module for name, module in sys.modules.items() if name.startswith("fusedlstm.torch.")]
-    modules = [engine, host, layers, *[room for room in rooms if hasattr(room, "np")]]
+    modules = [engine, host, layers, masks, *[room for room in rooms if hasattr(room, "np")]]
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             patch.setattr(module, "np", Guarded(memory))
@@ -137,6 +137,7 @@ class Case(NamedTuple):
     dtype: np.dtype[Any]
     sizes: tuple[int, int, int, int]
     proj: int
+    heads: int
     options: dict[str, bool]
     threads: int
 
@@ -144,7 +145,7 @@ class Case(NamedTuple):
         chosen = [name for name, on in self.options.items() if on]
         return (
             f"{self.number}: {self.cell.name} {self.dtype} T, B, I, H = {self.sizes} "
-            f"proj={self.proj} threads={self.threads} {' '.join(chosen)}"
+            f"proj={self.proj} heads={self.heads} threads={self.threads} {' '.join(chosen)}"
         )
 
     def drawn(self, memory: Memory) -> Drawn:
@@ -162,6 +163,9 @@ OPTIONS = (
     "batch_first",
     "backward",
     "deep",
+    "every",
+    "mask",
+    "gates",
 )
 
 
@@ -175,7 +179,10 @@ def case(number: int) -> Case:
     proj = random.randint(1, hidden - 1) if cell is cells.lstm and hidden > 1 and random.random() < 0.5 else 0
     options = {name: random.random() < 0.5 for name in OPTIONS}
     dtype = np.dtype(("float32", "float64")[number // len(CELLS) % 2])
-    return Case(number, cell, dtype, sizes, proj, options, random.choice((1, 2)))
+    # of the numbers that there may be
+    heads = 1 if proj else random.choice([n for n in range(1, hidden + 1) if hidden % n == 0])
+    options["gates"] &= not proj
+    return Case(number, cell, dtype, sizes, proj, heads, options, random.choice((1, 2)))
 
 
 class Drawn:
@@ -198,6 +205,10 @@ class Drawn:
         ends = self.random.integers(0, steps + 1, batch)
         return self.memory.copy(ends) if self.case.options["lengths"] else None
 
+    def mask(self, *shape: int) -> np.ndarray | None:
+        flags = self.random.random(shape) < 0.7
+        return self.memory.copy(flags) if self.case.options["mask"] else None
+
     def reset(self, *shape: int) -> np.ndarray | None:
         flags = self.random.random(shape) < 0.3
         return self.memory.copy(flags) if self.case.options["reset"] else None
@@ -215,8 +226,11 @@ def run_engine(case: Case, memory: Memory) -> Results:
     drawn, on = case.drawn(memory), case.options
     steps, batch, inputs, hidden = case.sizes
     outputs = case.proj or hidden
-    shapes = storage.shapes(case.cell, inputs, hidden, on["bias"], case.proj)
-    direction = CPUDirection(case.cell, storage.fill(shapes, lambda shape: drawn.normal(*shape)))
+    cell = case.cell
+    if on["gates"]:
+        cell, inputs = cells.gate_inputs(cell), len(cell.gates_with_input) * hidden
+    shapes = storage.shapes(cell, inputs, hidden, on["bias"], case.proj, case.heads)
+    direction = CPUDirection(cell, storage.fill(shapes, lambda shape: drawn.normal(*shape)))
 
     def sequence(make: Callable[..., np.ndarray], size: int) -> np.ndarray:
         """(T, B, size): of a wider array the part beside the page, or with its first axes swapped."""
@@ -237,14 +251,20 @@ def run_engine(case: Case, memory: Memory) -> Results:
     initial, dfinal = drawn.states(batch), drawn.states(batch)
     final = tuple(empty(*state.shape) for state in initial)
     lengths, reset = drawn.lengths(), drawn.reset(steps, batch)
-    given = (lengths, reset, on["reverse"], on["backward"])
+    states, dstates = (
+        tuple(sequence(make, hidden) for _ in final[1:]) if on["every"] else None
+        for make in (empty, drawn.normal)
+    )
+    given = (lengths, reset, on["reverse"], on["backward"], states)
     tape = direction.forward(x, initial if on["initial"] else None, y, final, *given)
+    results = [y, *final, *(states or ())]
     if tape is None:
-        return [y, *final]
-    results = [y, *final]
+        return results
     for accumulate in (False, True):
         dx = sequence(empty if not accumulate else drawn.normal, inputs)
-        dinitial, gradients = direction.backward(tape, dy, dfinal if on["dfinal"] else None, dx, accumulate)
+        dinitial, gradients = direction.backward(
+            tape, dy, dfinal if on["dfinal"] else None, dx, accumulate, dstates
+        )
         results += [dx, *dinitial, *storage.flatten(gradients)]
     dinitial, gradients = direction.backward(tape, dy, dfinal, None, False)
     return [*results, *dinitial, *storage.flatten(gradients)]
@@ -260,8 +280,8 @@ def run_arrays(case: Case, memory: Memory) -> Results:
     """The layers on arrays."""
     drawn, on = case.drawn(memory), case.options
     steps, batch, inputs, hidden = case.sizes
-    args: Any = (inputs, hidden)
-    options = settings(case) | {"dtype": case.dtype, "backend": "cpu", "seed": 1}
+    args: Any = (None if on["gates"] else inputs, hidden)
+    options = settings(case) | {"dtype": case.dtype, "backend": "cpu", "seed": 1, "heads": case.heads}
     layer: Recurrent
     if case.cell is cells.lstm:
         layer = LSTM(*args, **options)
@@ -272,16 +292,20 @@ def run_arrays(case: Case, memory: Memory) -> Results:
     layer.load_state_dict({name: memory.copy(array) for name, array in layer.state_dict().items()})
     leading = (batch, steps) if on["batch_first"] else (steps, batch)
     rows = layer.num_layers * layer._directions
-    x, dy = drawn.normal(*leading, inputs), drawn.normal(*leading, layer._width)
+    x, dy = drawn.normal(*leading, layer._features), drawn.normal(*leading, layer._width)
     state, dstate = (
         parts[0] if len(parts) == 1 else parts
         for parts in (drawn.states(rows, batch), drawn.states(rows, batch))
     )
     given = (state if on["initial"] else None, drawn.lengths(), drawn.reset(*leading))
-    y, final, tape = layer.forward(x, *given, training=on["backward"])
-    results = [y, *_tuple(final)]
+    mask, dstates = drawn.mask(*leading), drawn.states(steps, rows, batch)
+    options = {"mask": mask, "all_states": on["every"]}
+    y, final, *states, tape = layer.forward(x, *given, training=on["backward"], **options)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if tape is not None:
-        dx, dinitial, gradients = tape.backward(dy, dstate if on["dfinal"] else None)
+        dx, dinitial, gradients = tape.backward(
+            dy, dstate if on["dfinal"] else None, dstates if on["every"] else None
+        )
         results += [dx, *_tuple(dinitial), *gradients.values()]
     return results
 

@@ -15,7 +15,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from checks import ALL, BUILT_IN, PROJECTED, assert_close, five_gates, name, three_states
+from checks import (
+    ALL,
+    BUILT_IN,
+    PROJECTED,
+    assert_close,
+    five_gates,
+    late_and_means,
+    name,
+    other_operand,
+    three_states,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,6 +153,16 @@ def test_every_option_is_the_oracle(backend: str, problem: dict[str, Any]) -> No
     check_against_oracle(backend, **problem)
 
 
+@settings(max_examples=100)
+@given(problem=problems(), mask=st.booleans(), all_states=st.booleans())
+def test_masks_and_all_states_are_the_oracle(
+    backend: str, problem: dict[str, Any], mask: bool, all_states: bool
+) -> None:
+    """In float64: a step that is left out shows the rounding error of another, which is not independent."""
+    problem["options"]["dtype"] = "float64"
+    check_against_oracle(backend, **problem, mask=mask, all_states=all_states)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (5, 7, 1, 33), (3, 13, 4, 17)], ids=str)
 @pytest.mark.parametrize("cell", ALL, ids=name)
@@ -158,7 +178,7 @@ def test_every_cell_is_the_oracle(
         "bidirectional": True,
         "dtype": dtype,
     }
-    check_against_oracle(backend, options, steps, batch, lengths=True, reset=True)
+    check_against_oracle(backend, options, steps, batch, lengths=True, reset=True, mask=True, all_states=True)
 
 
 def check_against_oracle(
@@ -170,6 +190,8 @@ def check_against_oracle(
     reset: bool = False,
     state: bool = True,
     dstate: bool = True,
+    mask: bool = False,
+    all_states: bool = False,
     seed: int = 1,
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -180,12 +202,14 @@ def check_against_oracle(
         return generator.normal(size=shape).astype(dtype)
 
     count = layer.num_layers * layer._directions
-    x, dy = normal(steps, rows, layer.input_size), normal(steps, rows, layer._width)
+    x, dy = normal(steps, rows, layer._features), normal(steps, rows, layer._width)
     zeros = [np.zeros((count, rows, size), dtype) for size in layer._sizes]
     initial = [normal(*part.shape) for part in zeros] if state else zeros
     dfinal = [normal(*part.shape) for part in zeros] if dstate else zeros
     ends = generator.integers(0, steps + 1, rows) if lengths and batch else None
     marks = generator.random((steps, rows)) < 0.25 if reset else None
+    counts = generator.random((steps, rows)) < 0.6 if mask else None
+    dstates = [normal(steps, *part.shape) for part in zeros] if all_states else None
 
     def given(array: Any) -> Any:
         """As the layer takes an array (T, B, ...)."""
@@ -196,28 +220,45 @@ def check_against_oracle(
     def given_state(parts: list[Any], present: bool) -> Any:
         return as_state([part if batch else part[:, 0] for part in parts]) if present else None
 
-    y, final, tape = layer.forward(
-        given(x), given_state(initial, state), ends, given(marks), training=True, draw=5
+    def given_states(parts: Any) -> Any:
+        return None if parts is None else tuple(part if batch else part[:, :, 0] for part in parts)
+
+    y, final, *states, tape = layer.forward(
+        given(x),
+        given_state(initial, state),
+        ends,
+        given(marks),
+        training=True,
+        mask=given(counts),
+        all_states=all_states,
+        draw=5,
     )
-    assert tape is not None
-    dx, dinitial, grads = tape.backward(given(dy), given_state(dfinal, dstate))
+    dx, dinitial, grads = tape.backward(given(dy), given_state(dfinal, dstate), given_states(dstates))
     masks = [
         dropout_mask((steps, rows, layer._width), layer.dropout, layer._key, 5, n, np.float64)
         for n in range(layer.num_layers - 1)
     ]
+    if counts is not None:  # masks are those of the steps that count
+        inside = counts if ends is None else counts & (np.arange(steps)[:, None] < ends)
+        places = np.argsort(np.argsort(~inside, 0, kind="stable"), 0)[..., None]
+        masks = [np.take_along_axis(drawn, places, 0) for drawn in masks]
     rate, shape = layer.recurrent_dropout, (rows, layer.hidden_size)
     recurrent_masks = [
         dropout_mask(shape, rate, layer._key, 5, layer.num_layers + n, np.float64) for n in range(count)
     ]
     expected = oracle.run(
-        layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks, recurrent_masks if rate else None
-    )
+        layer, x, tuple(initial), dy, tuple(dfinal), ends, marks, masks, recurrent_masks if rate else None,
+        counts, dstates,
+    )  # fmt: skip
 
     depth = steps * layer.num_layers
     assert_close(y, given(expected.y), depth, "y")
     assert_close(dx, given(expected.dx), depth, "dx", gradient=True)
     for n, part in enumerate(as_tuple(final)):
         assert_close(part, given_state([expected.final[n]], True), depth, f"final {n}")
+    assert len(states) == all_states
+    for found, want in zip(*states, given_states(expected.states)) if states else ():
+        assert_close(found, want, depth, "states")
     for n, part in enumerate(as_tuple(dinitial)):
         assert_close(part, given_state([expected.dinitial[n]], True), depth, f"dinitial {n}", gradient=True)
     assert list(grads) == list(layer.state_dict())
@@ -248,7 +289,93 @@ def test_recurrent_dropout_is_the_oracle(backend: str, cell: Cell, dtype: str, s
         "recurrent_dropout": 0.5,
         "dtype": dtype,
     }
-    check_against_oracle(backend, options, 9, 7, lengths=True, reset=True, state=state, dstate=state)
+    more = {"lengths": True, "reset": True, "mask": state, "all_states": True}
+    check_against_oracle(backend, options, 9, 7, state=state, dstate=state, **more)
+
+
+HEADS = [(1, 1), (12, 3), (20, 4), (34, 2), (48, 3), (33, 33), (70, 7)]  # H, heads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "heads"), HEADS)
+@pytest.mark.parametrize(
+    "cell", [cells.lstm, cells.gru_reset_before, late_and_means, other_operand], ids=name
+)
+def test_heads_are_the_oracle(backend: str, cell: Cell, hidden: int, heads: int, dtype: str) -> None:
+    """Those that fill panels, and parts of panels; of late gates, and of a state other than the output."""
+    options = {
+        "cell": cell,
+        "input_size": 3,
+        "hidden_size": hidden,
+        "num_layers": 2,
+        "bidirectional": True,
+        "dtype": dtype,
+        "heads": heads,
+    }
+    check_against_oracle(backend, options, steps=5, batch=7, lengths=True, reset=True, all_states=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str
+)
+@pytest.mark.parametrize("cell", [c for c in ALL if c.gates_with_recurrent or c.weights], ids=name)
+def test_gate_inputs_are_the_oracle(backend: str, cell: Cell, options: dict[str, Any], dtype: str) -> None:
+    options = {"cell": cell, "input_size": None, "hidden_size": 17, "dtype": dtype, **options}
+    check_against_oracle(backend, options, steps=5, batch=7, lengths=True, reset=True)
+    check_against_oracle(backend, {**options, "bias": False, "heads": 1}, steps=1, batch=None, state=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 3}, {"recurrent_dropout": 0.5, "heads": 3}], ids=str)
+def test_gate_inputs_with_other_options(backend: str, options: dict[str, Any]) -> None:
+    options = {"cell": cells.lstm, "input_size": None, "hidden_size": 33, "bidirectional": True, **options}
+    check_against_oracle(backend, options, steps=9, batch=7, lengths=True, reset=True, mask=True)
+
+
+def test_gate_inputs_are_the_products_of_the_input(backend: str) -> None:
+    """In the order of the weights: a layer with these, and one without, give the same."""
+    whole = Recurrent(cells.lstm_output_from_memory, 3, 5, bidirectional=True, backend=backend, seed=1)
+    given = Recurrent(cells.lstm_output_from_memory, None, 5, bidirectional=True, backend=backend, seed=2)
+    state_dict = whole.state_dict()
+    given.load_state_dict({name: state_dict[name] for name in given.state_dict()})
+    assert set(state_dict) - set(given.state_dict()) == {
+        f"{kind}_ih_l0{suffix}" for kind in ("weight", "bias") for suffix in ("", "_reverse")
+    }
+    x = np.random.default_rng(1).normal(size=(6, 4, 3)).astype(np.float32)
+    products = [x @ state_dict[f"weight_ih_l0{s}"].T + state_dict[f"bias_ih_l0{s}"] for s in ("", "_reverse")]
+    for ours, theirs in zip(given(np.concatenate(products, -1)), whole(x)):
+        for a, b in zip(as_tuple(ours), as_tuple(theirs)):
+            assert_close(a, b, 6)
+
+
+def test_heads_and_gate_inputs_are_saved_and_copied(backend: str, tmp_path: Any) -> None:
+    layer = GRU(None, 6, heads=3, bidirectional=True, recurrent_dropout=0.5, backend=backend, seed=1)
+    assert layer.weight_hh_l0.shape == (18, 2)
+    layer.save(tmp_path / "layer.safetensors")
+    x = np.random.default_rng(1).normal(size=(4, 2, 36)).astype(np.float32)
+    loaded = fusedlstm.load(tmp_path / "layer.safetensors", backend=backend)
+    for other in (loaded, pickle.loads(pickle.dumps(layer))):
+        assert repr(other) == repr(layer)
+        assert all(map(np.array_equal, other(x), layer(x)))
+    assert cells.gate_inputs(cells.lstm) is pickle.loads(pickle.dumps(cells.gate_inputs(cells.lstm)))
+
+
+@pytest.mark.parametrize(("heads", "shown"), [(1, ""), (3, ", recurrent ones in 3 heads")])
+def test_explain_tells_heads(heads: int, shown: str) -> None:
+    (says,) = fusedlstm.explain(LSTM(None, 6, heads=heads), np.zeros((4, 2, 24), np.float32)).places.values()
+    assert says["layout"].endswith(f"MB{shown}")
+    assert says["chunk"].endswith("is taken at once")
+
+
+def test_a_cell_of_which_nothing_would_be_learned_needs_input_weights() -> None:
+    @fusedlstm.cell(gates=("a", "b"), without_recurrent=("a", "b"))
+    def minimal(a: Any, b: Any, h: Any) -> Any:
+        return a * h + b
+
+    with pytest.raises(cells.CellError, match="neither recurrent weights nor learned vectors"):
+        Recurrent(minimal, None, 5)
+    with pytest.raises(ValueError, match="heads must be 1 with the cell minimal"):
+        Recurrent(minimal, 3, 6, heads=2)
 
 
 # --- Inference, training, the tape ------------------------------------------------------------------------
@@ -959,6 +1086,71 @@ def test_bad_reset(backend: str, reset: Any, error: type[Exception], message: st
         LSTM(3, 5, backend=backend)(X, reset=reset)
 
 
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (np.ones((2, 4), bool), ValueError, r"mask must have the shape \(4, 2\).* got \(2, 4\)"),
+        (np.ones((4, 2)), TypeError, "mask must be booleans, got float64"),
+        ("mask", TypeError, "mask must be"),
+    ],
+)
+def test_bad_mask(backend: str, mask: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LSTM(3, 5, backend=backend)(X, mask=mask)
+
+
+def test_steps_that_are_left_out_are_not_read(backend: str) -> None:
+    """Whatever they hold; those at the ends, and those between others."""
+    layer = LSTM(3, 5, bidirectional=True, backend=backend, seed=1)
+    x = np.random.default_rng(1).normal(size=(6, 3, 3)).astype(np.float32)
+    for mask in (np.arange(6)[:, None] < [[6, 0, 4]], np.random.default_rng(2).random((6, 3)) < 0.5):
+        spoiled = np.where(mask[..., None], x, np.float32(np.nan))
+        for (y, final, tape), (z, end, other) in [
+            [layer.forward(values, mask=mask, training=True) for values in (x, spoiled)]
+        ]:
+            results = [y, *final, *gradients(tape, y)], [z, *end, *gradients(other, y)]
+            for a, b in zip(*results, strict=True):
+                assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("dstates", "error", "message"),
+    [
+        (np.zeros((4, 1, 2, 5), np.float32), TypeError, r"dstates must be a tuple \(h, c\), got an array"),
+        ((None,), TypeError, r"dstates must be a tuple \(h, c\), got tuple"),
+        (
+            (None, np.zeros((4, 2, 1, 5), np.float32)),
+            ValueError,
+            r"c in dstates must have the shape \(4, 1, 2",
+        ),
+        ((np.zeros((4, 1, 2, 5)), None), TypeError, "h in dstates must be float32, got float64"),
+    ],
+)
+def test_bad_dstates(backend: str, dstates: Any, error: type[Exception], message: str) -> None:
+    *_, tape = LSTM(3, 5, backend=backend).forward(X, training=True, all_states=True)
+    with pytest.raises(error, match=message):
+        tape.backward(None, dstates=dstates)
+
+
+def test_gradients_of_states_that_nobody_asked_for_are_refused(backend: str) -> None:
+    *_, tape = LSTM(3, 5, backend=backend).forward(X, training=True)
+    with pytest.raises(ValueError, match="dstates must be None after a forward pass without all_states=True"):
+        tape.backward(None, dstates=(None, None))
+    with pytest.raises(TypeError, match="all_states must be True or False, got 1"):
+        LSTM(3, 5, backend=backend)(X, all_states=1)
+
+
+def test_all_states_of_no_steps(backend: str) -> None:
+    layer = LSTM(3, 5, 2, bidirectional=True, backend=backend)
+    for shape in ((0, 2, 3), (4, 0, 3), (0, 3)):
+        mask = np.ones(shape[:-1], bool)
+        _, _, states, tape = layer.forward(
+            np.zeros(shape, np.float32), mask=mask, all_states=True, training=True
+        )
+        assert [part.shape for part in states] == [(shape[0], 4, *shape[1:-1], 5)] * 2
+        tape.backward(None, dstates=states)
+
+
 def test_reset_has_the_axes_of_x(backend: str) -> None:
     layer = LSTM(3, 5, batch_first=True, backend=backend)
     with pytest.raises(ValueError, match=r"reset must have the shape \(4, 2\)"):
@@ -1006,6 +1198,10 @@ def test_bad_dy(backend: str, dy: Any, error: type[Exception], message: str) -> 
             ValueError,
             "recurrent_dropout must be 0 with proj_size, got 0.5 with 2",
         ),
+        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
+        ({"heads": 2}, ValueError, "hidden_size must be a multiple of heads 2, got 5"),
+        ({"heads": 5, "proj_size": 2}, ValueError, "heads must be 1 with proj_size, got 5"),
+        ({"input_size": None, "proj_size": 2}, ValueError, "proj_size must be 0 .*given their inputs"),
         ({"dropout": np.nan}, ValueError, "dropout must be between 0 and 1, got nan"),
         ({"dropout": "0.5"}, TypeError, "dropout must be a number"),
         ({"proj_size": 5}, ValueError, "proj_size must be smaller than hidden_size 5, got 5"),
@@ -1114,6 +1310,7 @@ def test_repr_is_how_to_build_it() -> None:
     assert repr(RNN(3, 5, nonlinearity="relu")) == "RNN(3, 5, nonlinearity='relu')"
     assert repr(Recurrent(three_states, 3, 5, proj_size=2)) == "Recurrent(three_states, 3, 5, proj_size=2)"
     assert repr(eval(repr(layer))) == repr(layer)
+    assert repr(LSTM(None, 6, heads=3)) == "LSTM(None, 6, heads=3)"
 
 
 def test_explain_takes_layers_on_arrays_only() -> None:
@@ -1142,6 +1339,7 @@ def test_masks_are_refused_not_ignored(name: str) -> None:
     given: dict[str, Any] = {
         "x": X, "state": H, "lengths": np.array([1, 2]), "reset": np.zeros((4, 2), bool),
         "dy": np.zeros((4, 2, 5), np.float32), "weight_ih_l0": layer.weight_ih_l0,
+        "mask": np.ones((4, 2), bool),
     }  # fmt: skip
     given[name] = np.ma.masked_array(given[name], np.ones(given[name].shape, bool))
     dy, weight = given.pop("dy"), given.pop("weight_ih_l0")

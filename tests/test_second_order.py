@@ -61,7 +61,7 @@ class Case:
         y, *_, handle = passes.forward(self.x, self.initial, self.weights, *more, True)
         given = (self.grads, self.x, self.initial, self.weights, self.seeds)
         found = passes.backward_gradient(
-            self.grads, handle, y, self.x, self.initial, self.weights, *more, self.seeds
+            self.grads, handle, y, self.x, self.initial, self.weights, *more, False, self.seeds
         )
         expected = replay_second(*map(doubled, given), *masks, self.shape)
         for ours, right in zip(flat(found), flat(expected), strict=True):
@@ -157,13 +157,16 @@ def second(made: CPUDirection, case: Sizes, dtype: Any = np.float64) -> list[np.
     initial, dfinal = ([part.astype(dtype) for part in parts] for parts in (p.initial, p.dfinal))
     y, final = np.full_like(dy, np.nan), tuple(np.full_like(part, np.nan) for part in initial)
     tape = made.forward(x, tuple(initial), y, final, p.lengths, p.reset, case.reverse, True)
+    states, dstates = (
+        tuple(f * part.astype(dtype) for part in p.dstates) if case.every else () for f in (np.nan, 1)
+    )
     along = unflatten(made.program.cell, [moved(part).astype(dtype) for part in flatten(p.weights)])
     ty, tfinal = np.full_like(y, np.nan), tuple(np.full_like(part, np.nan) for part in final)
     starts = tuple(moved(part).astype(dtype) for part in initial)
-    tangent = made.tangent(tape, v, starts, along, ty, tfinal)
+    tangent = made.tangent(tape, v, starts, along, ty, tfinal, states)
     tdx = np.full_like(x, np.nan)
-    dinitial, grads = made.backward_tangent(tape, tangent, dy, tuple(dfinal), tdx)
-    return [ty, *tfinal, tdx, *dinitial, *flatten(grads)]
+    dinitial, grads = made.backward_tangent(tape, tangent, dy, tuple(dfinal), tdx, dstates)
+    return [ty, *tfinal, *states, tdx, *dinitial, *flatten(grads)]
 
 
 def moved(array: np.ndarray) -> np.ndarray:
@@ -180,20 +183,36 @@ def differences(cell: Cell, case: Sizes) -> list[np.ndarray]:
         initial = tuple(part + shift * moved(part) for part in p.initial)
         x = p.x + shift * moved(p.x)
         y, final, tape = reference.forward(cell, weights, x, initial, p.lengths, p.reset, case.reverse)
-        dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal)
-        return [y, *final, dx, *dinitial, *flatten(grads)]
+        states, dstates = (tape.states, p.dstates) if case.every else ((), ())
+        dx, dinitial, grads = reference.backward(tape, p.dy, p.dfinal, dstates)
+        return [y, *final, *states, dx, *dinitial, *flatten(grads)]
 
     h = 1e-5
     return [(high - low) / (2 * h) for high, low in zip(at(h), at(-h))]
 
 
-@pytest.mark.parametrize("options", [{}, {"padded": True, "reset": True, "reverse": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"padded": True, "reset": True, "reverse": True, "every": True}], ids=str
+)
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_tangents_are_finite_differences(cell: Cell, options: dict[str, bool]) -> None:
     case = Sizes(5, 4, 3, 6, bias=not options, **options)
+    check_tangents(cell, case)
+
+
+def check_tangents(cell: Cell, case: Sizes) -> None:
     made = CPU().prepare(cell, problem(cell, case, np.float64).weights)
     for found, right in zip(second(made, case), differences(cell, case), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means, three_states], ids=name)
+def test_tangents_of_heads_and_of_gate_inputs(cell: Cell, heads: int) -> None:
+    case = Sizes(4, 3, 2, 10, padded=True, reset=True, every=True, heads=heads)
+    if heads > 1:
+        check_tangents(cell, case)
+    check_tangents(cells.gate_inputs(cell), case)
 
 
 def test_the_gradient_of_the_input_may_be_left_out() -> None:
@@ -215,14 +234,20 @@ def test_the_gradient_of_the_input_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("batch", [3, 20], ids=["each its own panels", "threads help each other"])
 @pytest.mark.parametrize(
-    ("cell", "proj"),
-    [(cells.lstm, 20), (cells.lstm_output_sees_cell, 0), (normalized_lstm, 20), (late_and_means, 0)],
+    ("cell", "proj", "heads"),
+    [
+        (cells.lstm, 20, 1),
+        (cells.lstm_output_sees_cell, 0, 3),
+        (normalized_lstm, 20, 1),
+        (late_and_means, 0, 1),
+        (cells.gate_inputs(late_and_means), 0, 5),
+    ],
     ids=name,
 )
 def test_two_threads_give_the_bits_of_one(
-    cell: Cell, proj: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    cell: Cell, proj: int, heads: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True)
+    case = Sizes(8, batch, 9, 75, proj=proj, padded=True, reset=True, every=True, heads=heads)
     alone = second(CPU().prepare(cell, problem(cell, case, np.float64).weights), case)
     with several_threads(2, monkeypatch):
         made = CPU().prepare(cell, problem(cell, case, np.float64).weights)

@@ -59,7 +59,7 @@ class Single(nn.RNNCellBase):
         if autocasts or x.dtype is not weights[0].dtype or x.dtype not in NUMPY:
             precision = precision_of(self, x, weights[0])
             x, states, weights = converted(x, states, weights, autocasts)
-        y, *final = apply_layer(x, states, weights, None, None, self.fused_cell, 1, precision)
+        y, *final = apply_layer(x, states, weights, None, None, self.fused_cell, 1, precision=precision)
         _, final = as_results(y, final, input.dtype, autocasts and y.is_cuda)
         final = [part.squeeze(0) if batched else part[0, 0] for part in final]
         return tuple(final) if len(final) > 1 else final[0]

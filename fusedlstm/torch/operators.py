@@ -43,21 +43,21 @@ _layer = torch.library.custom_op(
     "fusedlstm::layer",
     _without_tangents(passes.forward),
     mutates_args=(),
-    schema=f"({_SHARED}, bool training) -> Tensor[]",
+    schema=f"({_SHARED}, bool training, bool every=False) -> Tensor[]",
 )
 _layer_backward = torch.library.custom_op(
     "fusedlstm::layer_backward",
     _without_tangents(passes.backward),
     mutates_args=(),
-    schema=f"(Tensor[] grads, Tensor handle, Tensor y, {_SHARED}) -> Tensor[]",
+    schema=f"(Tensor[] grads, Tensor handle, Tensor y, {_SHARED}, bool every=False) -> Tensor[]",
 )
 
 
 @_layer.register_fake
-def _(x, initial, weights, lengths, reset, cell, directions, training):  # type: ignore[no-untyped-def]
+def _(x, initial, weights, lengths, reset, cell, directions, training, every=False):  # type: ignore[no-untyped-def]
     if torch.onnx.is_in_onnx_export():
         raise no_operator(known_cell(cell)[0])
-    results = empty_results(x, shape_of(x, weights, cell, directions))
+    results = empty_results(x, shape_of(x, weights, cell, directions), every)
     return [*results, torch.empty(1, dtype=torch.int64, device="cpu")]
 
 
@@ -67,7 +67,7 @@ def _(grads, handle, y, x, initial, weights, *rest):  # type: ignore[no-untyped-
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, initial, weights, lengths, reset, ctx.cell, ctx.directions, _ = inputs
+    x, initial, weights, lengths, reset, ctx.cell, ctx.directions, _, ctx.every = inputs
     ctx.states = len(initial)
     # the output belongs to what backward reads, so that nobody changes it unnoticed
     ctx.save_for_backward(lengths, reset, output[-1], output[0], x, *initial, *weights)
@@ -78,21 +78,22 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
     initial, weights = rest[: ctx.states], rest[ctx.states :]
     # the output has no gradient here: detached, or this would be called again with zeros
     y = y.detach()
-    args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions)
+    call = (ctx.cell, ctx.directions, ctx.every)
+    args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, *call)
     gradients: Sequence[Tensor | None]
     if not torch.is_grad_enabled() and _plain([x, *grads[:-1], *rest]):
         gradients = passes.backward(*args, wants_x)
     elif forward_ad._current_level >= 0:
         shape = shape_of(x, weights, ctx.cell, ctx.directions)
-        gradients = replay_backward(grads[:-1], x, initial, weights, lengths, reset, shape)
+        gradients = replay_backward(grads[:-1], x, initial, weights, lengths, reset, shape, ctx.every)
     else:
         gradients = _call("layer_backward", *args)
     dx, *others = gradients
-    return dx, others[: ctx.states], others[ctx.states :], None, None, None, None, None
+    return dx, others[: ctx.states], others[ctx.states :], *[None] * 6
 
 
 def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    grads, handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions = inputs
+    grads, handle, y, x, initial, weights, lengths, reset, ctx.cell, ctx.directions, ctx.every = inputs
     ctx.counts = len(grads), len(initial)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(lengths, reset, handle, y, x, *grads, *initial, *weights)
@@ -105,12 +106,14 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any
     grads, initial, weights = rest[:first], rest[first:second], rest[second:]
     masks, given = (lengths, reset), [seed for seed in seeds if seed is not None]
     if x.is_cpu and x.size(1) and not torch.is_grad_enabled() and _plain([y, x, *rest, *given]):
-        args = (grads, handle, y, x, initial, weights, *masks, ctx.cell, ctx.directions)
+        args = (grads, handle, y, x, initial, weights, *masks, ctx.cell, ctx.directions, ctx.every)
         dgrads, dx, dinitial, dweights = passes.backward_gradient(*args, seeds, wants_x)
     else:
         shape = shape_of(x, weights, ctx.cell, ctx.directions)
-        dgrads, dx, dinitial, dweights = replay_second(grads, x, initial, weights, seeds, *masks, shape)
-    return dgrads, None, None, dx, dinitial, dweights, None, None, None, None
+        dgrads, dx, dinitial, dweights = replay_second(
+            grads, x, initial, weights, seeds, *masks, shape, ctx.every
+        )
+    return dgrads, None, None, dx, dinitial, dweights, *[None] * 5
 
 
 def _transformable(name: str, save: Any, gradient: Any) -> Any:
@@ -184,24 +187,27 @@ def apply_layer(
     reset: Tensor | None,
     cell: Cell,
     directions: int,
+    every: bool = False,
     precision: str = "float32",
 ) -> list[Tensor]:
-    """The output and the final states of one layer, with products in a precision."""
+    """The output and the final states of one layer, with products in a precision; if every state is asked
+    for, those but the output after each step too, (T, D, B, H)."""
     tensors = [x, *initial, *weights]
     gradients = torch.is_grad_enabled() and _wanted(tensors)
     text = text_of(cell, precision)
     args = (x, initial, weights, lengths, reset, text, directions)
     if _plain(tensors):
         return (
-            list(cast(Any, _Eager).apply(*args, *initial, *weights))
+            list(cast(Any, _Eager).apply(*args, every, *initial, *weights))
             if gradients
-            else passes.run(*args, False)[0]
+            else passes.run(*args, False, every)[0]
         )
     if leaves_python():
-        return export_layer(x, initial, weights, lengths, reset, cell, directions)
+        return export_layer(x, initial, weights, lengths, reset, cell, directions, every)
     if forward_ad._current_level >= 0:  # whatever else goes on, the replay is right
-        return replay(x, initial, weights, lengths, reset, shape_of(x, weights, text, directions))
-    return _call("layer", *args, gradients)[:-1]
+        shape = shape_of(x, weights, text, directions)
+        return replay(x, initial, weights, lengths, reset, shape, every)
+    return _call("layer", *args, gradients, every)[:-1]
 
 
 class _Eager(torch.autograd.Function):
@@ -212,7 +218,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Any:
-        inputs: Any = (x, *args[:6], True)
+        inputs: Any = (x, *args[:6], True, args[6])
         results = passes.forward(*inputs)
         _save(ctx, inputs, results)
         return tuple(results[:-1])
@@ -220,7 +226,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         dx, dinitial, dweights, *_ = _layer_gradient(ctx, [*grads, None], ctx.needs_input_grad[0])
-        return dx, *[None] * 6, *dinitial, *dweights
+        return dx, *[None] * 7, *dinitial, *dweights
 
 
 def _wanted(tensors: list[Tensor]) -> bool:

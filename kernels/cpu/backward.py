@@ -27,47 +27,61 @@ from .memory import (
     rows_of_state,
     set_rows,
     starts_anew,
+    state_at_step,
     store_rows,
     take_means,
     zero_padding,
 )
 from .product import GROUP, add_rows, call_add_outer, call_rows_times_planes
-from .records import LATE, address_of, late_at, own_at, phase_at
+from .records import LATE, PLANES_OF, address_of, late_at, own_at, phase_at
 from .shares import Shares, close_queues, each, share
-from .simd import inlined, load, load_row, part, read, read_int, splat, store, store_values, write
+from .simd import (
+    inlined,
+    load,
+    load_row,
+    part,
+    read,
+    read_int,
+    splat,
+    store,
+    store_row,
+    store_values,
+    write,
+)
 from .team import LINE, barrier
 from .tile import PLANES
 from .work import call_phase
 
 DX_ROWS = 64  # rows of the gradient of the input that are one, at most
-LATE_BYTES = 8 * LATE.words
+LATE_BYTES, PLANES_BYTES = 8 * LATE.words, 8 * PLANES_OF.words
 
 
 @part
-def multiply_planes(task, own, count, weights, depth, low, high, length, accumulate):
+def multiply_planes(task, own, count, weights, low, high, length, accumulate):
     """Vectors low to high of the product of the rows of table `first` with planes, to those of `second`.
 
-    The rows are stored as products multiply them, and `depth` counts groups.
+    The rows are stored as products multiply them.
     """
-    call_rows_times_planes(
-        task.rows_times_planes,
-        (address_of(task), count, own.first, weights, depth, low, high, own.second, length, accumulate,
-         own.scratch),
-    )  # fmt: skip
+    for n in range(task.spans):
+        call_rows_times_planes(
+            task.rows_times_planes,
+            (address_of(task), count, own.first, weights + n * PLANES_BYTES, low, high, own.second, length,
+             accumulate, own.scratch),
+        )  # fmt: skip
 
 
 @part
 def multiply_moved(
-    task, own, source, row, moved_source, count, weights, moved_weights, depth, target, width, low, high,
-    length, accumulate,
+    task, own, source, row, moved_source, count, weights, moved_weights, target, width, low, high, length,
+    accumulate,
 ):  # fmt: skip
     """The tangent of a product: of moved rows with the weights, and of rows with the moved weights."""
     note_uniform(moved_source, row, count, own.first)
     note_uniform(target, width, count, own.second)
-    multiply_planes(task, own, count, weights, depth, low, high, length, accumulate)
+    multiply_planes(task, own, count, weights, low, high, length, accumulate)
     if moved_weights != 0:
         note_uniform(source, row, count, own.first)
-        multiply_planes(task, own, count, moved_weights, depth, low, high, length, 1)
+        multiply_planes(task, own, count, moved_weights, low, high, length, 1)
 
 
 @part
@@ -83,6 +97,20 @@ def start_anew(task, step, active, low, high, stride, carried, initial):
             for place in range(row * stride + low * vector, row * stride + high * vector, vector):
                 store(load(registers, initial + place) + load(registers, carried + place), initial + place)
                 store(splat(registers, 0.0), carried + place)
+
+
+@part
+def add_state_gradients(task, own, step, active):
+    """Add the gradients of the further states after a step to those that are carried."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    for n in range(task.further):
+        for row in range(active):
+            source = state_at_step(task, n, step, row)
+            carried = task.d_states + n * task.kept_plane + row * task.width
+            for v in range(own.low_vector, own.high_vector if source != 0 else 0):
+                given = load_row(registers, source + v * vector, task.hidden - v * registers.lanes)
+                store(load(registers, carried + v * vector) + given, carried + v * vector)
 
 
 @part
@@ -106,13 +134,11 @@ def unproject(task, own, here, active, sync):
     if registers.value > 0:
         store_rows(task, active, own.first, task.outputs, own.stored, 0)
     low, high = own.low_vector, own.high_vector
-    depth = -(-task.outputs // registers.group)
-    multiply_planes(task, own, active, task.projection, depth, low, high, task.hidden, 0)
+    multiply_planes(task, own, active, task.projection, low, high, task.hidden, 0)
     if task.tangents:
         multiply_moved(
             task, own, d_outputs, task.output_width, d_outputs + task.moved_shift, active, task.projection,
-            task.moved_projection, task.outputs, task.d_raw + task.moved_shift, task.width, low, high,
-            task.hidden, 0,
+            task.moved_projection, task.d_raw + task.moved_shift, task.width, low, high, task.hidden, 0,
         )  # fmt: skip
 
 
@@ -128,12 +154,11 @@ def multiply_late(task, own, n, active):
         if late.phase == n:
             note_uniform(source, task.d_stored_row, active, own.first)
             note_uniform(target, task.width, active, own.second)
-            depth = length // task.registers.group
-            multiply_planes(task, own, active, late.weights, depth, low, high, length, 0)
+            multiply_planes(task, own, active, late.weights, low, high, length, 0)
         if late.moved_phase == n and task.tangents:
             moved = own.d + task.moved_shift + late.moved_from_slot * task.width
             multiply_moved(
-                task, own, source, task.d_row, moved, active, late.weights, late.moved_weights, length,
+                task, own, source, task.d_row, moved, active, late.weights, late.moved_weights,
                 target + task.moved_shift, task.width, low, high, length, 0,
             )  # fmt: skip
 
@@ -143,21 +168,21 @@ def multiply_recurrent(task, own, active):
     """The gradient of what the recurrent weights multiplied at a step."""
     if task.recurrent_slots == 0:
         return
-    size, group = task.registers.size, task.registers.group
+    size = task.registers.size
     target = task.carried
     if task.operand > 0:
         target = task.d_states + (task.operand - 1) * task.batch * task.width
     source = own.d_stored + task.recurrent_slot * task.d_stored_slot
-    depth, length = task.recurrent_slots * task.width // (size * group), task.output_width // size
+    length = task.output_width // size
     note_uniform(source, task.d_stored_row, active, own.first)
     note_uniform(target, task.output_width, active, own.second)
     low, high = own.low_output, own.high_output
-    multiply_planes(task, own, active, task.recurrent_weights, depth, low, high, length, task.reads_operand)
+    multiply_planes(task, own, active, task.recurrent_weights, low, high, length, task.reads_operand)
     if task.tangents:
         multiply_moved(
             task, own, source, task.d_row, source + task.moved_shift, active, task.recurrent_weights,
-            task.moved_recurrent_weights, depth, target + task.moved_shift, task.output_width, low, high,
-            length, task.reads_operand,
+            task.moved_recurrent_weights, target + task.moved_shift, task.output_width, low, high, length,
+            task.reads_operand,
         )  # fmt: skip
 
 
@@ -181,6 +206,8 @@ def step_back(task, own, step, base, sync):
     active = rows_before(task, step + 1) - before
     note_entering(task, own, step, active)
     note_rows(task, task.dy, task.dy_time, task.dy_row, step, step + 1, own.leaving)
+    if task.every_state != 0:
+        add_state_gradients(task, own, step, active)
     if task.projected:
         unproject(task, own, before - base, active, sync)
     own.gates = task.gates + before * task.gates_row
@@ -225,12 +252,12 @@ def add_panels(piece, task, own, start, end, first):
     kind, low = piece % kinds, piece // kinds * GROUP
     high = min(low + GROUP, task.panels)
     count = rows_before(task, end) - rows_before(task, start)
-    columns, slot = task.inputs, 0
+    columns, slot, heads = task.inputs, 0, 1
     gates, gate_count = task.input_order, task.input_gates
     weight, stride, bias = task.d_ih, task.d_ih_row, task.d_bias_ih
     if kind > 0:
         weight, stride, bias = task.d_hh, task.d_hh_row, task.d_bias_hh
-        columns, slot = task.outputs, task.recurrent_slot
+        columns, slot, heads = task.outputs, task.recurrent_slot, task.heads
         gates, gate_count = task.recurrent_order, task.recurrent_gates
     if kind > 1:
         late = late_at(task.late_table + (kind - 2) * LATE_BYTES)
@@ -252,12 +279,16 @@ def add_panels(piece, task, own, start, end, first):
             else:
                 note_late_operands(task, start, end, late.source, late.place, primal, own.third)
             moved = d + task.moved_shift if primal else d
-            call_add_outer(
-                task.add_outer,
-                (address_of(task), moved, task.d_row, task.width, count, low, high, gates, gate_count,
-                 task.panel, task.hidden, own.third, columns, weight, stride,
-                 first if side == 1 - task.tangents else 0, own.values, own.scratch, own.pairs),
-            )  # fmt: skip
+            # of each head that the panels have units of
+            size, end_unit = task.hidden // heads, min(high * task.panel, task.hidden)
+            for head in range(low * task.panel // size, (end_unit - 1) // size + 1):
+                call_add_outer(
+                    task.add_outer,
+                    (address_of(task), moved, task.d_row, task.width, count, low, high, gates, gate_count,
+                     task.panel, task.hidden, head * size, (head + 1) * size, own.third,
+                     head * size * task.registers.size, columns // heads, weight, stride,
+                     first if side == 1 - task.tangents else 0, own.values, own.scratch, own.pairs),
+                )  # fmt: skip
         d += task.tangents * task.moved_shift
         add_rows(task, d, task.d_row, task.width, count, low, high, gates, gate_count, bias, first)
 
@@ -278,8 +309,9 @@ def add_weight_gradients(task, own, shares, start, end):
         call_add_outer(
             task.add_outer,
             (address_of(task), d_outputs, task.output_width, 0, count, own.low_output, own.high_output,
-             task.no_order, 1, task.registers.lanes, task.outputs, own.first, task.hidden, task.d_hr,
-             task.d_hr_row, first if side == 1 - task.tangents else 0, own.values, own.scratch, own.pairs),
+             task.no_order, 1, task.registers.lanes, task.outputs, 0, task.outputs, own.first, 0, task.hidden,
+             task.d_hr, task.d_hr_row, first if side == 1 - task.tangents else 0, own.values, own.scratch,
+             own.pairs),
         )  # fmt: skip
 
 
@@ -289,7 +321,6 @@ def write_block(piece, task, own, count, row_parts):
     first, last = share(count, piece % row_parts, row_parts)
     low = piece // row_parts * PLANES
     high = min(low + PLANES, -(-task.inputs // task.registers.lanes))
-    depth = task.input_slots * task.width // (task.registers.size * task.registers.group)
     to = own.second + first * 8
     for side in range(
         1 + task.tangents
@@ -300,9 +331,27 @@ def write_block(piece, task, own, count, row_parts):
         if weights != 0:
             call_rows_times_planes(
                 task.rows_times_planes,
-                (address_of(task), last - first, rows, weights, depth, low, high, to, task.inputs, accumulate,
+                (address_of(task), last - first, rows, weights, low, high, to, task.inputs, accumulate,
                  own.scratch),
             )  # fmt: skip
+
+
+@inlined
+def write_gates(piece, task, own, count, row_parts):
+    """Some rows of the gradient of an input that is that of the gates."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    first, last = share(count, piece, row_parts)
+    for row in range(first, last):
+        source, to = read_int(own.first + row * 8), read_int(own.second + row * 8)
+        for slot in range(task.input_slots):
+            column = read_int(task.input_order + slot * 8) * task.hidden * registers.size
+            for v in range(-(-task.hidden // registers.lanes)):
+                place, valid = to + column + v * vector, task.hidden - v * registers.lanes
+                value = load(registers, source + slot * task.width + v * vector)
+                if task.accumulate:
+                    value = value + load_row(registers, place, valid)
+                store_row(registers, value, place, valid)
 
 
 @inlined
@@ -314,7 +363,10 @@ def write_dx(task, own, shares, start, end):
     note_uniform(task.d, task.d_row, count, own.third)
     note_rows(task, task.dx, task.dx_time, task.dx_row, start, end, own.second)
     row_parts, columns = -(-count // DX_ROWS), -(-task.inputs // (PLANES * task.registers.lanes))
-    each(shares, row_parts * columns, False, write_block, (task, own, count, row_parts))
+    if task.takes_gates:
+        each(shares, row_parts, False, write_gates, (task, own, count, row_parts))
+    else:
+        each(shares, row_parts * columns, False, write_block, (task, own, count, row_parts))
 
 
 def backward_work(thread, threads, sync, task):

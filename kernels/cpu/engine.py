@@ -11,13 +11,14 @@ from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_projection
 from fusedlstm.kernels import POISON
 from fusedlstm.once import lazy, once
-from fusedlstm.weights import Weights
+from fusedlstm.weights import Weights, flatten
 
-from . import pack, plan, team
+from . import heads, pack, plan, team
 from .compile import entry_point
-from .entry import adjoint_tangent_pass, backward_pass, forward_pass, tangent_pass
+from .entry import adjoint_tangent_pass, again_pass, backward_pass, forward_pass, tangent_pass
+from .memory import round_up
 from .plan import BARRIER, BYTES, FLOPS, ONLY, Sequences, sequences, threads_for
-from .records import WEIGHT_FIELDS
+from .records import EVERY, WEIGHT_FIELDS
 from .spec import WIDENED, Operand, Registers, machine
 from .team import LINE
 from .tile import FEW
@@ -137,11 +138,11 @@ class Packed:
 
     @lazy
     def recurrent_panels(self) -> np.ndarray:
-        return self._panels(self.weights.hh, self.program.recurrent_order)
+        return self._recurrent_panels(self.program.recurrent_order)
 
     @lazy
     def late_panels(self) -> list[np.ndarray]:
-        return [self._panels(self.weights.hh, order) for order in _singly(self.program.late_order)]
+        return [self._recurrent_panels(order) for order in _singly(self.program.late_order)]
 
     @lazy
     def projection(self) -> np.ndarray:
@@ -154,17 +155,60 @@ class Packed:
 
     @lazy
     def recurrent_planes(self) -> np.ndarray:
-        order = self.program.recurrent_order
-        return self._planes(self.weights.hh, order, self.layer.hidden, self.layer.padded)
+        return self._recurrent_planes(self.program.recurrent_order)
 
     @lazy
     def late_planes(self) -> list[np.ndarray]:
-        sizes = self.layer.hidden, self.layer.padded
-        return [self._planes(self.weights.hh, order, *sizes) for order in _singly(self.program.late_order)]
+        return [self._recurrent_planes(order) for order in _singly(self.program.late_order)]
 
     @lazy
     def transposed_projection(self) -> np.ndarray:
         return self._planes(self.weights.hr, ONLY, self.layer.outputs, self.layer.outputs)
+
+    def _recurrent_panels(self, gates: np.ndarray) -> np.ndarray:
+        layer, weight, panel = self.layer, self.weights.hh, self.program.panel
+        if layer.heads == 1 or weight is None or not gates.size:
+            return self._panels(weight, gates)
+        packed = empty(gates.size * heads.numbers(layer.hidden, layer.heads, panel), self.dtype)
+        heads.panels_of(weight, gates, layer.hidden, panel, packed)
+        return packed
+
+    def _recurrent_planes(self, gates: np.ndarray) -> np.ndarray:
+        layer, weight, lanes = self.layer, self.weights.hh, self.program.registers.lanes
+        if layer.heads == 1 or weight is None or not gates.size:
+            return self._planes(weight, gates, layer.hidden, layer.padded)
+        packed = empty(gates.size * heads.numbers(layer.hidden, layer.heads, lanes), self.dtype)
+        heads.planes_of(weight, gates, layer.hidden, lanes, packed)
+        return packed
+
+    def panel_tables(self) -> dict[str, np.ndarray]:
+        """The panels of weights by "ih", "hh" and late gate, as records.PANEL."""
+        layer, program = self.layer, self.program
+        late = zip(program.cell.late, self.late_panels)
+        return {
+            "ih": layer.panel_table(self.input_panels, len(program.input_order), layer.inputs, False),
+            "hh": layer.panel_table(self.recurrent_panels, len(program.recurrent_order), layer.outputs),
+        } | {gate: layer.panel_table(array, 1, layer.hidden) for gate, array in late}
+
+    def planes_tables(self) -> dict[str, np.ndarray]:
+        """The planes of weights by "hh", "hr" and late gate, as records.PLANES_OF."""
+        layer, program = self.layer, self.program
+        gates, late = len(program.recurrent_order), zip(program.cell.late, self.late_planes)
+        return {
+            "hh": layer.planes_table(self.recurrent_planes, gates * layer.padded, layer.outputs, gates),
+            "hr": layer.planes_table(self.transposed_projection, layer.outputs, layer.hidden),
+        } | {gate: layer.planes_table(array, layer.padded, layer.hidden, 1) for gate, array in late}
+
+    @lazy
+    def input_table(self) -> np.ndarray:
+        """The planes of the weights of the input, as records.PLANES_OF."""
+        depth = len(self.program.input_order) * self.layer.padded
+        return self.layer.planes_table(self.input_planes, depth, self.layer.inputs)
+
+    @lazy
+    def projection_table(self) -> np.ndarray:
+        """The planes of the projection, as records.PLANES_OF."""
+        return self.layer.planes_table(self.projection, self.layer.hidden, self.layer.outputs)
 
     def _panels(self, weight: np.ndarray | None, gates: np.ndarray) -> np.ndarray:
         if weight is None or not gates.size:
@@ -235,28 +279,44 @@ class Packed:
         return packed
 
 
+class Repeated:
+    """A forward pass over arrays that stay, whose record has been written."""
+
+    __slots__ = ("_arguments", "_entry", "_kept", "_threads")
+
+    def __init__(self, threads: int, arguments: tuple[int, ...], kept: tuple[Any, ...]) -> None:
+        self._threads, self._arguments = threads, arguments
+        self._kept = kept  # whose addresses are in the record
+        self._entry = again_pass()
+
+    def run(self) -> None:
+        """Run the pass over what the arrays hold now."""
+        self._entry(team.current().address if self._threads > 1 else 0, *self._arguments)
+
+
 class CPUDirection:
     """One direction of one layer on the CPU, with products in a precision; see dispatch.Direction."""
 
     def __init__(self, cell: Cell, weights: Weights, precision: str = "float32") -> None:
         check_projection(cell, weights)
-        self.weights, self.dtype = weights, weights.ih.dtype
-        _check_precision(precision, weights)
-        hidden, inputs = cell.hidden_size(weights), weights.ih.shape[1]
+        self.weights, self.dtype = weights, flatten(weights)[0].dtype
+        hidden, inputs = cell.hidden_size(weights), cell.input_size(weights)
         projected = weights.hr is not None
         outputs = len(weights.hr) if projected else hidden
-        self.layer = layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, projected, precision)
+        blocks = 1 if weights.hh is None else outputs // weights.hh.shape[1]
+        _check_precision(precision, self.dtype, max(inputs, hidden), blocks)
+        self.layer = layer = plan.layer(
+            cell, self.dtype, inputs, hidden, outputs, projected, blocks, precision
+        )
         self.program = program = layer.program
         self.packed = packed = Packed(layer, weights)
         # looked up now, which takes a while
         self._forward = forward_pass(program.scalar, len(cell.states), precision)
-        late = dict(zip(cell.late, map(_address, packed.late_panels)))
-        self._products = program.product_table(
-            program.steps, layer.sizes, _address(packed.recurrent_panels), late
-        )
+        self._panels = packed.panel_tables()
+        self._products = program.product_table(program.steps, *_recurrent(self._panels, cell))
         self._words = _words(
             product_table=self._products, products=len(self._products), input_weights=packed.input_panels,
-            bias=packed.bias, vectors=packed.vectors, projection=packed.projection,
+            bias=packed.bias, vectors=packed.vectors, projection=packed.projection_table,
         )  # fmt: skip
 
     @property
@@ -278,20 +338,20 @@ class CPUDirection:
         """Do now what the first backward pass would; from then on the weights' memory is not read."""
         if self._trained is not self:
             return self._trained.lay_out_for_backward()
-        self.packed.input_planes  # noqa: B018
+        self.packed.input_table  # noqa: B018
         self._backward_words  # noqa: B018
 
     @lazy
-    def _backward_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """The weights of the backward pass but for those of the input; and the table that they name."""
-        packed, program = self.packed, self.program
-        planes = dict(zip(program.cell.late, map(_address, packed.late_planes)))
-        late = program.late_table(program.adjoints, planes)
+    def _backward_words(self) -> tuple[np.ndarray, Any]:
+        """The weights of the backward pass but for those of the input; and the tables that they name."""
+        program, planes = self.program, self.packed.planes_tables()
+        recurrent, gates = _recurrent(planes, program.cell)
+        late = program.late_table(program.adjoints, gates)
         words = _words(
-            late_table=late, recurrent_weights=packed.recurrent_planes, vectors=packed.vectors,
-            projection=packed.transposed_projection,
+            late_table=late, recurrent_weights=recurrent, vectors=self.packed.vectors,
+            projection=planes["hr"],
         )  # fmt: skip
-        return words, late
+        return words, (planes, late)
 
     def forward(
         self,
@@ -303,6 +363,7 @@ class CPUDirection:
         reset: np.ndarray | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,  # (T, B, H) each
     ) -> Tape | None:
         """See dispatch.Direction."""
         layer, (steps, batch, _) = self.layer, x.shape
@@ -316,13 +377,34 @@ class CPUDirection:
         memory = empty_bytes(task.nbytes)
         if reset is None:
             reset = NO_RESET
+        words = self._words
+        if states is not None:
+            table = _every(states)
+            words = _with(words, every_state=table)
         entry, _, whole, work = self._forward
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words,
-            self._words, x, y, final if initial is None else initial, initial is not None, final, *order,
+            words, x, y, final if initial is None else initial, initial is not None, final, *order,
             reset, reverse, memory,
         )  # fmt: skip
         return Tape(x, y, order, reset, reverse, memory) if training else None
+
+    def repeated(
+        self,
+        x: np.ndarray,  # (T, B, I)
+        y: np.ndarray,  # (T, B, P), written
+        states: States,  # in the place of the initial ones come the final ones
+    ) -> Repeated:
+        """See dispatch.Repeatable."""
+        threads, _, patience, _, task, order = self.layer.plan(*x.shape[:2])
+        memory = empty_bytes(task.nbytes)
+        entry, _, whole, work = self._forward
+        arguments = team.current().address if threads > 1 else 0, threads, patience, whole, work
+        entry(
+            *arguments, task.words, self._words, x, y, states, True, states, *order, NO_RESET, False, memory
+        )
+        start = round_up(memory.ctypes.data, LINE)
+        return Repeated(threads, (threads, patience, whole, work, start), (self, memory, x, y, states, order))
 
     def backward(
         self,
@@ -331,10 +413,11 @@ class CPUDirection:
         dfinal: States | None,
         dx: np.ndarray | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
         if self._trained is not self:
-            return self._trained.backward(tape, dy, dfinal, dx, accumulate)
+            return self._trained.backward(tape, dy, dfinal, dx, accumulate, dstates)
         layer, program = self.layer, self.program
         x, y, order, reset, reverse, memory = tape
         assert x is not None
@@ -346,8 +429,10 @@ class CPUDirection:
         dinitial, gradients = self._empty_gradients(batch)
         words = self._backward_words[0]
         if dx is not None:
-            words = words.copy()
-            words[WEIGHTS["input_weights"]] = _address(self.packed.input_planes)
+            words = _with(words, input_weights=self.packed.input_table)
+        if dstates is not None:
+            table = _every(dstates)
+            words = _with(words, every_state=table)
         entry, _, whole, work = backward_pass(program.scalar, len(dinitial), program.precision)
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
@@ -382,6 +467,7 @@ class CPUDirection:
         weights: Weights,  # of which each may be None
         y: np.ndarray,  # (T, B, P), written
         final: States,  # written
+        states: States | None = None,  # (T, B, H) each, written
     ) -> Tangent:
         """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it.
 
@@ -398,17 +484,15 @@ class CPUDirection:
         task = layer.forward_task(steps, batch, order.rows, chunk, threads, tangents=True)
         memory = empty_bytes(task.nbytes)
         packed = self.packed
-        late = dict(zip(cell.late, map(_address, packed.late_panels)))
-        products = program.product_table(
-            program.tangents, layer.sizes, _address(packed.recurrent_panels), late
-        )
-        panels = {"ih": _address(moved.input_panels), "hh": _address(moved.recurrent_panels)}
-        panels |= dict(zip(cell.late, map(_address, moved.late_panels)))
-        inputs = program.input_table(panels, layer.inputs, layer.outputs, layer.hidden)
+        products = program.product_table(program.tangents, *_recurrent(self._panels, cell))
+        panels = moved.panel_tables()
+        inputs = program.input_table({name: _address(table) for name, table in panels.items()})
+        table = _every(states or ())
         words = _words(
-            product_table=products, products=len(products), input_table=inputs, more_inputs=len(inputs),
-            input_weights=packed.input_panels, bias=moved.bias, vectors=packed.vectors,
-            projection=packed.projection, moved_vectors=moved.vectors, moved_projection=moved.projection,
+            every_state=table, product_table=products, products=len(products), input_table=inputs,
+            more_inputs=len(inputs), input_weights=packed.input_panels, bias=moved.bias,
+            vectors=packed.vectors, projection=packed.projection_table, moved_vectors=moved.vectors,
+            moved_projection=moved.projection_table,
         )  # fmt: skip
         entry, _, whole, work = tangent_pass(program.scalar, len(final))
         entry(
@@ -425,6 +509,7 @@ class CPUDirection:
         dy: np.ndarray,  # (T, B, P): of the values' backward pass
         dfinal: States | None,
         dx: np.ndarray | None,  # (T, B, I): the tangent of its dx, written; None if not wanted
+        dstates: States | None = None,  # (T, B, H) each: of the values' backward pass
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
         if self._exact is not self:
@@ -440,16 +525,18 @@ class CPUDirection:
         scratch = empty_bytes(task.nbytes)
         dinitial, gradients = self._empty_gradients(batch)
         packed = self.packed
-        planes, moved_planes = (
-            dict(zip(cell.late, map(_address, some.late_planes))) for some in (packed, moved)
+        planes, moved_planes = packed.planes_tables(), moved.planes_tables()
+        (recurrent, gates), (moved_recurrent, moved_gates) = (
+            _recurrent(tables, cell) for tables in (planes, moved_planes)
         )
-        late = program.late_table(program.adjoint_tangents, planes, moved_planes)
+        late = program.late_table(program.adjoint_tangents, gates, moved_gates)
+        table = _every(dstates or ())
         words = _words(
-            late_table=late, recurrent_weights=packed.recurrent_planes, vectors=packed.vectors,
-            projection=packed.transposed_projection, moved_recurrent_weights=moved.recurrent_planes,
-            moved_vectors=moved.vectors, moved_projection=moved.transposed_projection,
-            input_weights=0 if dx is None else packed.input_planes,
-            moved_input_weights=0 if dx is None else moved.input_planes,
+            every_state=table, late_table=late, recurrent_weights=recurrent, vectors=packed.vectors,
+            projection=planes["hr"], moved_recurrent_weights=moved_recurrent, moved_vectors=moved.vectors,
+            moved_projection=moved_planes["hr"],
+            input_weights=0 if dx is None else packed.input_table,
+            moved_input_weights=0 if dx is None else moved.input_table,
         )  # fmt: skip
         entry, _, whole, work = adjoint_tangent_pass(program.scalar, len(dinitial))
         entry(
@@ -472,6 +559,8 @@ class CPUDirection:
         panels = (self.packed.input_panels, self.packed.recurrent_panels, *self.packed.late_panels)
         size = sum(array.nbytes for array in panels) / 1e6
         width = len(program.recurrent_order) * program.units
+        heads_of = f", recurrent ones in {self.layer.heads} heads" if self.layer.heads > 1 else ""
+        taken = "taken" if program.cell.takes_gates else "projected"
         back = f", {len(program.adjoints)} backward" if training else ""
         return {
             "kernel": f"fused forward{' and backward' if training else ''}, cell {program.cell.name}",
@@ -481,8 +570,8 @@ class CPUDirection:
             "products": _describe_products(program.precision, operand),
             "threads": f"{threads} {why}",
             "layout": f"weights in panels of {program.panel} hidden units with all their gates, "
-            f"{size:.1f} MB",
-            "chunk": f"the input of {chunk} steps is projected at once",
+            f"{size:.1f} MB{heads_of}",
+            "chunk": f"the input of {chunk} steps is {taken} at once",
             "bound": f"{'multiply-adds' if computes else 'reading the weights'}, at batch {batch}",
         }
 
@@ -490,11 +579,14 @@ class CPUDirection:
 MOST_INTEGERS = 1 << 17  # products of integers in a sum, which then cannot exceed 32 bits
 
 
-def _check_precision(precision: str, weights: Weights) -> None:
+def _check_precision(precision: str, dtype: np.dtype[Any], depth: int, heads: int) -> None:
     """Refuse what there are no products of."""
-    if precision != "float32" and weights.ih.dtype != np.float32:
-        raise ValueError(f"precision {precision!r} needs weights of float32, got {weights.ih.dtype}")
-    depth = max(weight.shape[1] for weight in (weights.ih, weights.hh, weights.hr) if weight is not None)
+    if precision == "float32":
+        return
+    if dtype != np.float32:
+        raise ValueError(f"precision {precision!r} needs weights of float32, got {dtype}")
+    if heads > 1:
+        raise ValueError(f"precision {precision!r} needs recurrent weights in one piece, got {heads} heads")
     if precision == "int8" and depth > MOST_INTEGERS:
         raise ValueError(f"precision 'int8' takes at most {MOST_INTEGERS} inputs or units, got {depth}")
 
@@ -530,6 +622,25 @@ def _words(**values: np.ndarray | int) -> np.ndarray:
     for name, value in values.items():
         words[WEIGHTS[name]] = value if isinstance(value, int) else _address(value)
     return words
+
+
+def _with(words: np.ndarray, **values: np.ndarray) -> np.ndarray:
+    """That part with other arrays in some places."""
+    words = words.copy()
+    for name, value in values.items():
+        words[WEIGHTS[name]] = _address(value)
+    return words
+
+
+def _every(states: States) -> np.ndarray:
+    """Where the values of further states at each step lie, or their gradients, as records.EVERY."""
+    rows = [(0, 0, 0) if array is None else (array.ctypes.data, *array.strides[:2]) for array in states]
+    return np.array(rows, np.int64).reshape(-1, EVERY.words)
+
+
+def _recurrent(tables: dict[str, np.ndarray], cell: Cell) -> tuple[int, dict[str, int]]:
+    """The addresses of the tables of the recurrent weights, and of those of late gates."""
+    return _address(tables["hh"]), {gate: _address(tables[gate]) for gate in cell.late}
 
 
 def _singly(order: np.ndarray) -> list[np.ndarray]:

@@ -122,6 +122,11 @@ def enter_forward(
     _call_pass(whole, (team, threads, patience, work, start))
 
 
+def enter_again(team, threads, patience, whole, work, start):
+    """Run a pass whose record has been written, by an entry that is not this one."""
+    _call_pass(whole, (team, threads, patience, work, start))
+
+
 def enter_backward(
     team,
     threads,
@@ -308,6 +313,12 @@ def _forward_entry(scalar: types.Float, states: int) -> Any:
     cube, matrices = types.Array(scalar, 3, "A"), types.UniTuple(types.Array(scalar, 2, "A"), states)
     signature = (*HEAD, cube, cube, matrices, FLAG, matrices, *SEQUENCES, BYTES)
     return entry_point(enter_forward, *signature)
+
+
+@once
+def again_pass() -> Any:
+    """Compile, or load from Numba's cache."""
+    return entry_point(enter_again, *[INT] * 6)
 
 
 @once

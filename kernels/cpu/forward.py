@@ -10,6 +10,7 @@ shares.py.
 from __future__ import annotations
 
 from .memory import (
+    EVERY_BYTES,
     OUTPUT,
     STATE,
     fill_zero,
@@ -24,6 +25,7 @@ from .memory import (
     rows_of_state,
     sequence_of,
     set_rows,
+    state_at_step,
     store_rows,
     stored_bytes,
     take_means,
@@ -31,14 +33,28 @@ from .memory import (
     zero_padding,
 )
 from .product import call_rows_times_planes
-from .records import INPUT, PHASE, PRODUCT, address_of, input_at, own_at, phase_at, product_at
+from .records import (
+    INPUT,
+    PANEL,
+    PHASE,
+    PRODUCT,
+    address_of,
+    every_at,
+    input_at,
+    own_at,
+    panel_at,
+    phase_at,
+    product_at,
+)
 from .shares import Shares, close_queues, each, share
-from .simd import inlined, load, part, read, read_int, store, write, write_int
+from .simd import inlined, load, load_row, part, read, read_int, store, store_row, write, write_int
 from .team import barrier
 from .tile import tile_product
 from .work import call_launch, call_phase
 
-PHASE_BYTES, PRODUCT_BYTES, INPUT_BYTES = 8 * PHASE.words, 8 * PRODUCT.words, 8 * INPUT.words
+PHASE_BYTES, PRODUCT_BYTES, INPUT_BYTES, PANEL_BYTES = (
+    8 * record.words for record in (PHASE, PRODUCT, INPUT, PANEL)
+)
 X, RECURRENT, LATE = 0, 1, 2  # the values that products before the steps of a pass of tangents multiply
 
 
@@ -56,7 +72,10 @@ def project_inputs(piece, task, own, cut, count, gates):
     for block in range(low, high):
         first, last = share(count, block, blocks)
         start = 0  # of what has no part of the input, and starts from its bias
-        if task.x != 0:
+        if task.x != 0 and task.takes_gates:
+            start = task.input_slots * task.gate
+            take_gates(task, own, p, first, last, bias, gates)
+        elif task.x != 0:
             start = task.input_slots * task.gate
             tile_product(
                 task.input_tile, last - first, bias, 0, gates + first * task.gates_row, task.gates_row,
@@ -77,17 +96,34 @@ def project_inputs(piece, task, own, cut, count, gates):
 
 
 @part
+def take_gates(task, own, p, first, last, bias, gates):
+    """Pre-activations of some rows of a panel from inputs that are those of the gates: bias + x."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    for slot in range(task.input_slots):
+        for unit in range(task.units):
+            v, place = p * task.units + unit, slot * task.gate + unit * vector
+            column = read_int(task.input_order + slot * 8) * task.hidden * registers.size + v * vector
+            start, valid = load(registers, bias + place), task.hidden - v * registers.lanes
+            for row in range(first, last):
+                value = start
+                if valid > 0:
+                    value = start + load_row(registers, read_int(own.inputs + row * 8) + column, valid)
+                store(value, gates + row * task.gates_row + place)
+
+
+@part
 def add_input(task, own, p, n, first, last, count, gates):
     """Add another product to the pre-activations of some rows, of values with weights that move."""
     given = input_at(task.input_table + n * INPUT_BYTES)
+    panel = panel_at(given.panels + p * PANEL_BYTES)
     blocks = -(-(last - first) // given.rows)
     for block in range(blocks):
         low, high = share(last - first, block, blocks)
         sums = gates + (first + low) * task.gates_row + given.slot * task.gate
         tile_product(
             given.tile, high - low, sums, task.gates_row, sums, task.gates_row,
-            own.more_inputs + (n * count + first + low) * 8, 0,
-            given.weights + p * given.depth * given.slots * task.gate, 0, given.depth,
+            own.more_inputs + (n * count + first + low) * 8, panel.shift, panel.weights, 0, panel.depth,
         )  # fmt: skip
 
 
@@ -96,7 +132,7 @@ def note_inputs(task, own, start, end, count):
     """Note where the rows are that the products before the steps from start to end multiply."""
     if task.x != 0:
         note_rows(task, task.x, task.x_time, task.x_row, start, end, own.inputs)
-        if task.registers.value > 0:
+        if task.registers.value > 0 and not task.takes_gates:
             store_rows(task, count, own.inputs, task.inputs, own.stored, own.rest)
     for n in range(task.more_inputs):
         given, table = input_at(task.input_table + n * INPUT_BYTES), own.more_inputs + n * count * 8
@@ -142,8 +178,9 @@ def store_operands(task, own, phase, active):
         to = own.stored
         for n in range(phase.product, phase.product + phase.products):
             product = product_at(task.product_table + n * PRODUCT_BYTES)
-            store_rows(task, active, own.operands + n * task.batch * 8, product.columns, to, 0)
-            to += active * stored_bytes(task.registers, product.columns)
+            columns = task.hidden if product.late else task.outputs
+            store_rows(task, active, own.operands + n * task.batch * 8, columns, to, 0)
+            to += active * stored_bytes(task.registers, columns)
 
 
 @inlined
@@ -152,11 +189,10 @@ def multiply(task, own, phase, p, first, last):
     target = own.gates + p * task.gates_panel + first * task.gates_row
     for n in range(phase.product, phase.product + phase.products):
         product = product_at(task.product_table + n * PRODUCT_BYTES)
-        sums = target + product.offset
+        panel, sums = panel_at(product.panels + p * PANEL_BYTES), target + product.offset
         tile_product(
             product.tile, last - first, sums, task.gates_row, sums, task.gates_row,
-            own.operands + (n * task.batch + first) * 8, 0,
-            product.weights + p * product.panel_bytes, 0, product.depth,
+            own.operands + (n * task.batch + first) * 8, panel.shift, panel.weights, 0, panel.depth,
         )  # fmt: skip
 
 
@@ -204,6 +240,20 @@ def tape_means(task, own, phase, before, active):
         for row in range(active):
             value = read(registers, own.means + n * task.means_plane + row * registers.size)
             write(registers, value, to + row * registers.size)
+
+
+@part
+def write_states(task, own, step, active):
+    """Copy the further states after a step to where they are wanted, while they are in a thread's cache."""
+    registers = task.registers
+    vector = registers.lanes * registers.size
+    for n in range(task.further):
+        for row in range(active):
+            source = own.here + n * task.states_plane + row * task.width
+            to = state_at_step(task, n, step, row)
+            for v in range(own.low_vector, own.high_vector if to != 0 else 0):
+                value = load(registers, source + v * vector)
+                store_row(registers, value, to + v * vector, task.hidden - v * registers.lanes)
 
 
 @part
@@ -272,20 +322,22 @@ def forward_work(thread, threads, sync, task):
                     take_means(task, task.partials, phase.mean, phase.means, phase.centers, own.means)
                     if task.taped and thread == 0:
                         tape_means(task, own, phase, before, active)
+            if task.every_state != 0:
+                write_states(task, own, step, active)
             if task.projected:
                 if task.registers.value > 0:
                     store_rows(task, active, own.leaving, task.hidden, own.stored, 0)
                 call_rows_times_planes(
                     task.rows_times_planes,
-                    (address_of(task), active, own.leaving, task.projection, task.projection_depth,
-                     own.low_output, own.high_output, own.projected, task.outputs, 0, own.scratch),
+                    (address_of(task), active, own.leaving, task.projection, own.low_output, own.high_output,
+                     own.projected, task.outputs, 0, own.scratch),
                 )  # fmt: skip
                 if task.moved_projection != 0:
                     note_uniform(task.raw + task.shift + before * task.width, task.width, active, own.leaving)
                     call_rows_times_planes(
                         task.rows_times_planes,
-                        (address_of(task), active, own.leaving, task.moved_projection, task.hidden,
-                         own.low_output, own.high_output, own.projected, task.outputs, 1, own.scratch),
+                        (address_of(task), active, own.leaving, task.moved_projection, own.low_output,
+                         own.high_output, own.projected, task.outputs, 1, own.scratch),
                     )  # fmt: skip
                 barrier(sync, threads)
 
@@ -341,4 +393,8 @@ def forward(team, threads, patience, work, task):
     close_queues(task.queues, threads)
     start_threads(task, team, threads, patience, work)
     zero_padding(task, task.y, task.y_time, task.y_row, task.outputs)
+    for n in range(task.further if task.every_state != 0 else 0):
+        every = every_at(task.every_state + n * EVERY_BYTES)
+        if every.array != 0:
+            zero_padding(task, every.array, every.time, every.row, task.hidden)
     get_final(task)

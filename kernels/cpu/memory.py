@@ -6,6 +6,7 @@ padding costs nothing.
 
 from __future__ import annotations
 
+from .records import EVERY, every_at
 from .simd import (
     inlined,
     larger,
@@ -27,6 +28,7 @@ from .simd import (
 from .team import LINE
 
 OUTPUT, STATE, OPERAND = 0, 1, 2  # where a late gate finds what its weights multiply, after a step
+EVERY_BYTES = 8 * EVERY.words
 
 INTEGERS = 127.0  # the largest that a row is scaled to
 REST = 254.0  # times larger is what half of the last place is scaled by
@@ -267,6 +269,15 @@ def get_rows(task, source, width, target, stride, columns):
         for k in range(columns):
             value = read(registers, source + row * width + k * registers.size)
             write(registers, value, start + k * registers.size)
+
+
+@inlined
+def state_at_step(task, n, step, row):
+    """Where further state n of a row is written after a step, or its gradient read; 0 if nowhere."""
+    every = every_at(task.every_state + n * EVERY_BYTES)
+    if every.array == 0:
+        return 0
+    return every.array + time_of(task, step, row) * every.time + sequence_of(task, row) * every.row
 
 
 @inlined

@@ -9,14 +9,15 @@ import numpy as np
 from numba import types
 
 from fusedlstm.cells import Cell
-from fusedlstm.once import once
+from fusedlstm.once import lazy, once
 
 from . import team
+from .heads import Span, spans
 from .memory import round_up, stored_bytes
 from .phase import count
 from .product import GROUP
 from .program import program
-from .records import OWN, TASK
+from .records import OWN, PANEL, TASK
 from .team import LINE
 from .tile import PLANES
 from .work import launcher
@@ -85,15 +86,22 @@ class Layer:
     Attributes:
         program: the cell as the kernels run it.
         inputs, hidden, outputs: sizes I, H and P.
+        heads: blocks of the recurrent weights.
         padded: hidden units of whole panels.
     """
 
     def __init__(
-        self, cell: Cell, scalar: types.Float, sizes: tuple[int, int, int], projected: bool, precision: str
+        self,
+        cell: Cell,
+        scalar: types.Float,
+        sizes: tuple[int, int, int],
+        projected: bool,
+        heads: int,
+        precision: str,
     ) -> None:
         self.program = program(cell, scalar, projected, precision)
         self.inputs, self.hidden, self.outputs = sizes
-        self.sizes = self.outputs, self.hidden
+        self.heads = heads
         self.padded = round_up(self.hidden, self.program.panel)
         self._plans: dict[tuple[int, int], Plan] = {}
         self.forward_task = lru_cache(MOST_PLANS)(self._forward_task)
@@ -102,7 +110,8 @@ class Layer:
     def step_time(self, batch: int) -> float:
         """Roughly the microseconds that one thread takes for a step of the recurrence."""
         program = self.program
-        weights = self.hidden * self.outputs * (len(program.cell.gates_with_recurrent) + program.projected)
+        columns = self.outputs // self.heads
+        weights = self.hidden * columns * (len(program.cell.gates_with_recurrent) + program.projected)
         operand = program.registers.operand
         reading = weights * (operand.weight or program.registers.size) / BYTES
         return float(max(2 * weights * batch / (FLOPS * operand.rate), reading))
@@ -119,8 +128,8 @@ class Layer:
 
     def _make_plan(self, steps: int, batch: int) -> Plan:
         program = self.program
-        rate = FLOPS * program.registers.operand.rate
-        project = 2 * len(program.input_order) * self.hidden * self.inputs * batch / rate
+        rows = 0 if program.cell.takes_gates else len(program.input_order) * self.hidden
+        project = 2 * rows * self.inputs * batch / (FLOPS * program.registers.operand.rate)
         alone = steps * (self.step_time(batch) + project)
         meetings = START + steps * BARRIER * (len(program.steps) + program.projected)
         panels = self.padded // program.panel
@@ -201,14 +210,16 @@ class Layer:
             "steps": steps, "batch": batch, "chunk": chunk,
             "inputs": self.inputs, "hidden": self.hidden, "outputs": self.outputs,
             "units": program.units, "panel": program.panel, "panels": panels,
-            "slots": slots, "input_slots": len(program.input_order),
+            "slots": slots, "input_slots": len(program.input_order), "takes_gates": int(cell.takes_gates),
             "further": len(cell.states) - 1, "learned": len(cell.weights), "operand": cell.operand,
             "ring": program.ring, "projected": int(program.projected), "late": len(cell.late),
             "recurrent_slot": program.recurrent_slot, "recurrent_slots": len(program.recurrent_order),
+            "heads": self.heads, "spans": len(self.spans),
             "recurrent_rows": program.recurrent_rows, "reads_operand": int(cell.reads_operand),
             "phase_table": phases.ctypes.data, "phases": len(phases),
             "launch": launcher().address,
-            "input_order": program.input_order.ctypes.data, "input_gates": len(program.input_order),
+            "input_order": program.input_order.ctypes.data,
+            "input_gates": 0 if cell.takes_gates else len(program.input_order),
             "recurrent_order": program.recurrent_order.ctypes.data,
             "recurrent_gates": len(program.recurrent_order),
             "late_order": program.late_order.ctypes.data, "no_order": ONLY.ctypes.data,
@@ -218,9 +229,54 @@ class Layer:
             "mean_row": mean, "means_plane": mean, "partials_plane": panels * program.units * mean,
             "input_depth": program.groups(self.inputs),
             "input_panel": program.panel_bytes(len(program.input_order), self.inputs),
-            "projection_depth": program.groups(self.hidden),
         }  # fmt: skip
         return np.zeros(len(TASK), np.int64), fields
+
+    @lazy
+    def spans(self) -> list[Span]:
+        """The vectors of what the recurrent weights multiply, and the units that they meet."""
+        return spans(self.hidden, self.heads, self.program.registers.lanes)
+
+    def panel_table(self, array: np.ndarray, gates: int, columns: int, recurrent: bool = True) -> np.ndarray:
+        """Panels of so many gates as records.PANEL, where `array` has them; none if it is empty.
+
+        Args:
+            columns: of all weights.
+            recurrent: whether they are cut into heads.
+        """
+        size, panel, rows = self.program.registers.size, self.program.panel, []
+        cut = [Span(0, self.padded // panel, 0, columns)]
+        if recurrent and self.heads > 1:
+            cut = spans(self.hidden, self.heads, panel)
+        place = int(array.ctypes.data)
+        for span in cut if array.size else ():
+            depth = span.stop - span.start
+            for _ in range(span.low, span.high):
+                rows.append((place, span.start * size, self.program.groups(depth)))
+                place += self.program.panel_bytes(gates, depth)
+        return np.array(rows, np.int64).reshape(-1, PANEL.words)
+
+    def planes_table(self, array: np.ndarray, depth: int, columns: int, gates: int = 0) -> np.ndarray:
+        """Planes as records.PLANES_OF, where `array` has them; none if it is empty.
+
+        Args:
+            depth: how many numbers a plane meets, if it meets all.
+            columns: of all weights.
+            gates: if they are cut into heads, so that a plane meets some units of each of these.
+        """
+        size, lanes, rows = self.program.registers.size, self.program.registers.lanes, []
+        if not array.size:
+            return np.zeros(0, np.int64)
+        place, vector = int(array.ctypes.data), lanes * size
+        if not gates or self.heads == 1:
+            groups = self.program.groups(depth)
+            return np.array([(0, -(-columns // lanes), place, 0, groups, 1, 0)], np.int64)
+        for low, high, start, stop in self.spans:
+            plane = gates * (stop - start) * vector
+            step = self.padded * size
+            rows.append((low, high, place - low * plane, start * size, stop - start, gates, step))
+            place += (high - low) * plane
+        return np.array(rows, np.int64)
 
     def _lay_out_memory(
         self, fields: dict[str, int], batch: int, rows: int, gate_rows: int, kept: int
@@ -351,11 +407,12 @@ def layer(
     hidden: int,
     outputs: int,
     projected: bool,
+    heads: int,
     precision: str = "float32",
 ) -> Layer:
     """The same object for equal arguments."""
     scalar = types.float32 if dtype == np.float32 else types.float64
-    return Layer(cell, scalar, (inputs, hidden, outputs), projected, precision)
+    return Layer(cell, scalar, (inputs, hidden, outputs), projected, heads, precision)
 
 
 def threads_for(work: float) -> tuple[int, int, int]:

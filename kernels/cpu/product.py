@@ -13,7 +13,7 @@ from numba import types
 from fusedlstm.once import once
 
 from .compile import c_function
-from .records import task_type
+from .records import planes_at, task_type
 from .shares import share
 from .simd import OPTIONS, inlined, load, load_row, part, read_int, splat, store, store_group, store_row
 from .tile import PLANES, outer_rows, plane_rows, tile_product
@@ -22,17 +22,18 @@ from .work import calling
 GROUP = 4  # panels whose weights' gradients are a piece of the work
 
 
-def rows_times_planes(
-    task, count, a_rows, b, depth, low, high, out_rows, out_length, accumulate, scratch
-):  # fmt: skip
-    """The vectors low to high of `out = a @ b`, or of `out += a @ b`, where `depth` counts groups.
+def rows_times_planes(task, count, a_rows, b, low, high, out_rows, out_length, accumulate, scratch):
+    """The vectors low to high of `out = a @ b`, or of `out += a @ b`, of those that `b` has.
 
-    `a_rows` and `out_rows` are the addresses of tables of `count` row addresses; `scratch` has room for
-    a tile.
+    `a_rows` and `out_rows` are the addresses of tables of `count` row addresses, `b` that of a
+    records.PLANES_OF; `scratch` has room for a tile.
     """
     registers = task.registers
     vector = registers.lanes * registers.size
-    plane, stride = depth * registers.column + registers.tail, PLANES * vector
+    planes = planes_at(b)
+    low, high = max(low, planes.low), min(high, planes.high)
+    stretch, stride = planes.depth * registers.column + registers.tail, PLANES * vector
+    plane = planes.stretches * stretch
     blocks = -(-count // plane_rows(registers))
     for block in range(blocks):
         first, last = share(count, block, blocks)
@@ -52,10 +53,12 @@ def rows_times_planes(
             if wide == PLANES:
                 width, tile = PLANES, task.planes_tile
             for n in range(0, wide, width):
-                sums = scratch + n * vector
-                tile_product(
-                    tile, last - first, sums, stride, sums, stride, a, 0, b + (v + n) * plane, plane, depth
-                )
+                sums, weights = scratch + n * vector, planes.weights + (v + n) * plane
+                for k in range(planes.stretches):
+                    tile_product(
+                        tile, last - first, sums, stride, sums, stride, a, planes.shift + k * planes.step,
+                        weights + k * stretch, plane, planes.depth,
+                    )  # fmt: skip
             for row in range(first, last):
                 out = read_int(out_rows + row * 8)
                 for n in range(wide):
@@ -66,15 +69,16 @@ def rows_times_planes(
 
 
 def add_outer(
-    task, d, d_stride, d_slot, count, low, high, gates, gate_count, panel, hidden, rows, columns, target,
-    stride, first, values, scratch, pairs,
+    task, d, d_stride, d_slot, count, low, high, gates, gate_count, panel, hidden, begin_unit, end_unit,
+    rows, shift, columns, target, stride, first, values, scratch, pairs,
 ):  # fmt: skip
-    """Add `d.T @ values` to the rows of a weight gradient that belong to the panels low to high.
+    """Add `d.T @ values` to the rows of a weight gradient of the panels low to high, of the units from
+    `begin_unit` to `end_unit`.
 
     `d` is the address of (count, gates, H), with rows `d_stride` and gates `d_slot` bytes apart; `rows` that
-    of the table of the `count` rows of values; `gates` that of the places of the gates in `target`, whose
-    rows are `stride` bytes apart; if `first`, the target is written.  `values` and `pairs` have room for what
-    of the values and of `d` is multiplied at once.
+    of the table of the `count` rows of values, which begin `shift` bytes behind these addresses; `gates` that
+    of the places of the gates in `target`, whose rows are `stride` bytes apart; if `first`, the target is
+    written.  `values` and `pairs` have room for what of the values and of `d` is multiplied at once.
     """
     registers = task.registers
     lanes, size = registers.lanes, registers.size
@@ -87,19 +91,20 @@ def add_outer(
         wide, tile = 1, task.thin_outer_tile
         if columns - column > (PLANES - 1) * lanes:
             wide, tile = PLANES, task.outer_tile
-        pack_columns(registers, count, rows, column, columns, wide, values)
+        pack_columns(registers, count, rows, shift, column, columns, wide, values)
         whole = columns - column >= wide * lanes
         for p in range(low, high):
-            units = min(panel, hidden - p * panel)
+            start = max(p * panel, begin_unit)
+            units = min((p + 1) * panel, end_unit) - start
             blocks = -(-units // outer_rows(registers))
             for gate in range(gate_count):
                 for block in range(blocks):
                     begin, end = share(units, block, blocks)
-                    a, a_stride = d + gate * d_slot + (p * panel + begin) * size, d_stride
+                    a, a_stride = d + gate * d_slot + (start + begin) * size, d_stride
                     if registers.group > 1:
-                        place = (gate * (high - low) + p - low) * groups * panel + begin
+                        place = (gate * (high - low) + p - low) * groups * panel + start - p * panel + begin
                         a, a_stride = pairs + place * size, panel * size
-                    row = read_int(gates + gate * 8) * hidden + p * panel + begin
+                    row = read_int(gates + gate * 8) * hidden + start + begin
                     to = target + row * stride + column * size
                     sums, sums_stride = to, stride
                     if not whole:
@@ -107,18 +112,9 @@ def add_outer(
                     if first or not whole:
                         clear(registers, end - begin, wide, sums, sums_stride)
                     tile_product(
-                        tile,
-                        end - begin,
-                        sums,
-                        sums_stride,
-                        sums,
-                        sums_stride,
-                        a,
-                        a_stride,
-                        values,
-                        0,
+                        tile, end - begin, sums, sums_stride, sums, sums_stride, a, a_stride, values, 0,
                         groups,
-                    )
+                    )  # fmt: skip
                     if not whole:
                         add_tile(registers, end - begin, wide, scratch, to, stride, columns - column, first)
         column += wide * lanes
@@ -141,13 +137,14 @@ def pair_rows(registers, d, d_stride, d_slot, count, low, high, gate_count, pane
 
 
 @inlined
-def pack_columns(registers, count, rows, column, columns, wide, values):
+def pack_columns(registers, count, rows, shift, column, columns, wide, values):
     """Lay out some vectors of columns of rows next to each other, in groups of rows."""
     vector = registers.lanes * registers.size
     if registers.group > 1:
         for n in range(0, count, registers.group):
             for v in range(wide):
-                left, place = columns - column - v * registers.lanes, column * registers.size + v * vector
+                left = columns - column - v * registers.lanes
+                place = shift + column * registers.size + v * vector
                 first = load_row(registers, read_int(rows + n * 8) + place, left)
                 second = splat(registers, 0.0)
                 if n + 1 < count:
@@ -156,7 +153,7 @@ def pack_columns(registers, count, rows, column, columns, wide, values):
                 values += vector
         return
     for n in range(count):
-        source = read_int(rows + n * 8) + column * registers.size
+        source = read_int(rows + n * 8) + shift + column * registers.size
         for v in range(wide):
             left = columns - column - v * registers.lanes
             store(load_row(registers, source + v * vector, left), values + (n * wide + v) * vector)
@@ -202,7 +199,7 @@ def add_rows(task, d, d_stride, d_slot, count, low, high, gates, gate_count, tar
             store_row(registers, total, to, valid)
 
 
-PLANES_ARGUMENTS, OUTER_ARGUMENTS = 11, 19
+PLANES_ARGUMENTS, OUTER_ARGUMENTS = 10, 22
 call_rows_times_planes, call_add_outer = calling(PLANES_ARGUMENTS), calling(OUTER_ARGUMENTS)
 
 

@@ -182,19 +182,17 @@ class Program:
             found.append([((o.gate,), o) for o in cut.operators if o.gate])
         return found
 
-    def product_table(
-        self, cuts: tuple[Phase, ...], sizes: tuple[int, int], recurrent: int, late: dict[str, int]
-    ) -> np.ndarray:
-        """The products of a step or its tangent as records.PRODUCT, for panels at these addresses."""
-        rows, (outputs, hidden) = [], sizes
+    def product_table(self, cuts: tuple[Phase, ...], recurrent: int, late: dict[str, int]) -> np.ndarray:
+        """The products of a step or its tangent as records.PRODUCT, for tables of panels at these addresses:
+        of the recurrent weights and, by gate, of late ones."""
+        rows = []
         gate = self.panel * self.registers.size  # bytes of a gate in a row of a panel
         for gates, operator in (product for here in self._products(cuts) for product in here):
-            slot, weights, depth, where = self.recurrent_slot, recurrent, outputs, (0, 0, 0)
+            slot, panels, where = self.recurrent_slot, recurrent, (0, 0, 0)
             if operator is not None:
-                slot, weights, depth = self._slot(operator.gate), late[operator.gate], hidden
+                slot, panels = self._slot(operator.gate), late[operator.gate]
                 where = (1, *self._source(operator.operand))
-            panel_bytes, groups = self.panel_bytes(len(gates), depth), self.groups(depth)
-            rows.append((self.tile(len(gates)), slot * gate, weights, panel_bytes, groups, *where, depth))
+            rows.append((self.tile(len(gates)), slot * gate, panels, *where))
         return _table(rows, PRODUCT_ROW)
 
     def _source(self, operand: Value) -> tuple[int, int]:
@@ -212,8 +210,8 @@ class Program:
     def late_table(
         self, cuts: tuple[Phase, ...], weights: dict[str, int], moved: dict[str, int] | None = None
     ) -> np.ndarray:
-        """The late gates in an adjoint as records.LATE, for planes of weights at these addresses; and of the
-        weights' tangents, 0 for those that are zero."""
+        """The late gates in an adjoint as records.LATE, for tables of planes at these addresses: of weights,
+        and of their tangents, 0 for those that are zero."""
         found = {(o.kind, o.gate): (n + 1, o) for n, cut in enumerate(cuts) for o in cut.operators}
         rows, sources = [], self._late_sources()
         for gate in self.cell.late:
@@ -230,22 +228,22 @@ class Program:
             return -1, self._slot(gate)
         return found[0], self._slot(str(found[1].operand.name).removeprefix(self.cell.moved))
 
-    def input_table(self, moved: dict[str, int], inputs: int, outputs: int, hidden: int) -> np.ndarray:
+    def input_table(self, moved: dict[str, int]) -> np.ndarray:
         """What tangents of pre-activations begin with beside the product of the input's tangent, as
-        records.INPUT: values times the tangents of weights, whose panels lie at these addresses, by "ih",
-        "hh" and gate."""
+        records.INPUT: values times the tangents of weights, for tables of their panels at these addresses,
+        by "ih", "hh" and gate."""
         rows = []
         count = len(self.input_order)
         if moved["ih"]:
-            rows.append((*self._input_tile(count), 0, count, moved["ih"], inputs, X, 0))
+            rows.append((*self._input_tile(count), 0, moved["ih"], X, 0))
         count = len(self.recurrent_order)
         if count and moved["hh"]:
             slot = self.recurrent_slot
-            rows.append((*self._input_tile(count), slot, count, moved["hh"], outputs, RECURRENT, 0))
+            rows.append((*self._input_tile(count), slot, moved["hh"], RECURRENT, 0))
         for gate, (source, place) in self._late_sources().items():
             if moved[gate]:
                 where = LATE_INPUT + source, place
-                rows.append((*self._input_tile(1), self._slot(gate), 1, moved[gate], hidden, *where))
+                rows.append((*self._input_tile(1), self._slot(gate), moved[gate], *where))
         return _table(rows, INPUT)
 
     def _input_tile(self, gates: int) -> tuple[int, int]:

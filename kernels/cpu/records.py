@@ -31,6 +31,7 @@ WEIGHT_FIELDS = """
     product_table products late_table  input_table more_inputs
     input_weights bias recurrent_weights vectors projection
     moved_input_weights moved_recurrent_weights moved_vectors moved_projection
+    every_state
 """
 # Offsets from the memory of the forward pass and from the scratch memory of the backward pass, to which the
 # addresses of these are added.
@@ -43,7 +44,7 @@ SCRATCH_FIELDS = """
 PLAN_FIELDS = """
     steps batch inputs hidden outputs chunk taped
     units panel panels slots input_slots further learned operand ring projected
-    late recurrent_slot recurrent_slots reads_operand
+    takes_gates late recurrent_slot recurrent_slots reads_operand  heads spans
     phase_table phases  input_tile input_rows recurrent_rows
     planes_tile plane_tile outer_tile thin_outer_tile  rows_times_planes add_outer launch
     input_order input_gates recurrent_order recurrent_gates late_order no_order
@@ -51,7 +52,7 @@ PLAN_FIELDS = """
     mean_row means_plane taped_means_plane partials_plane  d_row thread_bytes  tangents moved_shift
     at_inputs at_entering at_leaving at_projected at_offsets at_operands at_means at_scratch
     at_first at_second at_third at_values  at_more_inputs at_p_entering
-    at_stored input_depth input_panel projection_depth  at_pairs at_rest d_stored_row d_stored_slot
+    at_stored input_depth input_panel  at_pairs at_rest d_stored_row d_stored_slot
 """
 TASK_FIELDS = " ".join([CALL_FIELDS, WEIGHT_FIELDS, MEMORY_FIELDS, SCRATCH_FIELDS, PLAN_FIELDS])
 # Of one thread: where things are at a step, and its own space.
@@ -95,13 +96,20 @@ def task_type(scalar: types.Float, precision: str = "float32") -> Record:
 
 OWN = Record("own", OWN_FIELDS, constant=False)
 PHASE = Record("phase", "address product products rows mean means centers", constant=True)
-PRODUCT = Record("product", "tile offset weights panel_bytes depth late source place columns", constant=True)
+PRODUCT = Record("product", "tile offset panels late source place", constant=True)
+# Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many numbers.
+PANEL = Record("panel", "weights shift depth", constant=True)
+# Of the planes of the vectors from `low` to `high`: where those of vector 0 would be; bytes from the start
+# of a row to what they multiply; how many numbers that is, and in how many stretches, so many bytes apart.
+PLANES_OF = Record("planes", "low high weights shift depth stretches step", constant=True)
 LATE = Record(
     "late",
     "phase from_slot weights slot source place moved_phase moved_from_slot moved_weights",
     constant=True,
 )
-INPUT = Record("input", "tile rows slot slots weights depth source place", constant=True)
+INPUT = Record("input", "tile rows slot panels source place", constant=True)
+# Of one state, where its values after each step go, or their gradients come from; an array of 0 is none.
+EVERY = Record("every", "array time row", constant=True)
 
 
 @register_model(Record)
@@ -155,7 +163,9 @@ def record_at(record: Record) -> Any:
     return at
 
 
-own_at, phase_at, product_at, late_at, input_at = map(record_at, (OWN, PHASE, PRODUCT, LATE, INPUT))
+own_at, phase_at, product_at, late_at, input_at, every_at, panel_at, planes_at = map(
+    record_at, (OWN, PHASE, PRODUCT, LATE, INPUT, EVERY, PANEL, PLANES_OF)
+)
 
 
 @intrinsic

@@ -20,7 +20,7 @@ from .compile import Part
 
 INT64, INT32 = ir.IntType(64), ir.IntType(32)
 
-# Without reference counts, since all memory belongs to who calls a kernel, and as in C when dividing by 0.
+# Without reference counts, since all memory belongs to the caller of a kernel; dividing by 0 as in C.
 OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
 # For what only other compiled code calls: nothing that Python or C could call is made.
 INNER = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Part}

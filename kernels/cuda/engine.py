@@ -67,6 +67,12 @@ class CUDA:
     def prepare(self, cell: Cell, weights: Weights) -> Direction:
         if why := unsupported(cell):
             raise ValueError(f"backend 'cuda' has no kernels for cell {cell.name}: {why}")
+        if weights.hr is None and weights.hh is not None and weights.hh.shape[1] != cell.hidden_size(weights):
+            raise ValueError("heads must be 1 with the backend 'cuda', which has no kernels for more")
+        if cell.takes_gates:
+            raise ValueError(
+                "input_size must be a number with the backend 'cuda', which has no kernels without"
+            )
         return Direction(cell, weights, self.precision, self.form, self.barrier_every)
 
 
@@ -110,7 +116,10 @@ class Direction:
         reset: Any | None,  # (T, B)
         reverse: bool,
         training: bool,
+        states: States | None = None,
     ) -> Tape | None:
+        if states is not None:
+            raise ValueError("all_states must be False with the backend 'cuda', which has no kernels for it")
         with self._on(x) as resident:
             return resident.forward(x, initial, y, final, lengths, reset, reverse, training)
 
@@ -121,6 +130,7 @@ class Direction:
         dfinal: States | None,
         dx: Any | None,  # (T, B, I)
         accumulate: bool,
+        dstates: States | None = None,  # of states that `forward` refuses to give
     ) -> tuple[States, Weights]:
         with self._on(tape.x) as resident:
             return resident.backward(tape, dy, dfinal, dx, accumulate)

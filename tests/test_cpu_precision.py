@@ -168,10 +168,13 @@ def test_any_number_of_threads(
 
 
 @pytest.mark.parametrize("hidden", [64, 256])
-@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.layer_norm_lstm], ids=name)
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.coupled_lstm], ids=name)
 @pytest.mark.parametrize("precision", NARROW)
 def test_what_is_promised(precision: str, cell: Cell, hidden: int) -> None:
-    """With weights and inputs as in practice, against exact products."""
+    """With weights and inputs as in practice, against exact products.
+
+    Cells that normalize divide errors by what may be small; they are held against rounded products above.
+    """
     made = fusedlstm.Recurrent(cell, hidden, hidden, precision=precision, seed=1)
     exact = fusedlstm.Recurrent(cell, hidden, hidden, seed=1)
     x = np.random.default_rng(3).normal(size=(25, 5, hidden)).astype(np.float32)

@@ -83,7 +83,8 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
     call = (ctx.cell, ctx.directions, ctx.every)
     args = (handle, y, x, initial, weights, lengths, reset, *call)
     dx, *others = _gradients(list(grads[:-1]), *args, wants_x)
-    return dx, others[: ctx.states], others[ctx.states :], *[None] * 6
+    # the dispatcher leaves out an argument at the end that has its default
+    return dx, others[: ctx.states], others[ctx.states :], *[None] * (5 + ctx.every)
 
 
 def _gradients(
@@ -131,7 +132,7 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any
         dgrads, dx, dinitial, dweights = replay_second(
             grads, x, initial, weights, seeds, *masks, shape, ctx.every
         )
-    return dgrads, None, None, dx, dinitial, dweights, *[None] * 5
+    return dgrads, None, None, dx, dinitial, dweights, *[None] * (4 + ctx.every)
 
 
 def _transformable(name: str, save: Any, gradient: Any) -> Any:
@@ -144,11 +145,13 @@ def _transformable(name: str, save: Any, gradient: Any) -> Any:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.leaves = len(inputs) - 1
             save(ctx, tree_unflatten(inputs[1:], inputs[0]), output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return None, *tree_leaves(gradient(ctx, list(grads), True))
+            leaves = tree_leaves(gradient(ctx, list(grads), True))
+            return None, *leaves, *[None] * (ctx.leaves - len(leaves))
 
         @staticmethod
         def vmap(info: Any, dims: Any, spec: Any, *flat: Any) -> Any:

@@ -234,6 +234,17 @@ def test_gates_that_onnx_couples() -> None:
     assert_loads(copy.copy(layer), weights.from_onnx(layer, nodes), layer.state_dict())
 
 
+@pytest.mark.parametrize("options", [{"input_size": None}, {"heads": 3}], ids=str)
+def test_matrices_that_others_do_not_have_are_refused(options: dict[str, Any]) -> None:
+    layer = LSTM(**({"input_size": 2, "hidden_size": 3} | options))
+    for convert in (weights.to_keras, weights.to_onnx):
+        with pytest.raises(
+            ValueError, match="layer must have input weights, and recurrent weights in one block"
+        ):
+            convert(layer)
+    assert_loads(layer, weights.from_torch(layer, weights.to_torch(layer)), layer.state_dict())
+
+
 def test_what_onnx_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="ONNX has no operator with a projection"):
         weights.to_onnx(LSTM(3, 5, proj_size=2))

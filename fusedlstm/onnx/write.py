@@ -34,6 +34,7 @@ def export(
 
     Raises:
         TypeError: `layer` is none on arrays.
+        ValueError: if it cannot be written.
         OSError: if the file cannot be written.
     """
     write_whole(Path(path), to_model(layer, states=states, lengths=lengths).SerializeToString())
@@ -53,6 +54,7 @@ def to_model(layer: Recurrent, *, states: bool = False, lengths: bool = False) -
 
     Raises:
         TypeError: `layer` is none on arrays.
+        ValueError: it has no input weights, several heads, or zoneout.
     """
     if not isinstance(layer, Recurrent):
         raise TypeError(
@@ -60,6 +62,9 @@ def to_model(layer: Recurrent, *, states: bool = False, lengths: bool = False) -
             f"{type(layer).__module__}.{type(layer).__qualname__}; fusedlstm.weights.from_torch and "
             "from_keras give one the weights of others"
         )
+    storage.check_matrices(layer)
+    if np.any(layer.zoneout):
+        raise ValueError(f"layer must have no zoneout, which changes what it computes, got {layer!r}")
     return _Layer(layer, states, lengths).made()
 
 
@@ -153,6 +158,7 @@ class _Layer:
         return cast(ModelProto, model)
 
     def _inputs(self) -> list[ValueInfoProto]:
+        assert self.layer.input_size is not None
         found = [self.graph.info("x", *self._axes(), self.layer.input_size)]
         if self.states:
             found += self._states("0")

@@ -360,19 +360,21 @@ def _check_shapes(labels: Sequence[str], given: Sequence[np.ndarray], expected: 
             raise ValueError(f"{label} must have the shape {shape}, got {array.shape}")
 
 
-def check_matrices(layer: Recurrent) -> None:
-    """Refuse a layer that has no input weights, or recurrent weights in blocks, which others do not have.
+def check_plain(layer: Recurrent, whose: str) -> None:
+    """Refuse options that layers of others do not have.
 
     Raises:
-        ValueError: if it is one.
+        ValueError: for a layer of gate inputs, or with heads.
     """
-    if layer.input_size is None or layer.heads != 1:
-        raise ValueError(f"layer must have input weights, and recurrent weights in one block, got {layer!r}")
+    if layer.input_size is None:
+        raise ValueError(f"layer must have an input_size, as layers of {whose}, got {layer!r}")
+    if layer.heads > 1:
+        raise ValueError(f"layer must have one head, as layers of {whose}, got {layer!r}")
 
 
 def _keras_order(layer: Recurrent) -> tuple[str, ...]:
     """The gates in the order in which Keras has them."""
-    check_matrices(layer)
+    check_plain(layer, "Keras")
     cell = layer.cell
     if layer.proj_size:
         raise ValueError(f"layer must have no projection, as layers of Keras, got {layer!r}")
@@ -389,7 +391,7 @@ def _form(layer: Recurrent) -> Form:
     """What an operator of ONNX must compute to be like a layer."""
     from .onnx.cells import form_of
 
-    check_matrices(layer)
+    check_plain(layer, "ONNX")
     form = form_of(layer.cell)
     if form is None or layer.proj_size:
         why = "projection" if layer.proj_size else f"cell {layer.cell.name}"

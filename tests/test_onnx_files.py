@@ -345,6 +345,21 @@ def test_what_is_no_layer_is_not_exported(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"input_size": None}, "must have an input_size"),
+        ({"heads": 2}, "must have one head"),
+        ({"zoneout": 0.1}, "must have no zoneout"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_onnx_does_not_have_are_refused(options: dict[str, Any], expected: str) -> None:
+    layer = Recurrent(cells.coupled_lstm, **({"input_size": 3, "hidden_size": 4} | options))
+    with pytest.raises(ValueError, match=rf"^layer {expected}"):
+        to_model(layer)
+
+
 def test_the_examples_of_the_page_run_one_after_the_other(tmp_path: Path, monkeypatch: Any) -> None:
     page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -234,17 +234,6 @@ def test_gates_that_onnx_couples() -> None:
     assert_loads(copy.copy(layer), weights.from_onnx(layer, nodes), layer.state_dict())
 
 
-@pytest.mark.parametrize("options", [{"input_size": None}, {"heads": 3}], ids=str)
-def test_matrices_that_others_do_not_have_are_refused(options: dict[str, Any]) -> None:
-    layer = LSTM(**({"input_size": 2, "hidden_size": 3} | options))
-    for convert in (weights.to_keras, weights.to_onnx):
-        with pytest.raises(
-            ValueError, match="layer must have input weights, and recurrent weights in one block"
-        ):
-            convert(layer)
-    assert_loads(layer, weights.from_torch(layer, weights.to_torch(layer)), layer.state_dict())
-
-
 def test_what_onnx_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="ONNX has no operator with a projection"):
         weights.to_onnx(LSTM(3, 5, proj_size=2))
@@ -784,3 +773,15 @@ def test_an_array_that_is_missing(tmp_path: Path) -> None:
     weights.write(path, arrays, settings)
     with pytest.raises(ValueError, match="bias_hh_l0 is missing"):
         fusedlstm.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"input_size": None}, "an input_size"), ({"heads": 2}, "one head")],
+    ids=["gate inputs", "heads"],
+)
+@pytest.mark.parametrize("convert", [weights.to_keras, weights.to_onnx])
+def test_options_that_others_do_not_have_are_refused(convert: Any, options: Any, expected: str) -> None:
+    layer = Recurrent(cells.lstm, **({"input_size": 3, "hidden_size": 4} | options))
+    with pytest.raises(ValueError, match=f"^layer must have {expected}, as layers of"):
+        convert(layer)

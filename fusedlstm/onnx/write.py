@@ -33,8 +33,7 @@ def export(
     """Write a layer, or a stack of them, as a model of ONNX; see :func:`to_model`.
 
     Raises:
-        TypeError: `layer` is none on arrays.
-        ValueError: if it cannot be written.
+        TypeError, ValueError: as in :func:`to_model`.
         OSError: if the file cannot be written.
     """
     write_whole(Path(path), to_model(layer, states=states, lengths=lengths).SerializeToString())
@@ -54,7 +53,7 @@ def to_model(layer: Recurrent, *, states: bool = False, lengths: bool = False) -
 
     Raises:
         TypeError: `layer` is none on arrays.
-        ValueError: it has no input weights, several heads, or zoneout.
+        ValueError: for a layer of gate inputs, with heads or with zoneout, which are not written yet.
     """
     if not isinstance(layer, Recurrent):
         raise TypeError(
@@ -62,9 +61,9 @@ def to_model(layer: Recurrent, *, states: bool = False, lengths: bool = False) -
             f"{type(layer).__module__}.{type(layer).__qualname__}; fusedlstm.weights.from_torch and "
             "from_keras give one the weights of others"
         )
-    storage.check_matrices(layer)
+    storage.check_plain(layer, "ONNX")
     if np.any(layer.zoneout):
-        raise ValueError(f"layer must have no zoneout, which changes what it computes, got {layer!r}")
+        raise ValueError(f"layer must have no zoneout, which is not written to ONNX, got {layer!r}")
     return _Layer(layer, states, lengths).made()
 
 
@@ -158,8 +157,7 @@ class _Layer:
         return cast(ModelProto, model)
 
     def _inputs(self) -> list[ValueInfoProto]:
-        assert self.layer.input_size is not None
-        found = [self.graph.info("x", *self._axes(), self.layer.input_size)]
+        found = [self.graph.info("x", *self._axes(), self.layer._features)]
         if self.states:
             found += self._states("0")
         if self.lengths:

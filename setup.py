@@ -59,6 +59,7 @@ setup(
         "fusedlstm.kernels",
         "fusedlstm.kernels.cpu",
         "fusedlstm.kernels.cuda",
+        "fusedlstm.onnx",
         "fusedlstm.benchmarks",
     ],
     package_dir={

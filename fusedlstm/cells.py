@@ -44,15 +44,18 @@ __all__ = [
     "minimal_gated",
     "peephole_lstm",
     "recurrent_dropout",
+    "recurrent_dropout_of_gates",
     "rnn_relu",
     "rnn_tanh",
     "slstm",
     "with_constants",
     "with_functions",
     "with_gates",
+    "zoneout",
 ]
 
 # names of the layers' own parameters, and of what generated code calls besides the functions of math
+MOST_NOISE = 4  # words of a random counter
 _RESERVED = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh", "full_like", "mean", "vector_mean")
 
 
@@ -71,8 +74,9 @@ class Cell:
         late: the gates that arrive as functions, of what their recurrent weights multiply.
         without_input: the gates without input weights.
         without_recurrent: the gates without recurrent weights.
+        noise: names of the random numbers.
         arguments: pre-activations, then states and learned vectors in use, as the generated code
-            takes them.
+            takes them; the noise follows.
         function: the mathematics.
         constants: the keyword-only arguments, and their values.
         seeds: names of the gradients of the new states, which the derived adjoint takes.
@@ -98,6 +102,7 @@ class Cell:
         without_input: Sequence[str] = (),
         without_recurrent: Sequence[str] = (),
         biases: bool = True,
+        noise: Sequence[str] = (),
     ) -> None:
         if not isinstance(function, FunctionType):
             raise CellError(f"a cell is made of a function, got {function!r}")
@@ -115,6 +120,9 @@ class Cell:
         self.split, self.late = self._some("split", split), self._some("late", late)
         self.without_input = self._some("without_input", without_input)
         self.without_recurrent = self._some("without_recurrent", without_recurrent)
+        self.noise = _names("noise", noise, empty=True)
+        if len(self.noise) > MOST_NOISE:
+            raise CellError(f"noise must name at most {MOST_NOISE} numbers, got {len(self.noise)}")
         self.recurrent = self.states[0] if recurrent is None else recurrent
         if self.recurrent not in self.states:
             raise CellError(f"recurrent is {recurrent!r}, which is not a state; the states are {self.states}")
@@ -152,6 +160,11 @@ class Cell:
     def __reduce__(self) -> Any:
         """Pickled by its name, as functions are."""
         return self.function.__qualname__ if self._made is None else self._made
+
+    @lazy
+    def inference(self) -> Cell:
+        """The cell that runs outside of training: with None in the place of its noise."""
+        return without_noise(self) if self.noise else self
 
     @property
     def gates_with_input(self) -> tuple[str, ...]:
@@ -308,7 +321,7 @@ class Cell:
         return compile_source(self.source, {**functions, "full_like": np.full_like}, f"<cell {self.name}>")
 
     def _check_names(self) -> None:
-        names = [*self.preactivations, *self.states, *self.weights]
+        names = [*self.preactivations, *self.states, *self.weights, *self.noise]
         names += [f"d{state}" for state in self.states]
         names += [function_name(f"{TRANSPOSED}:{gate}") for gate in self.late]
         for name in names:
@@ -318,7 +331,7 @@ class Cell:
                 raise CellError(f"cell {self.name}: the name {name!r} is reserved; choose another")
 
     def _match_arguments(self) -> dict[str, float]:
-        known = (*self.preactivations, *self.states, *self.weights)
+        known = (*self.preactivations, *self.states, *self.weights, *self.noise)
         taken, constants = [], {}
         for name, parameter in inspect.signature(self.function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
@@ -347,7 +360,10 @@ class Cell:
         for name in self.weights:
             if name not in taken:
                 raise CellError(f"cell {self.name}: learned vector {name!r} is declared but not taken")
-        self.arguments = tuple(name for name in known if name in taken)
+        for name in self.noise:
+            if name not in taken:
+                raise CellError(f"cell {self.name}: noise {name!r} is declared but not taken")
+        self.arguments = tuple(name for name in known if name in taken and name not in self.noise)
         return constants
 
     def _hint(self, name: str) -> str:
@@ -365,7 +381,7 @@ class Cell:
         graph = Graph()
         given: dict[str, Any] = {
             name: LateGate(name, graph) if name in self.late else graph.symbol(name)
-            for name in self.arguments
+            for name in (*self.arguments, *self.noise)
         }
         results = trace(self.function, given, self.constants)
         if len(results) != len(self.states):
@@ -387,24 +403,27 @@ class Cell:
                     f"cell {self.name}: nothing depends on what the late gate {name!r} gives; use it, or "
                     "leave the gate out"
                 )
-        self.step = Step(graph, given, dict(zip(self.states, results)), late)
+        self.step = Step(graph, given, dict(zip(self.states, results)), late, noise=self.noise)
         self.seeds = tuple(f"d{name}" for name in self.states)
         self.adjoint = self.step.adjoint(self.arguments, self.seeds)
         header = (
             f"# Cell {self.name!r}, derived by fusedlstm: the step, and its adjoint, which takes the\n"
             "# gradients of the new states and returns those of the arguments.\n\n"
         )
-        step = self.step.code("step", self.arguments)
+        step = self.step.code("step", (*self.arguments, *self.noise))
         transposed = [function_name(f"{TRANSPOSED}:{gate}") for gate in self.late]
-        adjoint = self.adjoint.code("adjoint", (*self.arguments, *self.seeds), transposed)
+        taken = (*self.arguments, *self.noise, *self.seeds)
+        adjoint = self.adjoint.code("adjoint", taken, transposed)
         self.source = f"{header}{step}\n\n{adjoint}"
         shape = repr((self.name, self.gates, self.states, self.split, self.weights, *self._more_shape()))
         self.key = f"{self.name}_{hashlib.sha256((shape + self.source).encode()).hexdigest()[:16]}"
+        if self.noise:
+            self.inference  # noqa: B018 refused here if at all
 
     def _more_shape(self) -> list[Any]:
         """What tells cells with equal code apart, beside what every cell has."""
         more: list[Any] = [self.recurrent] if self.operand else []
-        for what in ("late", "without_input", "without_recurrent"):
+        for what in ("late", "without_input", "without_recurrent", "noise"):
             if names := getattr(self, what):
                 more.append((what, names))
         return more if self.biases else [*more, "without biases"]
@@ -450,6 +469,7 @@ def cell(
     without_input: Sequence[str] = (),
     without_recurrent: Sequence[str] = (),
     biases: bool = True,
+    noise: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Cell]:
     """Make a recurrent cell of a function that states its mathematics.
 
@@ -475,6 +495,9 @@ def cell(
             ``bias_hh``.
         biases: False for a cell whose gates never have biases, since it adds learned vectors of its own
             where they belong, behind a normalization for instance.
+        noise: names of at most four random numbers, uniform in [0, 1), which are drawn anew in training for
+            each step, sequence and hidden unit.  At inference they are None, and the cell returns what it
+            does without them, the expectation as a rule.
 
     Raises:
         CellError: if the function cannot become a kernel; the message says what to change.
@@ -498,6 +521,7 @@ def cell(
         without_input=without_input,
         without_recurrent=without_recurrent,
         biases=biases,
+        noise=noise,
     )
 
 
@@ -574,10 +598,93 @@ def with_gates(cell: Cell, gates: Sequence[str]) -> Cell:
 
 def _rebuilt(cell: Cell, function: Callable[..., Any], gates: Sequence[str], **changed: Any) -> Cell:
     """`cell` of another function, other gates, or with other arguments of :func:`cell`."""
-    kept = ("states", "split", "recurrent", "late", "without_input", "without_recurrent", "biases")
+    kept = ("states", "split", "recurrent", "late", "without_input", "without_recurrent", "biases", "noise")
     given = {name: getattr(cell, name) for name in kept}
     given["weights"] = {name: cell.beginnings.get(name) for name in cell.weights}
     return Cell(function, gates, **(given | changed))
+
+
+@once
+def zoneout(cell: Cell, *rates: float) -> Cell:
+    """A cell whose states, in training, keep each number of the step before with some probability.
+
+    For each step, sequence and unit it is drawn anew; at inference the state is the expectation of that.
+    What a state's new value is made of does not see what other states keep.
+
+    Args:
+        cell: any cell.
+        rates: the probability for each state, in their order, less than 1.
+
+    Source: Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations" (2017).
+    """
+    kept = {state: rate for state, rate in zip(cell.states, rates, strict=True) if rate}
+    unread = [state for state in kept if state not in cell.arguments]
+
+    def function(**arguments: Any) -> Any:
+        drawn = {state: arguments.pop(f"zoneout_{state}") for state in kept}
+        old = {state: arguments[state] for state in kept}
+        for state in unread:
+            del arguments[state]
+        new = dict(zip(cell.states, _as_tuple(cell.function(**arguments))))
+        for state, rate in kept.items():
+            if drawn[state] is None:
+                new[state] = rate * old[state] + (1 - rate) * new[state]
+            else:
+                new[state] = where(drawn[state] < rate, old[state], new[state])
+        return tuple(new.values())
+
+    taken = inspect.signature(cell.function).parameters.values()
+    names = [*unread, *(f"zoneout_{state}" for state in kept)]
+    _describe(function, f"{cell.name}_zoneout", cell, [*map(_parameter, names), *taken])
+    noise = (*cell.noise, *(f"zoneout_{state}" for state in kept))
+    made = _rebuilt(cell, function, cell.gates, noise=noise)
+    made._made = zoneout, (cell, *rates)
+    return made
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    """What a cell's function returns, also if it is one value."""
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+@once
+def recurrent_dropout_of_gates(cell: Cell) -> Cell:
+    """A cell with dropout of what the recurrent weights multiply, one mask for each gate, for all steps.
+
+    It has a state more for each gate with recurrent weights, ``dropout_mask_`` and its name: the mask, which
+    stays as it is.  All these gates are late, since each multiplies something else; a split gate is two, of
+    which one has the rows of the input weights and the other those of the recurrent weights.
+    """
+    operand = cell.recurrent
+    parts = {gate: f"{gate}_h" if gate in cell.split else gate for gate in cell.gates_with_recurrent}
+
+    def function(**arguments: Any) -> Any:
+        masks = [arguments.pop(f"dropout_mask_{gate}") for gate in parts]
+        value = arguments[operand] if cell.reads_operand else arguments.pop(operand)
+        for (gate, part), mask in zip(parts.items(), masks):
+            late = partial(_masked, arguments[part], mask)
+            arguments[part] = late if gate in cell.late else late(value)
+        return (*_as_tuple(cell.function(**arguments)), *masks)
+
+    masks = tuple(f"dropout_mask_{gate}" for gate in parts)
+    more = masks if cell.reads_operand else (*masks, operand)
+    taken = inspect.signature(cell.function).parameters.values()
+    _describe(function, f"{cell.name}_dropout_of_gates", cell, [*map(_parameter, more), *taken])
+    gates: list[str] = []
+    for gate in cell.gates:
+        gates += [f"{gate}_x", f"{gate}_h"] if gate in cell.split else [gate]
+    made = _rebuilt(
+        cell, function, gates,
+        states=(*cell.states, *masks), split=(), late=tuple(parts.values()),
+        without_input=(*cell.without_input, *(f"{gate}_h" for gate in cell.split)),
+        without_recurrent=(*cell.without_recurrent, *(f"{gate}_x" for gate in cell.split)),
+    )  # fmt: skip
+    made._made = recurrent_dropout_of_gates, (cell,)
+    return made
 
 
 @once
@@ -590,20 +697,18 @@ def recurrent_dropout(cell: Cell) -> Cell:
     gate multiplies is masked too; what the cell itself reads of its states is not, as in Keras.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
-    networks" (NIPS 2016), with the same mask for all gates; Keras draws one for each gate.
+    networks" (NIPS 2016), with the same mask for all gates; with one for each, as Keras draws them, see
+    :func:`recurrent_dropout_of_gates`.
     """
 
     def function(dropout_mask: Any, **arguments: Any) -> Any:
         for gate in cell.late:
             arguments[gate] = partial(_masked, arguments[gate], dropout_mask)
-        results = cell.function(**arguments)
-        new = results if isinstance(results, (tuple, list)) else (results,)
+        new = _as_tuple(cell.function(**arguments))
         return (*new, dropout_mask, dropout_mask * new[cell.operand])
 
-    function.__name__, function.__doc__ = f"{cell.name}_recurrent_dropout", cell.__doc__
-    mask = inspect.Parameter("dropout_mask", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = inspect.signature(cell.function).parameters.values()
-    function.__signature__ = inspect.Signature([mask, *taken])  # type: ignore[attr-defined]
+    _describe(function, f"{cell.name}_recurrent_dropout", cell, [_parameter("dropout_mask"), *taken])
     states = (*cell.states, "dropout_mask", "dropped")
     dropped = _rebuilt(cell, function, cell.gates, states=states, recurrent="dropped")
     dropped._made = recurrent_dropout, (cell,)
@@ -611,6 +716,32 @@ def recurrent_dropout(cell: Cell) -> Cell:
 
 
 @once
+def without_noise(cell: Cell) -> Cell:
+    """The cell that runs outside of training: with None in the place of its noise.
+
+    Raises:
+        CellError: if it computes with None.
+    """
+
+    def function(**arguments: Any) -> Any:
+        return cell.function(**arguments, **dict.fromkeys(cell.noise))
+
+    taken = inspect.signature(cell.function).parameters
+    _describe(function, cell.name, cell, [taken[name] for name in taken if name not in cell.noise])
+    try:
+        made = _rebuilt(cell, function, cell.gates, noise=())
+    except CellError as error:
+        raise CellError(f"at inference noise is None, and the cell must do without: {error}") from error
+    made._made = without_noise, (cell,)
+    return made
+
+
+def _describe(function: Any, name: str, cell: Cell, parameters: Iterable[inspect.Parameter]) -> None:
+    """Give a function made of a cell's what a cell reads of a function."""
+    function.__name__, function.__doc__, function.__module__ = name, cell.__doc__, cell.__module__
+    function.__signature__ = inspect.Signature([*parameters])
+
+
 def gate_inputs(cell: Cell) -> Cell:
     """`cell` for layers whose input is what the gates get of it, so that there is no product with it.
 

@@ -229,7 +229,7 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _weights(self) -> list[Any]:
-        """As :func:`fusedlstm.weights.from_keras` takes them."""
+        """As :func:`fusedlstm.weights.keras_views` takes them."""
         cell = self.cell
         bias = () if cell.bias is None else (cell.bias,)
         every = (cell.kernel, cell.recurrent_kernel, *bias, *getattr(cell, "vectors", ()))
@@ -596,7 +596,7 @@ def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weig
         steps = TensorSteps(mask.transpose(0, 1))
         x = steps.front(x)
     states = [state.unsqueeze(0) for state in initial]
-    flat = storage.flatten(storage.from_keras(run.cell, weights, _torch_zeros))
+    flat = storage.flatten(storage.keras_views(run.cell, weights, _torch_zeros))
     lengths = None if steps is None else steps.lengths
     y, *finals = apply_layer(x, states, flat, lengths, None, run.cell, 1)
     finals = [final.squeeze(0) for final in finals]

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedlstm.kernels.random import dropout_mask
+from fusedlstm.kernels.random import dropout_mask, noise_key
 
 from . import cells, dispatch
 from . import weights as storage
 from .cells import Cell
-from .directions import Nothing, RecurrentDropout
+from .directions import Noisy, Nothing, RecurrentDropout, WeightDropout
 from .dispatch import Direction
 from .masks import ArraySteps
 from .once import fork_lock
@@ -48,12 +48,12 @@ class _Place:
     Weights never change; a place is replaced as a whole, so nothing packed can be out of date.
     """
 
-    __slots__ = ("dropping", "level", "ready", "weights")
+    __slots__ = ("level", "ready", "training", "weights")
 
     def __init__(self, weights: Weights, level: int) -> None:
         self.weights, self.level = weights, level
         self.ready: dict[type, Direction] = {}  # by the type of the input array
-        self.dropping: dict[type, Direction] = {}  # those with recurrent dropout
+        self.training: dict[type, Direction] = {}  # of the cell that runs in training, if that is another
 
 
 class Recurrent:
@@ -91,6 +91,13 @@ class Recurrent:
             where the recurrent weights multiply it; the others are divided by 1 - recurrent_dropout.
             One mask holds for all steps of a sequence (Gal and Ghahramani, 2016); output and states are
             not masked.  Not with a projection.
+        recurrent_dropout_of_gates: whether each gate has a mask of its own there, as in Keras, which costs
+            products of their own.
+        zoneout: probability with which, in training, a number of a state stays as it was at the step before,
+            one for all states or a sequence of one for each; at inference states are the expectation
+            (Krueger et al., 2017).  That of the output must be 0 with a projection.
+        weight_dropout: probability with which, in training, an element of the recurrent weights is set to
+            zero for a call; the others are divided by 1 - weight_dropout (Merity et al., 2017).
         heads: blocks on the diagonal of the recurrent weights of each gate; between them these are zero, and
             neither kept nor multiplied: ``weight_hh`` is (gates*H, H/heads).  Not with a projection.
         seed: of the initial weights and of dropout; None takes fresh entropy.
@@ -109,6 +116,9 @@ class Recurrent:
     bidirectional: bool
     proj_size: int
     recurrent_dropout: float
+    recurrent_dropout_of_gates: bool
+    zoneout: float | tuple[float, ...]
+    weight_dropout: float
     heads: int
     dtype: np.dtype[Any]
     backend: str
@@ -121,7 +131,8 @@ class Recurrent:
     _directions: int
     _width: int  # of the output: D * P
     _features: int  # of the input: I
-    _drops: bool  # whether there is dropout of any kind in training
+    _drops: bool  # whether anything is drawn in training
+    _cells: tuple[Cell, Cell]  # that run at inference and in training
     _key: tuple[Any, Any]
     _draws: count[int]
 
@@ -142,6 +153,9 @@ class Recurrent:
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        recurrent_dropout_of_gates: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
         heads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -161,6 +175,9 @@ class Recurrent:
                 "precision": precision,
                 "form": form,
                 "recurrent_dropout": recurrent_dropout,
+                "recurrent_dropout_of_gates": recurrent_dropout_of_gates,
+                "zoneout": zoneout,
+                "weight_dropout": weight_dropout,
                 "heads": heads,
             }
         )
@@ -171,6 +188,7 @@ class Recurrent:
         """Check the settings, and take them; the layer has no weights yet."""
         settings = vars(self)  # attributes themselves cannot be assigned
         settings.update({name: check(name, given[name]) for name, check in _CHECKS.items()})
+        settings["_cells"] = running = self._cells_of_passes()
         self._check_settings()
         directions = 2 if self.bidirectional else 1
         outputs = self.proj_size or self.hidden_size
@@ -180,7 +198,9 @@ class Recurrent:
             _features=self.input_size
             if self.input_size is not None
             else directions * len(self.cell.gates_with_input) * self.hidden_size,
-            _drops=self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1),
+            _drops=running[0] is not running[1]
+            or self.weight_dropout > 0
+            or (self.dropout > 0 and self.num_layers > 1),
             _sizes=(outputs, *[self.hidden_size] * (len(self.cell.states) - 1)),
         )
 
@@ -203,12 +223,42 @@ class Recurrent:
                 f"recurrent_dropout must be 0 with proj_size, got {self.recurrent_dropout!r} with "
                 f"{self.proj_size}"
             )
+        if self.weight_dropout and not self.cell.gates_with_recurrent:
+            raise ValueError(
+                f"weight_dropout must be 0 with the cell {self.cell.name}, which has no recurrent weights, "
+                f"got {self.weight_dropout!r}"
+            )
         if self.dropout and self.num_layers == 1:
             _warn("dropout is applied after every layer but the last, and there is one layer")
 
-    def _cell(self, level: int, dropping: bool = False) -> Cell:
+    def _zoneout_rates(self) -> tuple[float, ...]:
+        """Of each state."""
+        rates = self.zoneout
+        if not isinstance(rates, tuple):
+            rates = (rates,) * len(self.cell.states)
+        if len(rates) != len(self.cell.states):
+            raise ValueError(
+                f"zoneout must be a number or one for each state {self._state_names()}, got {rates!r}"
+            )
+        if 1 in rates:
+            raise ValueError(f"zoneout must be less than 1, at which no state changes, got {self.zoneout!r}")
+        if self.proj_size and rates[0]:
+            raise ValueError(f"zoneout must be 0 for the output with proj_size, got {self.zoneout!r}")
+        return rates
+
+    def _cells_of_passes(self) -> tuple[Cell, Cell]:
+        """The cells that run at inference and in training."""
+        rates = self._zoneout_rates()
+        training = cells.zoneout(self.cell, *rates) if any(rates) else self.cell
+        inference = training.inference
+        if self.recurrent_dropout:
+            of_gates = self.recurrent_dropout_of_gates
+            training = (cells.recurrent_dropout_of_gates if of_gates else cells.recurrent_dropout)(training)
+        return inference, training
+
+    def _cell(self, level: int, training: bool = False) -> Cell:
         """The cell that a layer of the stack runs."""
-        cell = cells.recurrent_dropout(self.cell) if dropping else self.cell
+        cell = self._cells[training]
         return cells.gate_inputs(cell) if self.input_size is None and level == 0 else cell
 
     def _name_weights(self, arrays: Mapping[str, Any] | None = None) -> None:
@@ -461,8 +511,8 @@ class Recurrent:
                 y = empty((steps, batch, self._width), dtype)
             if not runs:
                 direction: Direction = Nothing(place.weights)
-            elif tape is not None and self.recurrent_dropout:
-                direction = self._dropping(place, x, n, tape.draw, xp)
+            elif tape is not None and self._drops:
+                direction = self._in_training(place, x, n, tape.draw, xp)
             else:
                 direction = place.ready.get(kind) or self._prepare(place, x)
             own = y if directions == 1 else y[..., outputs * reverse : outputs * (1 + reverse)]
@@ -545,18 +595,41 @@ class Recurrent:
         size = self._features // 2
         return x[..., size * n : size * (n + 1)]
 
-    def _prepare(self, place: _Place, x: Any, dropping: bool = False) -> Direction:
-        cell = self._cell(place.level, dropping)
-        engine = dispatch.engine(self.backend, x, self.precision, self.form)
-        direction = engine.prepare(cell, place.weights)
-        return (place.dropping if dropping else place.ready).setdefault(type(x), direction)
+    def _prepare(self, place: _Place, x: Any, training: bool = False) -> Direction:
+        other = training and self._cells[0] is not self._cells[1]
+        direction = self._engine(x).prepare(self._cell(place.level, training), place.weights)
+        return (place.training if other else place.ready).setdefault(type(x), direction)
 
-    def _dropping(self, place: _Place, x: Any, n: int, draw: Any, xp: Any) -> Direction:
-        """The direction of place n with the recurrent dropout of a draw."""
-        direction = place.dropping.get(type(x)) or self._prepare(place, x, dropping=True)
-        shape, number = (x.shape[1], self.hidden_size), self.num_layers + n  # layers have the numbers before
-        mask = dropout_mask(shape, self.recurrent_dropout, self._key, draw, number, self.dtype, xp)
-        return RecurrentDropout(self.cell, direction, mask)
+    def _engine(self, x: Any) -> dispatch.Engine:
+        return dispatch.engine(self.backend, x, self.precision, self.form)
+
+    def _in_training(self, place: _Place, x: Any, n: int, draw: Any, xp: Any) -> Direction:
+        """The direction of place n with all that is drawn for a call."""
+        inference, cell = self._cells
+        made = place.ready if inference is cell else place.training
+
+        def mask(shape: tuple[int, ...], rate: float, number: int, module: Any = xp) -> Any:
+            return dropout_mask(shape, rate, self._key, draw, number, self.dtype, module)
+
+        if self.weight_dropout:  # the numbers of masks: layers, places, places
+            weights = place.weights
+            kept = mask(weights.hh.shape, self.weight_dropout, self.num_layers + len(self._places) + n, np)
+            direction = self._engine(x).prepare(
+                self._cell(place.level, training=True), weights._replace(hh=weights.hh * kept)
+            )
+        else:
+            direction = made.get(type(x)) or self._prepare(place, x, training=True)
+        if cell.noise:
+            direction = Noisy(direction, (*noise_key(self._key, n), draw))
+        if self.weight_dropout:
+            direction = WeightDropout(direction, xp.asarray(kept))
+        if self.recurrent_dropout:
+            count = len(cell.states) - len(self.cell.states) if self.recurrent_dropout_of_gates else 1
+            masks = mask((count, x.shape[1], self.hidden_size), self.recurrent_dropout, self.num_layers + n)
+            direction = RecurrentDropout(
+                self.cell, direction, tuple(masks), not self.recurrent_dropout_of_gates
+            )
+        return direction
 
     def _input(self, x: Any) -> tuple[Any, bool]:
         """x as (T, B, I), and whether it has a batch axis."""
@@ -812,6 +885,9 @@ class LSTM(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        recurrent_dropout_of_gates: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
         heads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -830,6 +906,9 @@ class LSTM(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_of_gates=recurrent_dropout_of_gates,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
             heads=heads,
             seed=seed,
         )
@@ -856,6 +935,9 @@ class GRU(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        recurrent_dropout_of_gates: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
         heads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -873,6 +955,9 @@ class GRU(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_of_gates=recurrent_dropout_of_gates,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
             heads=heads,
             seed=seed,
         )
@@ -907,6 +992,9 @@ class RNN(Recurrent):
         precision: str = "float32",
         form: str = "auto",
         recurrent_dropout: float = 0.0,
+        recurrent_dropout_of_gates: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
         heads: int = 1,
         seed: int | None = None,
     ) -> None:
@@ -927,6 +1015,9 @@ class RNN(Recurrent):
             precision=precision,
             form=form,
             recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_of_gates=recurrent_dropout_of_gates,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
             heads=heads,
             seed=seed,
         )
@@ -985,6 +1076,8 @@ def load(
         if len(missing) == len(identity):
             raise ValueError(f"{path} holds no layer")
         raise ValueError(f"{path} is damaged: its settings lack {', '.join(map(repr, missing))}")
+    if isinstance(settings.get("zoneout"), list):
+        settings["zoneout"] = tuple(settings["zoneout"])
     if nested := [entry for entry, value in settings.items() if isinstance(value, (dict, list))]:
         raise ValueError(f"{path} is damaged: {', '.join(map(repr, nested))} in its settings is nested")
     kind, name, key = map(settings.pop, identity)
@@ -1109,12 +1202,12 @@ def explain(layer: Recurrent, x: Any, training: bool = False) -> Explanation:
     places = {}
     for n, place in enumerate(layer._places):
         level, d = divmod(n, layer._directions)
-        dropping = training and layer.recurrent_dropout > 0
-        direction: Direction | None = (place.dropping if dropping else place.ready).get(type(x))
+        other = training and layer._cells[0] is not layer._cells[1]
+        direction: Direction | None = (place.training if other else place.ready).get(type(x))
         if not (steps and batch):
             direction = Nothing(place.weights)
         elif direction is None:
-            direction = layer._prepare(place, x, dropping)
+            direction = layer._prepare(place, x, training)
         label = f"layer {level}, reverse" if d else f"layer {level}"
         places[label] = direction.explain(steps, batch, training)
     purpose = "forward and backward" if training else "forward"
@@ -1163,6 +1256,12 @@ def _probability(name: str, value: Any) -> float:
     return float(value)
 
 
+def _probabilities(name: str, value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, (tuple, list)):
+        return tuple(_probability(name, part) for part in value)
+    return _probability(name, value)
+
+
 def _dtype(name: str, value: Any) -> np.dtype[Any]:
     for dtype in (np.dtype("float32"), np.dtype("float64")):
         if value is not None and value == dtype:  # NumPy takes None for float64
@@ -1186,6 +1285,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of the settings
     "bidirectional": _flag,
     "proj_size": partial(_size, minimum=0),
     "recurrent_dropout": _probability,
+    "recurrent_dropout_of_gates": _flag,
+    "zoneout": _probabilities,
+    "weight_dropout": _probability,
     "heads": _size,
     "dtype": _dtype,
     **dict.fromkeys(dispatch.OPTIONS, _option),

@@ -81,6 +81,7 @@ class Step:
         results: what it computes, by name.
         gates: the late gates by name: each a product whose value is a leaf of adjoint and tangent.
         operands: what is stored beside the results, by the late gate whose operand it is, whoever takes it.
+        noise: those leaves that are random numbers, which have no gradients and no tangents.
     """
 
     graph: Graph
@@ -88,6 +89,7 @@ class Step:
     results: dict[str, Expression]
     gates: dict[str, Expression] = field(default_factory=dict)
     operands: dict[str, Expression] = field(default_factory=dict)
+    noise: tuple[str, ...] = ()
 
     def means(self, known: Mapping[Value, Expression] | None = None) -> tuple[Expression, ...]:
         """The means and variances that it takes, in the order in which its :meth:`phases` do."""
@@ -102,7 +104,8 @@ class Step:
         given = {name: values[name] for name in arguments}
         symbols = {name: self.graph.symbol(name) for name in seeds}
         gradients = differentiate([*self.results.values()], [*symbols.values()], [*given.values()])
-        return Step(self.graph, given | symbols, dict(zip(given, gradients)))
+        drawn = {name: self.given[name] for name in self.noise}
+        return Step(self.graph, given | drawn | symbols, dict(zip(given, gradients)), noise=self.noise)
 
     def tangent(self, prefix: str, values: Collection[str] = (), operands: Collection[str] = ()) -> Step:
         """The tangents of the results, given values and tangents of the leaves, named `prefix` + name.
@@ -113,8 +116,11 @@ class Step:
         effect: the tangent of the adjoint takes them.
         """
         leaves = self.given | self.gates
-        moved = {name: self.graph.symbol(prefix + name) for name in self.given}
-        known = list(self.given.values()), list(moved.values())
+        moved = {name: self.graph.symbol(prefix + name) for name in self.given if name not in self.noise}
+        known = [self.given[name] for name in moved], list(moved.values())
+        for name in self.noise:
+            known[0].append(self.given[name])
+            known[1].append(self.graph.constant(0.0))
         multiplied = {}
         for name, node in self.gates.items():
             (operand,) = node.args
@@ -126,7 +132,8 @@ class Step:
         results = {name: self.results[name] for name in values}
         results |= {prefix + name: node for name, node in zip(self.results, directions)}
         given = leaves | {prefix + name: node for name, node in moved.items()}
-        return Step(self.graph, given, results, operands={name: multiplied[name] for name in operands})
+        stored = {name: multiplied[name] for name in operands}
+        return Step(self.graph, given, results, operands=stored, noise=self.noise)
 
     def code(self, name: str, arguments: Iterable[str], functions: Iterable[str] = ()) -> str:
         """The whole step as a function of `arguments`, which calls operators: :func:`derive.source`."""

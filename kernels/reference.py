@@ -16,6 +16,8 @@ from fusedlstm.cells import Cell
 from fusedlstm.derive import TRANSPOSED, function_name
 from fusedlstm.weights import Weights
 
+from .random import Noise, uniforms
+
 
 class Taped(NamedTuple):
     """What :func:`backward` needs of one step."""
@@ -65,6 +67,7 @@ def forward(
     lengths: np.ndarray | None = None,  # (B,)
     reset: np.ndarray | None = None,  # (T, B)
     reverse: bool = False,
+    noise: Noise | None = None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], Tape]:
     """Outputs (T, B, P), final states shaped as the initial ones, and the tape."""
     steps, batch, _ = x.shape
@@ -78,6 +81,11 @@ def forward(
     for t in order:
         states = tuple(np.where(boundary[t, :, None], s0, s) for s0, s in zip(initial, states))
         given = _arguments(cell, weights, x[t], states, tapes[t])
+        if noise is not None:
+            drawn = uniforms(np.arange(hidden), t, np.arange(batch)[:, None], noise, x.dtype)
+            noises = dict(zip(cell.noise, drawn))
+            given |= noises
+            tapes[t].arguments.update(noises)
         results = cell.function(**given, **cell.constants)
         new = list(results) if isinstance(results, (tuple, list)) else [results]
         raw[t] = new[0]
@@ -241,10 +249,11 @@ class Direction(NamedTuple):
         reverse: bool,
         training: bool,
         states: tuple[np.ndarray | None, ...] | None = None,  # (T, B, H) each
+        noise: Noise | None = None,
     ) -> Tape | None:
         if initial is None:
             initial = tuple(np.zeros_like(state) for state in final)
-        y[...], end, tape = forward(self.cell, self.weights, x, initial, lengths, reset, reverse)
+        y[...], end, tape = forward(self.cell, self.weights, x, initial, lengths, reset, reverse, noise)
         for target, state in zip((*final, *(states or ())), (*end, *tape.states)):
             if target is not None:
                 target[...] = state

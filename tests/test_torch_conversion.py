@@ -292,6 +292,85 @@ def test_pruned_modules() -> None:
     assert_same(model(x), expected)
 
 
+def test_fx_refuses_to_trace_a_forward_around_the_inherited_one() -> None:
+    """It would be run twice: in the graph, and in the leaf that stands for the module."""
+    model = nn.Sequential(Explicit(INPUTS, HIDDEN))
+    fused.accelerate(model)
+    with pytest.raises(TypeError, match=r"cannot trace inside the forward of Explicit.*is_leaf_module"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, nn.GRU)
+
+    graph, x = torch.fx.GraphModule(model, Tracer().trace(model)), torch.randn(STEPS, BATCH, INPUTS)
+    assert_same(graph(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_are_exported_for_any_batch(kind: str) -> None:
+    theirs, ours = pair(kind)
+    program = torch.export.export(
+        ours, (torch.randn(BATCH, INPUTS),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    assert "fusedlstm.layer" in str(program.graph)
+    x = torch.randn(2 * BATCH, INPUTS)
+    assert_same(program.module()(x), theirs(x))
+
+
+# --- Single steps -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["input", "state", "weight", "gradient of another type"])
+def test_a_step_whose_tensors_were_given_other_data_is_refused(change: str) -> None:
+    ours, x = fused.LSTMCell(INPUTS, HIDDEN), torch.randn(BATCH, INPUTS, requires_grad=True)
+    h, c = torch.randn(2, BATCH, HIDDEN).unbind()
+    h, _ = ours(x, (h, c))
+    if change == "input":
+        x.data = torch.randn(1, INPUTS)
+    elif change == "state":
+        c.data = torch.randn(1, HIDDEN)
+    elif change == "weight":
+        ours.weight_hh.data = torch.randn(HIDDEN, HIDDEN)
+    else:
+        ours.double()
+    with pytest.raises(RuntimeError, match=r"other data between|must have the shape|must be torch.float"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_derivatives_of_steps(kind: str) -> None:
+    _, ours = pair(kind, 2, 3, dtype=torch.float64)
+    names = [name for name, _ in ours.named_parameters()]
+    states = 2 if kind == "LSTMCell" else 1
+    x, *hx = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, *[3] * states))
+
+    def run(x: Tensor, *rest: Tensor) -> Any:
+        weights = dict(zip(names, rest[states:]))
+        given = rest[:states] if states > 1 else rest[0]
+        return torch.func.functional_call(ours, weights, (x, given))
+
+    assert torch.autograd.gradcheck(run, (x, *hx, *ours.parameters()))
+    assert torch.autograd.gradgradcheck(run, (x, *hx, *ours.parameters()), fast_mode=True)
+
+
+def test_a_step_backward_twice_with_moved_weights_and_in_place() -> None:
+    theirs, ours = pair("GRUCell")
+    x = torch.randn(BATCH, INPUTS, requires_grad=True)
+    results = []
+    for module in (theirs, ours):
+        h = module(x)
+        first = torch.autograd.grad(h.sum(), list(module.parameters()), retain_graph=True)
+        module.weight_hh.data = module.weight_hh.data.clone()  # the same numbers in another place
+        results.append([*first, *torch.autograd.grad(h.sum(), [x, *module.parameters()])])
+    assert_same(results[1], results[0])
+    h = ours(x)
+    with torch.no_grad():
+        ours.weight_hh.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
 def test_quantization_says_that_it_leaves_ours() -> None:
     model = nn.Sequential(nn.LSTM(INPUTS, HIDDEN), nn.GRUCell(2, 3))
@@ -437,20 +516,17 @@ def test_warm_up_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         fused.warm_up(model, given)
 
 
-def test_long_compiling_is_said_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fusedlstm.kernels.cpu import compile as compiling
+def test_long_compiling_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    from fusedlstm.kernels.cpu.compile import _Patience
 
-    monkeypatch.setattr(compiling._Spent, "said", False)
-    monkeypatch.setattr(compiling._Spent, "seconds", 0.0)
+    patience = _Patience()
     with caplog.at_level(logging.WARNING, "fusedlstm"):
-        with compiling._said():
+        with patience:
             pass
         assert not caplog.records
-        monkeypatch.setattr(compiling._Spent, "PATIENCE", 0.0)
+        patience.LIMIT = 0.0
         for _ in range(2):
-            with compiling._said(), compiling._said():
+            with patience, patience:
                 pass
     (record,) = caplog.records
     assert "fusedlstm compile" in record.getMessage()

@@ -39,6 +39,16 @@ def check_forward(x: Tensor, initial: list[Tensor], weights: list[Tensor], shape
         check_tensors(named_inputs(x, initial, weights, shape), x)
 
 
+def fits_step(x: Tensor, initial: Sequence[Tensor], shape: Shape) -> bool:
+    """Whether an input (B, I) and states (B, size) are dense, on the host, and fit the weights of a cell."""
+    dtype = x.dtype
+    fits = dtype in NUMPY and x.layout is STRIDED and x.is_cpu and x.data_ptr() != 0
+    for part, (_, *size) in zip(initial, shape.states):
+        fits = fits and part.dtype is dtype and part.layout is STRIDED and [*part.shape] == size
+        fits = fits and part.is_cpu and part.data_ptr() != 0
+    return fits
+
+
 def check_backward(
     grads: list[Tensor],
     y: Tensor,

@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..cells import Cell
 from ..once import once
 from . import passes
+from .checks import fits_step
 from .export import export_layer, leaves_python, no_operator
-from .records import handle_of, record_of
+from .prepared import places_of
+from .records import Record, handle_of, record_of
 from .replay import carry_tangents, replay, replay_backward, replay_second
-from .shapes import empty_results, known_cells, shape_of
+from .shapes import Shape, empty_results, known_cells, shape_of, step_shape
 
 _SHARED = (
     "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
@@ -79,17 +81,33 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
     # the output has no gradient here: detached, or this would be called again with zeros
     y = y.detach()
     call = (ctx.cell, ctx.directions, ctx.every)
-    args = (list(grads[:-1]), handle, y, x, initial, weights, lengths, reset, *call)
-    gradients: Sequence[Tensor | None]
-    if not torch.is_grad_enabled() and _plain([x, *grads[:-1], *rest]):
-        gradients = passes.backward(*args, wants_x)
-    elif forward_ad._current_level >= 0:
-        shape = shape_of(x, weights, ctx.cell, ctx.directions)
-        gradients = replay_backward(grads[:-1], x, initial, weights, lengths, reset, shape, ctx.every)
-    else:
-        gradients = _call("layer_backward", *args)
-    dx, *others = gradients
+    args = (handle, y, x, initial, weights, lengths, reset, *call)
+    dx, *others = _gradients(list(grads[:-1]), *args, wants_x)
     return dx, others[: ctx.states], others[ctx.states :], *[None] * 6
+
+
+def _gradients(
+    grads: list[Tensor],
+    handle: Tensor,
+    y: Tensor,
+    x: Tensor,
+    initial: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    directions: int,
+    every: bool,
+    wants_x: bool,
+) -> Sequence[Tensor | None]:
+    """Of the input, the initial states and the weights, whatever watches."""
+    args = (grads, handle, y, x, initial, weights, lengths, reset, cell, directions, every)
+    if not torch.is_grad_enabled() and _plain([x, *grads, *initial, *weights]):
+        return passes.backward(*args, wants_x)
+    if forward_ad._current_level >= 0:
+        shape = shape_of(x, weights, cell, directions)
+        return replay_backward(grads, x, initial, weights, lengths, reset, shape, every)
+    return _call("layer_backward", *args)
 
 
 def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
@@ -225,6 +243,60 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         dx, dinitial, dweights, *_ = _layer_gradient(ctx, [*grads, None], ctx.needs_input_grad[0])
         return dx, *[None] * 7, *dinitial, *dweights
+
+
+def apply_step(
+    x: Tensor,  # (B, I)
+    initial: list[Tensor],  # (B, size) each; none is zero
+    weights: list[Tensor],
+    cell: Cell,
+) -> list[Tensor] | None:
+    """The final states (B, size) of one step of a cell with recurrent weights.
+
+    None where something watches, or does not fit; then `apply_layer` runs it, or says what is wrong.
+    """
+    tensors = [x, *initial, *weights]
+    if not _plain(tensors):
+        return None
+    shape = step_shape(x.shape, weights, cell.key)
+    if not shape.batch or not fits_step(x, initial, shape):
+        return None
+    if torch.is_grad_enabled() and _wanted(tensors):
+        return list(cast(Any, _EagerStep).apply(shape, len(initial), *tensors))
+    return passes.step(x, initial, weights, shape)[0]
+
+
+class _EagerStep(torch.autograd.Function):
+    """As `_Eager`, for one step, without a node of autograd for each axis that comes or goes."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Shape, states: int, x: Tensor, *rest: Tensor) -> Any:
+        final, y, ctx.record = passes.step(x, rest[:states], rest[states:], shape, True)
+        ctx.save_for_backward(y, x, *rest)
+        return tuple(final)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        record: Record = ctx.record
+        (y, x, *rest), given = ctx.saved_tensors, record.given
+        initial, weights, shape = rest[: given.states], rest[given.states :], given.shape
+        if (
+            not torch.is_grad_enabled()
+            and _plain([x, *rest, *grads])
+            and record.places[0] == places_of(weights)
+            and x.shape == shape.input[1:]
+            and x.dtype is given.dtype
+            and fits_step(x, initial, shape)
+            and fits_step(x, grads, shape)
+        ):
+            return None, None, *passes.step_backward(record, grads, y, x, ctx.needs_input_grad[2:])
+        # by the operator, which checks all, and is differentiated again
+        seeds = [torch.zeros_like(y), *[grad.unsqueeze(0) for grad in grads]]
+        lifted = (x.unsqueeze(0), [part.unsqueeze(0) for part in initial])
+        args = (handle_of([record]), y.detach(), *lifted, weights, None, None, shape.cell.key, 1, False)
+        found = _gradients(seeds, *args, ctx.needs_input_grad[2])
+        lowered = [part if part is None else part.squeeze(0) for part in found[: 1 + given.states]]
+        return None, None, *lowered, *found[1 + given.states :]
 
 
 def _wanted(tensors: list[Tensor]) -> bool:

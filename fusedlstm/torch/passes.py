@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import weights as storage
 from ..dispatch import Direction, TwiceDifferentiable
-from .arrays import as_array, as_tensor, new_tensors, on_stream
+from .arrays import NUMPY, as_array, as_tensor, new_tensors, on_stream
 from .checks import as_masks, check_backward, check_forward, check_tensors, named_inputs
 from .prepared import direction_of, places_of
 from .records import Given, Record, handle_of, record_of
@@ -97,6 +97,53 @@ def _fill(
             record.places.append(places_of(own))
             record.tapes.append(_bound(tape, None, None))  # whoever calls backward brings x and y
     return results, record
+
+
+def step(
+    x: Tensor,  # (B, I)
+    initial: Sequence[Tensor],  # (B, size) each; none is zero
+    weights: Sequence[Tensor],
+    shape: Shape,
+    training: bool = False,
+) -> tuple[list[Tensor], Tensor | None, Record | None]:
+    """The final states (B, size) of one step on the host that :func:`checks.fits_step` has approved of; the
+    output (1, B, P) and what backward needs, if training.
+
+    A step takes as long as what is around it, so this does what `run` does for a layer, but no more.
+    """
+    dtype = NUMPY[x.dtype]
+    y, *final = [np.empty(sizes, dtype) for sizes in shape.results]
+    states = tuple([as_array(part) for part in initial]) or None
+    ends = tuple([part[0] for part in final])
+    direction = direction_of(weights, x, shape, 0)
+    tape = direction.forward(as_array(x)[None], states, y, ends, None, None, False, training)
+    results = [torch.from_numpy(part) for part in ends]
+    if not training:
+        return results, None, None
+    given, tapes = Given(shape, len(initial), False, x.dtype, x.device), [_bound(tape, None, None)]
+    return results, torch.from_numpy(y), Record(given, [direction], [places_of(weights)], tapes)
+
+
+def step_backward(
+    record: Record,
+    grads: Sequence[Tensor],  # (B, size): of the final states
+    y: Tensor,  # (1, B, P)
+    x: Tensor,  # (B, I)
+    wanted: Sequence[bool],  # of the input, the initial states and the weights
+) -> list[Tensor | None]:
+    """The gradients that are wanted, of a step whose tensors are those that it was run with, and as dense."""
+    source = as_array(x)[None]
+    target = np.empty_like(source) if wanted[0] else None
+    tape = _bound(record.tapes[0], source, as_array(y))
+    dfinal = tuple([as_array(grad) for grad in grads])
+    dy = np.zeros(y.shape, source.dtype)
+    states, weights = record.directions[0].backward(tape, dy, dfinal, target, False)
+    arrays = [
+        None if target is None else target[0],
+        *states[: record.given.states],
+        *storage.flatten(weights),
+    ]
+    return [torch.from_numpy(array) if want else None for array, want in zip(arrays, wanted)]
 
 
 def _bound(tape: Any, x: Any, y: Any) -> Any:

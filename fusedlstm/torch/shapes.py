@@ -142,5 +142,15 @@ def _measured(
     return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs, heads))
 
 
+def step_shape(x: torch.Size, weights: Sequence[Tensor], key: str) -> Shape:
+    """The same for one step of one direction of a cell with recurrent weights, x being (B, I)."""
+    return _measured_step(x, weights[0].shape, weights[1].shape, len(weights), key)
+
+
+@lru_cache(1024)
+def _measured_step(x: torch.Size, ih: torch.Size, hh: torch.Size, weights: int, key: str) -> Shape:
+    return _measured(torch.Size((1, *x)), ih, hh, weights, key, 1)
+
+
 def empty_results(x: Tensor, shape: Shape, every: bool = False) -> list[Tensor]:
     return [x.new_empty(sizes) for sizes in shape.results_with(every)]

@@ -179,7 +179,7 @@ def step_back(task, own, step, base, sync):
         add_state_gradients(task, own, step, active)
     if task.projected:
         unproject(task, own, before - base, active, sync)
-    own.gates = task.gates + before * task.gates_row
+    own.gates, own.step = task.gates + before * task.gates_row, step
     own.here = task.states + (task.batch + before) * task.width
     own.operand_rows = task.operands + before * task.width
     own.taped_means = task.means + before * task.registers.size

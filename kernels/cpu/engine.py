@@ -10,6 +10,7 @@ from numba import types
 from fusedlstm.cells import Cell
 from fusedlstm.dispatch import States, check_projection
 from fusedlstm.kernels import POISON
+from fusedlstm.kernels.random import Noise
 from fusedlstm.once import lazy, once
 from fusedlstm.weights import Weights, flatten
 
@@ -97,6 +98,7 @@ class Tape(NamedTuple):
     reset: np.ndarray  # (T, B) or NO_RESET
     reverse: bool
     memory: np.ndarray  # see plan.Layer
+    noise: Noise | None = None
 
 
 class Tangent(NamedTuple):
@@ -325,6 +327,7 @@ class CPUDirection:
         reverse: bool,
         training: bool,
         states: States | None = None,  # (T, B, H) each
+        noise: Noise | None = None,
     ) -> Tape | None:
         """See dispatch.Direction."""
         layer, (steps, batch, _) = self.layer, x.shape
@@ -336,7 +339,7 @@ class CPUDirection:
         memory = empty_bytes(task.nbytes)
         if reset is None:
             reset = NO_RESET
-        words = self._words
+        words = self._words if noise is None else _with_noise(self._words, noise)
         if states is not None:
             table = _every(states)
             words = _with(words, every_state=table)
@@ -346,7 +349,7 @@ class CPUDirection:
             words, x, y, final if initial is None else initial, initial is not None, final, *order,
             reset, reverse, memory,
         )  # fmt: skip
-        return Tape(x, y, order, reset, reverse, memory) if training else None
+        return Tape(x, y, order, reset, reverse, memory, noise) if training else None
 
     def repeated(
         self,
@@ -376,7 +379,7 @@ class CPUDirection:
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
         layer, program = self.layer, self.program
-        x, y, order, reset, reverse, memory = tape
+        x, y, order, reset, reverse, memory, noise = tape
         assert x is not None
         steps, batch, _ = x.shape
         threads, _, patience, *_ = layer.plan(steps, batch)
@@ -385,6 +388,8 @@ class CPUDirection:
         scratch = empty_bytes(task.nbytes)
         dinitial, gradients = self._empty_gradients(batch)
         words = self._backward_words[0]
+        if noise is not None:
+            words = _with_noise(words, noise)
         if dx is not None:
             words = _with(words, input_weights=self.packed.input_table)
         if dstates is not None:
@@ -429,7 +434,7 @@ class CPUDirection:
         """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it."""
         moved = Packed(self.layer, weights)
         layer, program, cell = self.layer, self.program, self.program.cell
-        p_x, p_y, order, reset, reverse, p_memory = tape
+        p_x, p_y, order, reset, reverse, p_memory, noise = tape
         assert p_x is not None
         steps, batch, _ = p_x.shape
         threads, _, patience, chunk, *_ = layer.plan(steps, batch)
@@ -446,6 +451,8 @@ class CPUDirection:
             vectors=packed.vectors, projection=packed.projection_table, moved_vectors=moved.vectors,
             moved_projection=moved.projection_table,
         )  # fmt: skip
+        if noise is not None:
+            words = _with_noise(words, noise)
         entry, _, whole, work = tangent_pass(program.scalar, len(final))
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
@@ -465,8 +472,8 @@ class CPUDirection:
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
         layer, program, cell = self.layer, self.program, self.program.cell
-        p_x, p_y, order, reset, reverse, p_memory = tape
-        (x, y, *_, memory), moved = tangent
+        p_x, p_y, order, reset, reverse, p_memory, noise = tape
+        (x, y, _, _, _, memory, _), moved = tangent
         assert p_x is not None
         steps, batch, _ = p_x.shape
         threads, _, patience, *_ = layer.plan(steps, batch)
@@ -488,6 +495,8 @@ class CPUDirection:
             input_weights=0 if dx is None else packed.input_table,
             moved_input_weights=0 if dx is None else moved.input_table,
         )  # fmt: skip
+        if noise is not None:
+            words = _with_noise(words, noise)
         entry, _, whole, work = adjoint_tangent_pass(program.scalar, len(dinitial))
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
@@ -537,6 +546,13 @@ def _words(**values: np.ndarray | int) -> np.ndarray:
     words = np.zeros(len(WEIGHTS), np.int64)
     for name, value in values.items():
         words[WEIGHTS[name]] = value if isinstance(value, int) else _address(value)
+    return words
+
+
+def _with_noise(words: np.ndarray, noise: Noise) -> np.ndarray:
+    """The words that name weights, and those of the noise."""
+    words = words.copy()
+    words[WEIGHTS["noise_key_0"] : WEIGHTS["noise_draw"] + 1] = noise
     return words
 
 

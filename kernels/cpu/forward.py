@@ -143,7 +143,7 @@ def note_step(task, own, step, active, here, gates):
         note_uniform(task.raw + here * task.width, task.width, active, own.leaving)
     else:
         note_rows(task, task.y, task.y_time, task.y_row, step, step + 1, own.leaving)
-    own.gates = gates
+    own.gates, own.step = gates, step
     own.here = task.states + (task.batch + here) * task.width
     own.operand_rows = task.operands + here * task.width
     own.taped_means = task.means + here * task.registers.size

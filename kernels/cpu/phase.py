@@ -22,6 +22,7 @@ from fusedlstm.step import Phase, Value
 
 from . import simd
 from .compile import c_function
+from .memory import sequence_of, time_of
 from .records import OWN, task_type
 from .simd import OPTIONS, inlined
 from .spec import Registers
@@ -39,6 +40,10 @@ class _Places(NamedTuple):
 
 # Names in these texts are those of records.py: what a pass or a thread is given.
 _ROW = "row * width + column"
+_NOISE = (
+    "uniforms(registers, column // SIZE, time_of(task, step, row), sequence_of(task, row), noise_draw, "
+    "noise_key_0, noise_key_1)"
+)
 
 
 def _load(place: str) -> str:
@@ -83,7 +88,7 @@ def _arguments(
         reads[Value("given", prefix + name)] = _load(place)
     for n, name in enumerate(cell.weights):
         reads[Value("given", prefix + name)] = _load(f"{vectors} + {n} * width + column")
-    return reads
+    return reads | {Value("given", name): f"noise[{n}]" for n, name in enumerate(cell.noise)}
 
 
 def _values(cell: Cell) -> dict[Value, str]:
@@ -232,6 +237,8 @@ def source(
     writes = [places.writes[value] for value in phase.stores]
     lines = ["    registers = task.registers"]
     used = {word for text in (*reads, *writes, *more, *beyond) for word in _words(text)}
+    if "noise" in used:
+        used |= {*_words(_NOISE)}
     for name in sorted(used | {"hidden", "gates", "gates_panel", "gates_row"}):
         if name in OWN.fields:
             lines.append(f"    {name} = own.{name}")
@@ -247,6 +254,8 @@ def source(
     if "lanes" in used:
         lines.append(f"                lanes = min(valid, {registers.lanes})")
     inner = ["at = gates + p * gates_panel + row * gates_row + unit * VECTOR"]
+    if "noise" in used:
+        inner.append(f"noise = {_NOISE}")
     inner += [f"a{n} = {text}" for n, text in enumerate(reads)]
     inner.append(f"new = phase({', '.join(f'a{n}' for n in range(len(reads)))})")
     inner += [text.format(value=f"new[{n}]") for n, text in enumerate(writes)]
@@ -288,7 +297,8 @@ def _body(text: str, filename: str) -> Any:
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     names = [*DERIVATIVES, "full_like", "load", "load_row", "store", "store_row", "keep", "splat", "read"]
     names += ["read_int", "write_sum", "vector_mean"]
-    namespace = {name: getattr(simd, name) for name in names} | {"__name__": __name__}
+    namespace = {name: getattr(simd, name) for name in (*names, "uniforms")}
+    namespace |= {"time_of": time_of, "sequence_of": sequence_of, "__name__": __name__}
     module: Any = compile_source(text, namespace, filename)
     module.phase = inlined(module.phase)
     return inlined(module.body)

@@ -31,6 +31,7 @@ WEIGHT_FIELDS = """
     product_table products late_table  input_table more_inputs
     input_weights bias recurrent_weights vectors projection
     moved_input_weights moved_recurrent_weights moved_vectors moved_projection
+    noise_key_0 noise_key_1 noise_draw
     every_state
 """
 # Offsets from the memory of the forward pass and from the scratch memory of the backward pass, to which the
@@ -57,7 +58,7 @@ TASK_FIELDS = " ".join([CALL_FIELDS, WEIGHT_FIELDS, MEMORY_FIELDS, SCRATCH_FIELD
 OWN_FIELDS = """
     thread threads low high low_vector high_vector low_output high_output
     inputs entering leaving projected offsets operands means scratch  first second third values
-    gates here operand_rows taped_means carried carried_row d kept partials
+    gates here operand_rows taped_means carried carried_row d kept partials step
     more_inputs p_entering
 """
 

@@ -16,6 +16,8 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_jitable, register_model
 
+from fusedlstm.kernels.random import philox
+
 from .compile import Part
 
 INT64 = ir.IntType(64)
@@ -404,6 +406,59 @@ def address(typingctx: Any, array: Any) -> Any:
         return builder.ptrtoint(view.data, INT64)
 
     return types.int64(array), codegen
+
+
+# --- random numbers -------------------------------------------------------------------------
+
+
+class _Words:
+    """Vectors of 32-bit words, each in 64 bits, in code that is being built: what philox computes with."""
+
+    __array_ufunc__ = None  # numbers of NumPy ask us
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+    def _apply(self, emit: str, other: Any) -> _Words:
+        if not isinstance(other, _Words):
+            other = _Words(self.builder, ir.Constant(self.value.type, [int(other)] * self.value.type.count))
+        return _Words(self.builder, getattr(self.builder, emit)(self.value, other.value))
+
+    def __add__(self, other: Any) -> _Words:
+        return self._apply("add", other)
+
+    def __rmul__(self, other: Any) -> _Words:
+        return self._apply("mul", other)
+
+    def __rshift__(self, other: Any) -> _Words:
+        return self._apply("lshr", other)
+
+    def __and__(self, other: Any) -> _Words:
+        return self._apply("and_", other)
+
+    def __xor__(self, other: Any) -> _Words:
+        return self._apply("xor", other)
+
+
+@intrinsic
+def uniforms(
+    typingctx: Any, spec: Any, unit: Any, time: Any, sequence: Any, draw: Any, key_0: Any, key_1: Any
+) -> Any:
+    """Four vectors of numbers in [0, 1), as of random.uniforms, for the units from `unit` on."""
+    vector = spec.vector
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = vector.lanes
+        words = [splat_ir(builder, arg, lanes) for arg in args[1:]]
+        words[0] = builder.add(words[0], ir.Constant(words[0].type, list(range(lanes))))
+        numbers = []
+        for word in philox(*(_Words(builder, value) & 0xFFFFFFFF for value in words)):
+            upper = builder.trunc((word >> 8).value, ir.VectorType(ir.IntType(32), lanes))
+            number = builder.sitofp(upper, vector.ir)
+            numbers.append(builder.fmul(number, ir.Constant(vector.ir, [2.0**-24] * lanes)))
+        return context.make_tuple(builder, sig.return_type, numbers)
+
+    return types.UniTuple(vector, 4)(spec, *[types.int64] * 6), codegen
 
 
 # --- the functions of fusedlstm.math --------------------------------------------------------

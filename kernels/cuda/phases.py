@@ -13,6 +13,8 @@ def unsupported(cell: Cell) -> str:
     """Why there are no kernels for a cell; empty if there are."""
     if cell.step.means():
         return "it takes means over the hidden units"
+    if cell.noise:
+        return "it has noise, which is drawn on the CPU only"
     if not cell.recurrent_gates:
         return "it has no gate whose recurrent weights multiply a state"
     if len(cell.late) > 1:

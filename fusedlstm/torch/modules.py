@@ -22,6 +22,7 @@ from .arguments import (
     converted,
     described,
     parameters_of,
+    precision_of,
 )
 from .arrays import NUMPY
 from .export import Unquantized, as_leaf, export_packed, leaves_python, refuse_script
@@ -51,6 +52,7 @@ class Stack(nn.Module):
     qconfig = Unquantized()
     fused_cell: Cell  # what the kernels run
     fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
+    fused_precision = "float32"  # of products, unless autocast or the weights say something else
     input_size: Any  # I; of Recurrent, None if the input is that of the gates
     hidden_size: int
     num_layers: int
@@ -155,10 +157,12 @@ def _run(
             own = [part[level * directions : (level + 1) * directions] for part in states]
         if level and module.dropout:
             x = nn.functional.dropout(x, module.dropout, module.training)
+        precision = module.fused_precision
         if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
+            precision = precision_of(module, x, used[0])
             x, own, used = converted(x, own, used, autocasts)
         cell = module.fused_cell if level else module.first_cell
-        x, *rest = apply_layer(x, own, used, lengths, reset, cell, directions, all_states)
+        x, *rest = apply_layer(x, own, used, lengths, reset, cell, directions, all_states, precision)
         results.append(rest[:count])
         if all_states:
             every.append([torch.stack(x.chunk(directions, -1), 1), *rest[count:]])

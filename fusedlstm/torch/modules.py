@@ -44,6 +44,7 @@ class Stack(nn.Module):
     __prepare_scriptable__ = refuse_script
     qconfig = Unquantized()
     fused_cell: Cell  # what the kernels run
+    weight_dropout = 0.0
     fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
     input_size: int
     hidden_size: int
@@ -123,12 +124,22 @@ def _run(
             own = [part[level * directions : (level + 1) * directions] for part in states]
         if level and module.dropout:
             x = nn.functional.dropout(x, module.dropout, module.training)
+        if module.training and module.weight_dropout:
+            used = _dropped(used, module.weight_dropout, directions)
         if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
             x, own, used = converted(x, own, used, autocasts)
         x, *final = apply_layer(x, own, used, lengths, reset, cell, directions)
         results.append(final)
     final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
     return as_results(x, final, given, autocasts and (module.fused_autocasts or x.is_cuda))
+
+
+def _dropped(weights: list[Tensor], rate: float, directions: int) -> list[Tensor]:
+    """The weights of a layer with dropout of the recurrent ones, which stand second in a direction."""
+    each = len(weights) // directions
+    return [
+        nn.functional.dropout(weight, rate) if n % each == 1 else weight for n, weight in enumerate(weights)
+    ]
 
 
 def _run_packed(module: Stack, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
@@ -276,10 +287,16 @@ class Recurrent(Stack):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size: as
             ``torch.nn.LSTM``'s.  A projection needs a cell that does not read its own output.
         device, dtype: of the parameters.
+        weight_dropout: probability with which, in training, an element of the recurrent weights is set to
+            zero for a call; the others are divided by 1 - weight_dropout (Merity et al., 2017).
+
+    A cell with noise runs in evaluation only, where it has none; for training take the layers on arrays.
 
     Raises:
         TypeError, ValueError: for an argument that is none of the above.
     """
+
+    weight_dropout: float
 
     def __init__(
         self,
@@ -294,15 +311,19 @@ class Recurrent(Stack):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         # the arguments are looked at, and the parameters named and measured, where the array layers do it
         plan = layers.Recurrent(
-            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
-        )
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            weight_dropout=weight_dropout,
+        )  # fmt: skip
         if plan.input_size is None:
             raise TypeError("input_size must be an integer, got None")
-        known_cells[cell.key] = cell
+        known_cells[cell.inference.key] = cell.inference
+        self.weight_dropout = plan.weight_dropout
         self.cell, self.input_size, self.hidden_size = cell, plan.input_size, plan.hidden_size
         self.num_layers, self.bias, self.batch_first = plan.num_layers, plan.bias, plan.batch_first
         self.dropout, self.bidirectional, self.proj_size = plan.dropout, plan.bidirectional, plan.proj_size
@@ -313,17 +334,30 @@ class Recurrent(Stack):
 
     @property
     def fused_cell(self) -> Cell:  # type: ignore[override]
-        return self.cell
+        if self.cell.noise and self.training:
+            raise RuntimeError(
+                f"the cell {self.cell.name} has noise, which modules do not draw: call eval(), or train a "
+                "layer on arrays, fusedlstm.Recurrent"
+            )
+        return self.cell.inference
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        known_cells[self.cell.key] = self.cell
+        super().__setstate__({"weight_dropout": 0.0} | state)  # type: ignore[no-untyped-call]
+        known_cells[self.cell.inference.key] = self.cell.inference
 
     def reset_parameters(self) -> None:
-        """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size."""
+        """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size, but for those
+        vectors whose beginning the cell states."""
         bound = self.hidden_size**-0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for names in self._all_weights:
+            own = len(names) - len(self.cell.weights)
+            vectors = dict(zip(names[own:], self.cell.weights))
+            for name, parameter in zip(names, parameters_of(self, names)):
+                beginning = self.cell.beginnings.get(vectors.get(name, ""))
+                if beginning is None:
+                    nn.init.uniform_(parameter, -bound, bound)
+                else:
+                    nn.init.constant_(parameter, beginning)
 
     def extra_repr(self) -> str:
         shown = [self.cell.name, str(self.input_size), str(self.hidden_size)]
@@ -340,4 +374,5 @@ _DEFAULTS = {
     "batch_first": False,
     "dropout": 0.0,
     "bidirectional": False,
+    "weight_dropout": 0.0,
 }

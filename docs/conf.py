@@ -38,7 +38,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["programs/figures.json"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]  # pages of results begin deeper
+suppress_warnings = [
+    "myst.header",  # pages of results begin deeper
+    "ref.python",  # Recurrent is a class of three modules, and a signature names one
+]
 autodoc_inherit_docstrings = False  # those of other packages are not written for this one
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

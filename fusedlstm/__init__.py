@@ -23,6 +23,7 @@ from .cells import Cell, cell
 from .layers import GRU, LSTM, RNN, Recurrent, explain, load
 
 if TYPE_CHECKING:
+    from .accuracy import Comparison, compare
     from .kernels.cpu.team import get_num_threads, set_num_threads
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "LSTM",
     "RNN",
     "Cell",
+    "Comparison",
     "Recurrent",
     "cell",
     "cells",
+    "compare",
     "explain",
     "get_num_threads",
     "load",
@@ -48,6 +51,10 @@ def __getattr__(name: str) -> Any:
         from .kernels.cpu import team
 
         return getattr(team, name)
+    if name in ("Comparison", "compare"):
+        from . import accuracy
+
+        return getattr(accuracy, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -341,7 +341,9 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
         for name, rate in (("dropout", dropout), ("recurrent_dropout", recurrent_dropout)):
             if not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {rate!r}")
-        self.mathematics, self.units, self.use_bias = cell, units, use_bias
+        if cell.noise:
+            raise ValueError(f"the cell {cell.name} has noise, which layers of Keras do not draw")
+        self.mathematics, self.units, self.use_bias = cell, units, use_bias and cell.biases
         self.dropout, self.recurrent_dropout, self.seed = dropout, recurrent_dropout, seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.state_size, self.output_size = [units] * len(cell.states), units
@@ -363,6 +365,10 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
 
     def _add(self, weight: str, name: str, shape: tuple[int, ...]) -> Any:
         options = {kind: getattr(self, f"{weight}_{kind}") for kind in _KINDS}
+        if weight == "vector" and name in self.mathematics.beginnings:
+            given, usual = options["initializer"], keras.initializers.get(_WEIGHTS["vector"])
+            if keras.initializers.serialize(given) == keras.initializers.serialize(usual):
+                options["initializer"] = keras.initializers.Constant(self.mathematics.beginnings[name])
         return self.add_weight(shape=shape, name=name, **options)
 
     def call(self, inputs: Any, states: Any, training: bool = False) -> Any:

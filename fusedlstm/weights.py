@@ -129,11 +129,85 @@ def fill(names: Weights, entry: Callable[[Any], Any]) -> Weights:
     return Weights._make([*single, tuple(entry(name) for name in names.vectors)])
 
 
-def write(path: str | os.PathLike[str], arrays: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write a safetensors file: the arrays, and the settings as JSON in its metadata."""
-    from safetensors.numpy import save
+SCALE = ".scale"  # behind the name of a matrix of integers: the name of what its rows are times
 
-    write_whole(Path(path), save(arrays, {"format": "np", "fusedlstm": json.dumps(settings)}))
+
+def bfloat16_bits(array: np.ndarray) -> np.ndarray:
+    """Numbers rounded to bfloat16, to even where two are equally near, as uint16."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded: np.ndarray = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+
+
+def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
+    """The numbers, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def integers(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (N, K) of float32 as int8, and what each row is times, (N,)."""
+    with np.errstate(divide="ignore"):
+        factor = np.minimum(127 / np.abs(rows).max(-1, initial=0.0), 2.0**126).astype(np.float32)
+    return np.rint(rows * factor[:, None]).astype(np.int8), 1 / factor
+
+
+def write(
+    path: str | os.PathLike[str], arrays: dict[str, Any], settings: dict[str, Any], precision: str = "float32"
+) -> None:
+    """Write a safetensors file: the arrays, and the settings as JSON in its metadata.
+
+    Matrices of float32 in a precision: "bfloat16", or "int8", each with what its rows are times beside it.
+
+    Raises:
+        ValueError: for another precision, or what integers cannot hold.
+    """
+    metadata = {"format": "np", "fusedlstm": json.dumps(settings)}
+    if precision == "float32":
+        from safetensors.numpy import save
+
+        content = save(arrays, metadata)
+    else:
+        content = _serialized(_narrowed(arrays, precision), metadata)
+    write_whole(Path(path), content)
+
+
+def _narrowed(arrays: dict[str, np.ndarray], precision: str) -> dict[str, tuple[str, np.ndarray]]:
+    """The arrays, matrices in a precision, each with the name that the format has for its type."""
+    found = {}
+    for name, array in arrays.items():
+        found[name] = "F32", np.ascontiguousarray(array, np.float32)
+        if array.ndim == 2 and precision == "bfloat16":
+            found[name] = "BF16", bfloat16_bits(array)
+        elif array.ndim == 2:
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} has NaN or infinity, which int8 cannot hold")
+            whole, scale = integers(array)
+            found |= {name: ("I8", whole), name + SCALE: ("F32", scale)}
+    return found
+
+
+def _serialized(entries: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str]) -> bytes:
+    """A safetensors file; what the package of that name writes of NumPy's arrays has no bfloat16."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (kind, array) in entries.items():
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for _, array in entries.values())
+
+
+def _widened(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays in which matrices of integers are float32."""
+    found = {}
+    for name, array in arrays.items():
+        scale = arrays.get(name + SCALE)
+        if scale is not None and array.dtype == np.int8 and scale.shape == array.shape[:1]:
+            array = array * scale[:, None]
+        if not (name.endswith(SCALE) and name.removesuffix(SCALE) in arrays):
+            found[name] = array
+    return found
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,7 +217,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not a file of ours.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, deserialize, safe_open
 
     path = Path(path)
     if not path.is_file():
@@ -151,7 +225,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name, kind in kinds.items() if kind != "BF16"}
+        if len(arrays) < len(kinds):  # what NumPy has no type for
+            whole: Any = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+            for name, entry in whole:
+                if kinds[name] == "BF16":
+                    bits = np.frombuffer(entry["data"], np.uint16).reshape(entry["shape"])
+                    arrays[name] = from_bfloat16_bits(bits)
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
     if "fusedlstm" not in metadata:
@@ -164,7 +245,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: its settings are no JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged: its settings are no mapping but a {type(settings).__name__}")
-    return arrays, settings
+    return _widened(arrays), settings
 
 
 # --- Conversions ------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def test_each_review_is_in_the_fold_kept_apart_once(monkeypatch: pytest.MonkeyPa
 def test_model_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--reviews", "40", "--unseen", "20"]
     figures = small(model_selection, tmp_path, *size, "--folds", "2", "--trials", "2", "--epochs", "1")
-    assert list(figures)[:2] == ["accuracy, strength by cross-validation", "accuracy, no penalty"]
+    assert list(figures)[:2] == ["accuracy, random search", "accuracy, no penalty"]
     printed = capsys.readouterr().out
     assert printed.count(" +- ") == len(model_selection.STRENGTHS) + 2
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import fusedlstm
+import fusedlstm.torch as fused
 from fusedlstm import GRU, LSTM, Recurrent, cell, cells
 from fusedlstm.cells import Cell, CellError
 from fusedlstm.kernels import reference
@@ -370,3 +371,49 @@ def test_cuda_has_no_noise() -> None:
 
     assert "noise" in unsupported(noisy)
     assert not unsupported(cells.zoneout(cells.lstm, 0.1, 0.1).inference)
+
+
+# --- In PyTorch -------------------------------------------------------------------------------------------
+
+
+def test_modules_drop_recurrent_weights() -> None:
+    """As PyTorch would with the same masks, in training only."""
+    module = fused.Recurrent(cells.lstm, 3, 5, num_layers=2, bidirectional=True, weight_dropout=0.5)
+    plain = fused.Recurrent(cells.lstm, 3, 5, num_layers=2, bidirectional=True)
+    x = torch.randn(4, 2, 3)
+    torch.manual_seed(1)
+    y, _ = module(x)
+    y.sum().backward()
+    torch.manual_seed(1)
+    dropped, masks = {}, {}
+    for key, parameter in module.named_parameters():
+        if key.startswith("weight_hh"):
+            masks[key] = torch.nn.functional.dropout(torch.ones_like(parameter), 0.5)
+        dropped[key] = (parameter.detach() * masks.get(key, 1)).requires_grad_()
+    right, _ = torch.func.functional_call(plain, dropped, (x,))
+    right.sum().backward()
+    torch.testing.assert_close(y, right, rtol=0, atol=0)
+    for key, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, dropped[key].grad * masks.get(key, 1), rtol=0, atol=0)
+    assert "weight_dropout=0.5" in repr(module)
+    plain.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module.eval()(x)[0], plain(x)[0], rtol=0, atol=0)
+
+
+def test_modules_run_cells_with_noise_in_evaluation_only() -> None:
+    zoned = cells.zoneout(cells.lstm, 0.1, 0.1)
+    module = fused.Recurrent(zoned, 3, 5)
+    x = torch.randn(4, 2, 3)
+    with pytest.raises(RuntimeError, match="cell lstm_zoneout has noise, which modules do not draw"):
+        module(x)
+    y, _ = module.eval()(x)
+    layer = Recurrent(cells.lstm, 3, 5, zoneout=0.1)
+    layer.load_state_dict(module.state_dict())
+    assert_close(y.detach().numpy(), layer(x.numpy())[0], 4)
+
+
+def test_vectors_of_modules_begin_as_cells_say() -> None:
+    state = fused.Recurrent(cells.layer_norm_gru, 3, 5, num_layers=2).state_dict()
+    assert all((value == 1).all() for key, value in state.items() if key.startswith("gain"))
+    assert all((value == 0).all() for key, value in state.items() if key.startswith("shift"))
+    assert all(value.std() > 0.05 for key, value in state.items() if key.startswith("weight"))

@@ -599,7 +599,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 
 def test_a_model_of_the_demo_is_no_layer(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    CharacterModel(hidden=2).save(str(path), Record(1.0, 1.0, 1, ""))
+    CharacterModel("ab", "a", hidden=2).save(str(path), Record(1.0, 1.0, 1, ""))
     with pytest.raises(ValueError, match=f"holds a model of the demo; .* fusedlstm demo --load {path}"):
         fusedlstm.load(path)
 

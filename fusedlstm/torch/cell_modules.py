@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from .. import cells
 from ..cells import Cell
-from .arguments import as_results, autocasting, converted, described, parameters_of, refuse_dtype
+from .arguments import (
+    as_results,
+    autocasting,
+    converted,
+    described,
+    parameters_of,
+    precision_of,
+    refuse_dtype,
+)
 from .arrays import NUMPY
 from .export import Unquantized, as_leaf, refuse_script
 from .modules import MODES, check_nonlinearity
@@ -24,6 +32,7 @@ class Single(nn.RNNCellBase):
     __prepare_scriptable__ = refuse_script
     qconfig = Unquantized()
     fused_cell: Cell
+    fused_precision = "float32"  # of products, unless autocast or the weights say something else
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:  # (B, I) or (I,); (B, H) or (H,) each
         """The new state, as ``torch.nn`` shapes it.
@@ -43,7 +52,9 @@ def _quick_step(module: Single, x: Tensor, hx: Any) -> list[Tensor] | None:
     own, names = module._parameters, module.fused_cell.states
     weights: list[Any] = [own.get(name) for name in (_CELL_WEIGHTS if module.bias else _CELL_WEIGHTS[:2])]
     states = [] if hx is None else [hx] if len(names) == 1 else hx
-    if type(states) not in (list, tuple) or len(states) not in (0, len(names)) or autocasting():
+    if type(states) not in (list, tuple) or len(states) not in (0, len(names)):
+        return None
+    if module.fused_precision != "float32" or autocasting():
         return None
     shape = x.shape
     if len(shape) != 2 or shape[1] != module.input_size or x.dtype is not getattr(weights[0], "dtype", None):
@@ -69,10 +80,11 @@ def _any_step(module: Single, input: Any, hx: Any) -> Any:
     batched = input.dim() == 2
     x = input.unsqueeze(0) if batched else input[None, None]
     states = [] if hx is None else _check_state(module, hx, x.shape[1], batched, weights[0])
-    autocasts = autocasting()
+    autocasts, precision = autocasting(), module.fused_precision
     if autocasts or x.dtype is not weights[0].dtype or x.dtype not in NUMPY:
+        precision = precision_of(module, x, weights[0])
         x, states, weights = converted(x, states, weights, autocasts)
-    y, *final = apply_layer(x, states, weights, None, None, module.fused_cell, 1)
+    y, *final = apply_layer(x, states, weights, None, None, module.fused_cell, 1, precision=precision)
     _, final = as_results(y, final, input.dtype, autocasts and y.is_cuda)
     final = [part.squeeze(0) if batched else part[0, 0] for part in final]
     return tuple(final) if len(final) > 1 else final[0]

@@ -22,6 +22,7 @@ from .arguments import (
     converted,
     described,
     parameters_of,
+    precision_of,
 )
 from .arrays import NUMPY
 from .export import Unquantized, as_leaf, export_packed, leaves_python, refuse_script
@@ -50,7 +51,9 @@ class Stack(nn.Module):
     __prepare_scriptable__ = refuse_script
     qconfig = Unquantized()
     fused_cell: Cell  # what the kernels run
+    weight_dropout = 0.0
     fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
+    fused_precision = "float32"  # of products, unless autocast or the weights say something else
     input_size: Any  # I; of Recurrent, None if the input is that of the gates
     hidden_size: int
     num_layers: int
@@ -155,10 +158,14 @@ def _run(
             own = [part[level * directions : (level + 1) * directions] for part in states]
         if level and module.dropout:
             x = nn.functional.dropout(x, module.dropout, module.training)
-        if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
-            x, own, used = converted(x, own, used, autocasts)
         cell = module.fused_cell if level else module.first_cell
-        x, *rest = apply_layer(x, own, used, lengths, reset, cell, directions, all_states)
+        if module.training and module.weight_dropout:
+            used = _dropped(used, module.weight_dropout, directions, 1 - cell.takes_gates)
+        precision = module.fused_precision
+        if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
+            precision = precision_of(module, x, used[0])
+            x, own, used = converted(x, own, used, autocasts)
+        x, *rest = apply_layer(x, own, used, lengths, reset, cell, directions, all_states, precision)
         results.append(rest[:count])
         if all_states:
             every.append([torch.stack(x.chunk(directions, -1), 1), *rest[count:]])
@@ -201,6 +208,15 @@ def _run_masked(
         for k, parts in enumerate(final)
     ]
     return shown, ends, [torch.stack(spread(parts.unbind(1), k, 0), 1) for k, parts in enumerate(every)]
+
+
+def _dropped(weights: list[Tensor], rate: float, directions: int, place: int) -> list[Tensor]:
+    """The weights of a layer with dropout of the recurrent ones, by their place in a direction."""
+    each = len(weights) // directions
+    return [
+        nn.functional.dropout(weight, rate) if n % each == place else weight
+        for n, weight in enumerate(weights)
+    ]
 
 
 def _run_packed(module: Stack, packed: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
@@ -350,10 +366,16 @@ class Recurrent(Stack):
             input_size None the input is that of the gates, as in :class:`fusedlstm.Recurrent`.
         device, dtype: of the parameters.
         heads: blocks on the diagonal of the recurrent weights, which are (gates*H, H/heads) then.
+        weight_dropout: probability with which, in training, an element of the recurrent weights is set to
+            zero for a call; the others are divided by 1 - weight_dropout (Merity et al., 2017).
+
+    A cell with noise runs in evaluation only, where it has none; for training take the layers on arrays.
 
     Raises:
         TypeError, ValueError: for an argument that is none of the above.
     """
+
+    weight_dropout: float
 
     def __init__(
         self,
@@ -370,13 +392,15 @@ class Recurrent(Stack):
         dtype: Any = None,
         *,
         heads: int = 1,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         # the arguments are looked at, and the parameters named and measured, where the array layers do it
         plan = layers.Recurrent(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            heads=heads,
+            heads=heads, weight_dropout=weight_dropout,
         )  # fmt: skip
+        self.weight_dropout = plan.weight_dropout
         self.cell, self.input_size, self.hidden_size = cell, plan.input_size, plan.hidden_size
         self.num_layers, self.bias, self.batch_first = plan.num_layers, plan.bias, plan.batch_first
         self.dropout, self.bidirectional, self.proj_size = plan.dropout, plan.bidirectional, plan.proj_size
@@ -389,11 +413,17 @@ class Recurrent(Stack):
 
     @property
     def fused_cell(self) -> Cell:  # type: ignore[override]
-        return self.cell
+        if self.cell.noise and self.training:
+            raise RuntimeError(
+                f"the cell {self.cell.name} has noise, which modules do not draw: call eval(), or train a "
+                "layer on arrays, fusedlstm.Recurrent"
+            )
+        return self.cell.inference
 
     @property
     def first_cell(self) -> Cell:
-        return self.cell if self.input_size is not None else cells.gate_inputs(self.cell)
+        cell = self.fused_cell
+        return cell if self.input_size is not None else cells.gate_inputs(cell)
 
     @property
     def features(self) -> int:
@@ -402,18 +432,28 @@ class Recurrent(Stack):
         return (1 + self.bidirectional) * len(self.cell.gates_with_input) * self.hidden_size
 
     def _make_known(self) -> None:
-        known_cells.update({cell.key: cell for cell in (self.cell, self.first_cell)})
+        cell = self.cell.inference
+        first = cell if self.input_size is not None else cells.gate_inputs(cell)
+        known_cells.update({cell.key: cell, first.key: first})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("heads", 1)  # pickles of before there were any
+        defaults = {"heads": 1, "weight_dropout": 0.0}  # pickles of before there were any
+        super().__setstate__(defaults | state)  # type: ignore[no-untyped-call]
         self._make_known()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size."""
+        """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size, but for those
+        vectors whose beginning the cell states."""
         bound = self.hidden_size**-0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for names in self._all_weights:
+            own = len(names) - len(self.cell.weights)
+            vectors = dict(zip(names[own:], self.cell.weights))
+            for name, parameter in zip(names, parameters_of(self, names)):
+                beginning = self.cell.beginnings.get(vectors.get(name, ""))
+                if beginning is None:
+                    nn.init.uniform_(parameter, -bound, bound)
+                else:
+                    nn.init.constant_(parameter, beginning)
 
     def extra_repr(self) -> str:
         shown = [self.cell.name, str(self.input_size), str(self.hidden_size)]
@@ -431,4 +471,5 @@ _DEFAULTS = {
     "dropout": 0.0,
     "bidirectional": False,
     "heads": 1,
+    "weight_dropout": 0.0,
 }

@@ -19,7 +19,7 @@ from .export import export_layer, leaves_python, no_operator
 from .prepared import places_of
 from .records import Record, handle_of, record_of
 from .replay import carry_tangents, replay, replay_backward, replay_second
-from .shapes import Shape, empty_results, known_cells, shape_of, step_shape
+from .shapes import Shape, empty_results, known_cell, shape_of, step_shape, text_of
 
 _SHARED = (
     "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
@@ -58,7 +58,7 @@ _layer_backward = torch.library.custom_op(
 @_layer.register_fake
 def _(x, initial, weights, lengths, reset, cell, directions, training, every=False):  # type: ignore[no-untyped-def]
     if torch.onnx.is_in_onnx_export():
-        raise no_operator(known_cells[cell])
+        raise no_operator(known_cell(cell)[0])
     results = empty_results(x, shape_of(x, weights, cell, directions), every)
     return [*results, torch.empty(1, dtype=torch.int64, device="cpu")]
 
@@ -83,7 +83,8 @@ def _layer_gradient(ctx: Any, grads: Sequence[Any], wants_x: bool) -> Any:
     call = (ctx.cell, ctx.directions, ctx.every)
     args = (handle, y, x, initial, weights, lengths, reset, *call)
     dx, *others = _gradients(list(grads[:-1]), *args, wants_x)
-    return dx, others[: ctx.states], others[ctx.states :], *[None] * 6
+    # the dispatcher leaves out an argument at the end that has its default
+    return dx, others[: ctx.states], others[ctx.states :], *[None] * (5 + ctx.every)
 
 
 def _gradients(
@@ -131,7 +132,7 @@ def _second_gradient(ctx: Any, seeds: list[Tensor | None], wants_x: bool) -> Any
         dgrads, dx, dinitial, dweights = replay_second(
             grads, x, initial, weights, seeds, *masks, shape, ctx.every
         )
-    return dgrads, None, None, dx, dinitial, dweights, *[None] * 5
+    return dgrads, None, None, dx, dinitial, dweights, *[None] * (4 + ctx.every)
 
 
 def _transformable(name: str, save: Any, gradient: Any) -> Any:
@@ -144,11 +145,13 @@ def _transformable(name: str, save: Any, gradient: Any) -> Any:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.leaves = len(inputs) - 1
             save(ctx, tree_unflatten(inputs[1:], inputs[0]), output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return None, *tree_leaves(gradient(ctx, list(grads), True))
+            leaves = tree_leaves(gradient(ctx, list(grads), True))
+            return None, *leaves, *[None] * (ctx.leaves - len(leaves))
 
         @staticmethod
         def vmap(info: Any, dims: Any, spec: Any, *flat: Any) -> Any:
@@ -206,12 +209,14 @@ def apply_layer(
     cell: Cell,
     directions: int,
     every: bool = False,
+    precision: str = "float32",
 ) -> list[Tensor]:
-    """The output and the final states of one layer; if every state is asked for, those but the output after
-    each step too, (T, D, B, H)."""
+    """The output and the final states of one layer, with products in a precision; if every state is asked
+    for, those but the output after each step too, (T, D, B, H)."""
     tensors = [x, *initial, *weights]
     gradients = torch.is_grad_enabled() and _wanted(tensors)
-    args = (x, initial, weights, lengths, reset, cell.key, directions)
+    text = text_of(cell, precision)
+    args = (x, initial, weights, lengths, reset, text, directions)
     if _plain(tensors):
         return (
             list(cast(Any, _Eager).apply(*args, every, *initial, *weights))
@@ -221,7 +226,7 @@ def apply_layer(
     if leaves_python():
         return export_layer(x, initial, weights, lengths, reset, cell, directions, every)
     if forward_ad._current_level >= 0:  # whatever else goes on, the replay is right
-        shape = shape_of(x, weights, cell.key, directions)
+        shape = shape_of(x, weights, text, directions)
         return replay(x, initial, weights, lengths, reset, shape, every)
     return _call("layer", *args, gradients, every)[:-1]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cells
+from .. import cells, dispatch
 from ..cells import Cell
 from ..once import lazy
 
@@ -23,6 +23,23 @@ from ..once import lazy
 known_cells: dict[str, Cell] = {
     cell.key: cell for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)
 }
+
+
+def text_of(cell: Cell, precision: str) -> str:
+    """How an operator is told which cell, and which precision of products."""
+    return cell.key if precision == "float32" else f"{cell.key} {precision}"
+
+
+def known_cell(text: str) -> tuple[Cell, str]:
+    """What :func:`text_of` was given.
+
+    Raises:
+        ValueError: if no module has been made of such a cell, or there is no such precision.
+    """
+    key, _, precision = text.partition(" ")
+    if key not in known_cells or precision not in ("", *dispatch.OPTIONS["precision"]):
+        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {text!r}")
+    return known_cells[key], precision or "float32"
 
 
 class Sizes(NamedTuple):
@@ -43,6 +60,7 @@ class Shape:
     steps: int
     batch: int
     layer: Sizes
+    precision: str  # of products
 
     @property
     def hidden(self) -> int:
@@ -109,9 +127,7 @@ def shape_of(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) ->
 def _measured(
     x: torch.Size, ih: torch.Size, second: torch.Size | None, weights: int, key: str, directions: int
 ) -> Shape:
-    cell = known_cells.get(key)
-    if cell is None:
-        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {key!r}")
+    cell, precision = known_cell(key)
     own = int(not cell.takes_gates) + bool(cell.gates_with_recurrent)  # matrices of weights
     least, most = (2, 5) if own == 2 else (own, 2 * own)
     each, more = divmod(weights, directions) if directions in (1, 2) else (0, 1)
@@ -139,7 +155,7 @@ def _measured(
     projected = own == 2 and (each - len(cell.weights)) % 2 == 1
     heads = 1 if projected or not columns or hidden % columns else hidden // columns
     outputs = columns if projected else hidden
-    return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs, heads))
+    return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs, heads), precision)
 
 
 def step_shape(x: torch.Size, weights: Sequence[Tensor], key: str) -> Shape:

@@ -404,9 +404,7 @@ def test_modules_run_cells_with_noise_in_evaluation_only() -> None:
     zoned = cells.zoneout(cells.lstm, 0.1, 0.1)
     module = fused.Recurrent(zoned, 3, 5)
     x = torch.randn(4, 2, 3)
-    with pytest.raises(
-        RuntimeError, match="cell lstm_zoneout has noise, which modules do not draw"
-    ):
+    with pytest.raises(RuntimeError, match="cell lstm_zoneout has noise, which modules do not draw"):
         module(x)
     y, _ = module.eval()(x)
     layer = Recurrent(cells.lstm, 3, 5, zoneout=0.1)

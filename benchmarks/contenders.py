@@ -42,6 +42,23 @@ class FusedLSTM(Contender):
         return Prepared(call, lambda result: name_results(case, *result))
 
 
+class FusedStepper(FusedLSTM):
+    """Steps of this package over buffers that stay."""
+
+    name, title = "fusedlstm-stepper", "fusedlstm, stepper"
+    modes = ("step",)
+
+    def prepare(self, case: Case, data: Data) -> Prepared:
+        layer = recurrent(case, dtype=case.dtype)
+        layer.load_state_dict(data.weights)
+        step = layer.stepper(case.batch, case.steps)
+        for ours, given in zip(step.state, data.state):
+            ours[...] = given
+        return Prepared(
+            lambda: (step(data.x), as_state(step.state)), lambda result: name_results(case, *result)
+        )
+
+
 class NumPy(FusedLSTM):
     """The reference: an explicit time loop in NumPy."""
 
@@ -52,6 +69,7 @@ class NumPy(FusedLSTM):
 
 _ALL: tuple[type[Contender], ...] = (
     FusedLSTM,
+    FusedStepper,
     FusedTorch,
     *in_precisions(FusedCUDA),
     FusedKerasTorch,

@@ -18,6 +18,7 @@ from fusedlstm.weights import Weights
 from .gpu_problems import Data, Problem, check, data, results
 
 WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 0.3  # calls, and how long they should take together
+SLOW = 0.1  # seconds of a call of which none is made for nothing
 
 
 class Prepared(NamedTuple):
@@ -53,15 +54,15 @@ def ours(problem: Problem, given: Data, precision: Precision) -> Prepared:
     calls = {
         "forward": forward,
         "train": train,
-        "recurrent": _recurrent_part(problem, given, CUDA(precision)),
+        "recurrent": recurrent_part(problem, given, CUDA(precision)),
     }
     kernels = direction.explain(problem.steps, problem.batch, True)
     if kernels["forward"].startswith("persistent"):
-        calls["barriers"] = _recurrent_part(problem, given, CUDA(precision, barrier_every=1))
+        calls["barriers"] = recurrent_part(problem, given, CUDA(precision, barrier_every=1))
     return Prepared(checked, calls, kernels)
 
 
-def _recurrent_part(problem: Problem, given: Data, engine: CUDA) -> Callable[[], Any]:
+def recurrent_part(problem: Problem, given: Data, engine: CUDA) -> Callable[[], Any]:
     """The forward pass over an input of one feature, whose product costs next to nothing."""
     xp, cell = launch.array_module(), problem.mathematics
     part = engine.prepare(cell, given.weights._replace(ih=given.weights.ih[:, :1].copy()))
@@ -138,17 +139,21 @@ def milliseconds(call: Callable[[], Any], who: str = "fusedlstm") -> dict[str, f
         call()
         return None
     event, elapsed, synchronize = _clock(who)
-    for _ in range(WARM_UP):
-        call()
-    synchronize()
     start = time.perf_counter()
-    for _ in range(WARM_UP):
-        call()
-    host = (time.perf_counter() - start) / WARM_UP
+    call()
     synchronize()
-    whole = (time.perf_counter() - start) / WARM_UP
+    slow = time.perf_counter() - start > SLOW  # the first may be, since kernels are loaded
+    for _ in range(0 if slow else WARM_UP - 1):
+        call()
+    synchronize()
+    start, calls = time.perf_counter(), 1 if slow else WARM_UP
+    for _ in range(calls):
+        call()
+    host = (time.perf_counter() - start) / calls
+    synchronize()
+    whole = (time.perf_counter() - start) / calls
     times = []
-    for _ in range(min(MOST, max(FEWEST, int(SECONDS / whole)))):
+    for _ in range(2 if whole > SLOW else min(MOST, max(FEWEST, int(SECONDS / whole)))):
         begin, end = event(), event()
         begin.record()
         call()

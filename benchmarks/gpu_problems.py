@@ -14,7 +14,6 @@ from fusedlstm import cells
 from fusedlstm.cells import Cell
 from fusedlstm.kernels import reference
 from fusedlstm.kernels.cuda.plan import Precision
-from fusedlstm.kernels.cuda.ptx import SIMULATED
 from fusedlstm.weights import Weights
 
 from .cases import TOLERANCES
@@ -52,7 +51,8 @@ class Problem(NamedTuple):
         return np.linspace(0, self.batch - 1, min(self.batch, CHECKED)).astype(int)
 
 
-def problems(groups: Sequence[str]) -> Iterator[Problem]:
+def problems(groups: Sequence[str], tiny: bool = False) -> Iterator[Problem]:
+    """The problems of some groups; if tiny, of each a single one of a few units."""
     shapes = json.loads(SHAPES.read_text())
     for group in groups:
         if group == "gru":
@@ -60,7 +60,7 @@ def problems(groups: Sequence[str]) -> Iterator[Problem]:
         else:
             rows = [Problem(group, row["cell"], *(row[key] for key in "TBIH")) for row in shapes[group]]
             rows.sort(key=lambda row: (row.steps, row.batch, row.hidden) not in FIRST)
-        yield from ([rows[0]._replace(steps=2, batch=3, inputs=4, hidden=9)] if SIMULATED else rows)
+        yield from ([rows[0]._replace(steps=2, batch=3, inputs=4, hidden=9)] if tiny else rows)
 
 
 class Data(NamedTuple):

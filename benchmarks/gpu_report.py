@@ -46,11 +46,13 @@ def about(record: dict[str, Any]) -> str:
         said.append(f"The floors could not be measured: {floor['failed']}.")
     elif not record["simulated"]:
         barriers = ", ".join(f"{count} blocks {us:.2f} us" for count, us in floor["barrier"].items())
+        exchanges = ", ".join(f"{count} blocks {us:.2f} us" for count, us in floor["exchange"].items())
         rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in floor["product"].items())
         empty = floor["launch"]
         said += [
             f"An empty launch: {1000 * empty['median']:.1f} us, {1000 * empty['host']:.1f} us of the host's.",
             f"One barrier of {barriers}.",
+            f"One exchange of a number between {exchanges}.",
             f"A copy: {floor['copy'] / 1e9:.0f} GB/s; products: {rates}.",
         ]
     return "\n".join(said) + "\n"

@@ -59,6 +59,28 @@ def test_one_step(benchmark: Any, layer: str, state: bool) -> None:
     assert y.shape == (1, 1, 64)
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "train"])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("hidden", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("home", [torch.nn, fused], ids=["torch.nn", "fusedlstm"])
+def test_one_step_of_a_cell(
+    benchmark: Any, home: Any, kind: str, hidden: int, batch: int, gradients: bool
+) -> None:
+    """Beside PyTorch's: the reason for which `accelerate` leaves cells unless they are asked for."""
+    cell = getattr(home, kind)(hidden, hidden)
+    x, h, c = torch.randn(3, batch, hidden)
+    hx, weights = (h, c) if kind == "LSTMCell" else h, list(cell.parameters())
+
+    def run() -> Any:
+        with torch.set_grad_enabled(gradients):
+            final = cell(x, hx)
+        y = final[0] if isinstance(final, tuple) else final
+        return torch.autograd.grad(y, weights, h) if gradients else y
+
+    benchmark(run)
+
+
 @pytest.mark.parametrize("order", ["first", "second", "gradient penalty"])
 def test_gradients_of_gradients(benchmark: Any, shape: Case, order: str) -> None:
     module = fused.LSTM(shape.inputs, shape.hidden)

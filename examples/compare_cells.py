@@ -1,8 +1,8 @@
 """Comparing cells: how far back a gradient reaches in an RNN, a GRU, an LSTM and a bidirectional LSTM.
 
 Each layer has to learn the adding problem (Hochreiter & Schmidhuber, 1997): of a long row of numbers between
-0 and 1 two are marked, one early and one late, and their sum is wanted at the end. Whoever knows neither
-number can do no better than to say 1, with a mean squared error of 1/6, which is the baseline; whoever knows
+0 and 1 two are marked, one early and one late, and their sum is wanted at the end. A model that knows neither
+number can do no better than to say 1, with a mean squared error of 1/6, which is the baseline; one that knows
 the late number alone can reach 1/12.
 
 The reason why the plain RNN fails is measured: the gradient of the answer with respect to the input of each
@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from keras import layers
@@ -86,6 +85,8 @@ def train(model: keras.Model, options: argparse.Namespace, name: str) -> list[fl
 
 def draw(path: str, losses: dict[str, list[float]], norms: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Save the learning curves, and the gradients before and after training."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for n, (name, curve) in enumerate(losses.items()):
         left.plot(range(1, len(curve) + 1), curve, color=f"C{n}", label=name)
@@ -94,7 +95,8 @@ def draw(path: str, losses: dict[str, list[float]], norms: dict[str, tuple[np.nd
         right.plot(after, color=f"C{n}", label=name)
     left.axhline(BASELINE, color="0.5", linestyle="--", label="always 1")
     left.set(yscale="log", xlabel="epoch", ylabel="mean squared error", title="learning to add")
-    right.plot([], [], color="0.5", linestyle=":", linewidth=1, label="before training")
+    right.plot([], [], color="0.5", label="solid: after training")
+    right.plot([], [], color="0.5", linestyle=":", linewidth=1, label="dotted: before training")
     right.set(yscale="log", xlabel="distance in time from the answer", ylabel="norm of the gradient")
     right.set_title("what reaches back")
     for axes in (left, right):

@@ -24,12 +24,11 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from numpy.lib.stride_tricks import sliding_window_view
@@ -41,6 +40,9 @@ from statsmodels.tsa.holtwinters import ExponentialSmoothing
 from tqdm import tqdm
 
 from fusedlstm.keras import LSTM
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # --- The baselines: forecasts from all that is known ----------------------------------------------------
 
@@ -159,7 +161,7 @@ def compare(series: Series, options: argparse.Namespace) -> tuple[np.ndarray, di
     return truth, found | {"regression": linear}
 
 
-def draw_forecasts(axes: plt.Axes, series: Series, found: dict[str, np.ndarray]) -> None:
+def draw_forecasts(axes: Axes, series: Series, found: dict[str, np.ndarray]) -> None:
     """The series with some forecasts, one after the other."""
     start, horizon = series.presents[0], series.task.horizon
     shown = np.arange(start - 2 * horizon, len(series.values))
@@ -171,7 +173,7 @@ def draw_forecasts(axes: plt.Axes, series: Series, found: dict[str, np.ndarray])
     axes.set(xlabel=f"{series.step}s of the test", ylabel=series.unit)
 
 
-def draw_errors(axes: plt.Axes, series: Series, truth: np.ndarray, found: dict[str, np.ndarray]) -> None:
+def draw_errors(axes: Axes, series: Series, truth: np.ndarray, found: dict[str, np.ndarray]) -> None:
     """The error of each method by how far ahead it looks."""
     for n, (method, forecast) in enumerate(found.items()):
         color = {"regression": "C0", "regression and LSTM": "C3"}.get(method, f"C{n + 3}")
@@ -181,18 +183,33 @@ def draw_errors(axes: plt.Axes, series: Series, truth: np.ndarray, found: dict[s
 
 def draw(path: str, results: dict[str, tuple[Series, np.ndarray, dict[str, np.ndarray]]]) -> None:
     """Save a row for each series."""
-    size = (13, 4 * len(results))
+    import matplotlib.pyplot as plt
+
+    size = (13, 4.5 * len(results))
     figure, rows = plt.subplots(len(results), 2, figsize=size, width_ratios=(2, 1), squeeze=False)
     for row, (name, (series, truth, found)) in zip(rows, results.items()):
         draw_forecasts(row[0], series, found)
         draw_errors(row[1], series, truth, found)
         row[0].set_title(name)
         for axes in row:
-            axes.legend(frameon=False, fontsize="small")
+            # below the axes, where it covers no line
+            axes.legend(
+                frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3
+            )
             axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def verdict(figures: dict[str, float], name: str) -> str:
+    """What the LSTM adds to the regression, in words."""
+    both, linear = (
+        figures[f"mean absolute error, {name}, {m}"] for m in ("regression and LSTM", "regression")
+    )
+    if both > 0.97 * linear:
+        return "The LSTM adds nothing to the regression here."
+    return f"The LSTM takes {1 - both / linear:.0%} of the regression's error away."
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -222,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         for method, forecast in found.items():
             error = figures[f"mean absolute error, {name}, {method}"] = float(np.abs(forecast - truth).mean())
             print(f"{error:12.4f} {series.unit}  {method}")
+        print(verdict(figures, name))
         results[name] = series, truth, found
     if options.picture:
         draw(options.picture, results)

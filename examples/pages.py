@@ -40,10 +40,12 @@ from tqdm import tqdm
 PROGRAMS = (
     "text_generation",
     "sentiment",
+    "model_selection",
     "text_classification",
     "sequence_labelling",
     "translation",
     "dialogue",
+    "summarise",
     "forecasting",
     "speech",
     "compare_cells",
@@ -59,6 +61,7 @@ class Page(NamedTuple):
     models: str  # source code of the functions that build its models
     figures: dict[str, float]  # the first is the figure of merit, the second that of the baseline
     seconds: float
+    busy: bool  # whether other programs used the cores
     printed: str
 
 
@@ -72,6 +75,7 @@ class Tee(io.StringIO):
 
 def run(program: str, arguments: Sequence[str]) -> Page:
     """Run a program and return what its page says."""
+    busy = os.getloadavg()[0] > os.cpu_count() / 2 if hasattr(os, "getloadavg") else False
     start = time.perf_counter()
     with redirect_stdout(Tee()) as printed:
         module = load(program)
@@ -85,7 +89,7 @@ def run(program: str, arguments: Sequence[str]) -> Page:
         if name.endswith("_model") and function.__module__ == program
     ]
     return Page(
-        title, summary, about.strip(), "\n\n".join(models), figures, seconds, printed.getvalue().strip()
+        title, summary, about.strip(), "\n\n".join(models), figures, seconds, busy, printed.getvalue().strip()
     )
 
 
@@ -94,12 +98,13 @@ def markdown(program: str, page: Page, layers: Comparison, picture: bool) -> str
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in page.figures.items())
     ours, theirs = (1e3 * training.batch for training in layers)
     agree = f"agree up to {layers.difference:.0e} of them" if layers.difference else "are the same"
+    cores = f"{os.cpu_count()} cores" + ", which others used too" * page.busy
     parts = [
         f"# {page.title}",
         page.summary[:1].upper() + page.summary[1:],
         page.about,
         f"![{page.title}](../pictures/program-{program}.png)" if picture else "",
-        f"| figure | value |\n|---|---|\n{rows}\n| seconds on {os.cpu_count()} cores | {page.seconds:.0f} |",
+        f"| figure | value |\n|---|---|\n{rows}\n| seconds on {cores} | {page.seconds:.0f} |",
         _models(program, page),
         f"## With `{THEIRS}`",
         f"With the layers of `{THEIRS}` in the place of ours, and the same seed, the losses of the first\n"
@@ -131,7 +136,7 @@ def table(records: dict[str, dict], folder: str) -> str:
         (name, value), (baseline, reached) = list(record["figures"].items())[:2]
         lines.append(
             f"| [{record['title']}]({folder}{program}.md) | {name}: {value:.4g} | {baseline}: {reached:.4g} "
-            f"| {record['seconds']:.0f} | {record['faster']:.1f} times |"
+            f"| {record['seconds']:.0f}{' (busy)' * record['busy']} | {record['faster']:.1f} times |"
         )
     return "\n".join(lines)
 
@@ -149,6 +154,7 @@ def write(docs: Path, program: str, page: Page, layers: Comparison) -> None:
         "figures": page.figures,
         "seconds": page.seconds,
         "faster": layers.faster,
+        "busy": page.busy,
     }
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")  # figures stay in their order
     write_tables(docs, records)
@@ -161,9 +167,10 @@ def write_tables(docs: Path, records: dict[str, dict]) -> None:
 
         The programs that people write with LSTMs, in [examples](../../examples): models of `keras` whose
         recurrent layers come from `fusedlstm.keras`. Each figure comes from running the program with its
-        default settings; seconds are of the whole program, on {os.cpu_count()} cores. The last column says
-        how much faster its first model learns than with `{THEIRS}`, both on PyTorch, the backend
-        that the programs choose; for the other backends see [Keras](../keras.md#speed).
+        default settings; seconds are of the whole program, on {os.cpu_count()} cores (busy: while other
+        programs used them too). The last column says how much faster its first model learns than with
+        `{THEIRS}`, both on PyTorch, the backend that the programs choose; for the other backends see
+        [Keras](../keras.md#speed).
 
         """
     (docs / "programs" / "README.md").write_text(

@@ -28,7 +28,6 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
@@ -118,6 +117,8 @@ def labelling_model(units: int) -> keras.Model:
 
 def draw(path: str, truth: np.ndarray, answers: np.ndarray, scores: dict[str, np.ndarray]) -> None:
     """The confusion matrix, and the F1 of each label beside the baseline's."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     ConfusionMatrixDisplay.from_predictions(
         truth,

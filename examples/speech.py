@@ -33,7 +33,6 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import espeakng_loader
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers, ops
 from scipy.spatial.distance import cdist
@@ -264,6 +263,8 @@ def word_error_rate(heard: Sequence[Digits], utterances: Sequence[Utterance]) ->
 
 def draw(path: str, utterance: Utterance, scores: np.ndarray, heard: Digits) -> None:
     """Save a picture of what comes in, and of what the model makes of each frame."""
+    import matplotlib.pyplot as plt
+
     probabilities = np.exp(scores)
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 5), layout="constrained")
     seconds = np.arange(len(scores)) * HOP / RATE

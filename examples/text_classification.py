@@ -26,7 +26,6 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from sklearn.feature_extraction.text import CountVectorizer
@@ -113,6 +112,8 @@ def classification_model(classes: int) -> keras.Model:
 
 def draw(path: str, truth: np.ndarray, answers: np.ndarray, history: dict, baseline: float) -> None:
     """Accuracy after each epoch, and the confusion matrix."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", width_ratios=(2, 3))
     epochs = range(1, len(history["accuracy"]) + 1)
     left.plot(epochs, history["accuracy"], "--", color="C0", label="LSTM, training (with dropout)")

@@ -19,11 +19,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 from num2words import num2words
@@ -78,17 +78,25 @@ def encoder_model(tokens: int, units: int) -> keras.Model:
 
 def decoder_model(tokens: int, units: int) -> keras.Model:
     """From what is written so far (B, T), log probabilities (B, T, tokens) of what comes next."""
-    written = keras.Input((None,), dtype="int32")
-    readable = keras.Input((None,), dtype="bool")  # (B, S): where the source is not padding
+    inputs, y, attention = attending(tokens, units)
+    y = layers.Dense(tokens, activation="log_softmax")(y)
+    return keras.Model(inputs, [y, attention], name="decoder")
+
+
+def attending(tokens: int, units: int) -> tuple[list[Any], Any, Any]:
+    """The inputs of a decoder, what it makes of them (B, T, units), and where it looks (B, T, S).
+
+    The inputs are what is written so far (B, T), the source (B, S), and what the encoder made of it.
+    """
+    written, source = keras.Input((None,), dtype="int32"), keras.Input((None,), dtype="int32")
     memory, h, c = keras.Input((None, units)), keras.Input((units,)), keras.Input((units,))
     y = LSTM(units, return_sequences=True)(embedding(tokens, units)(written), initial_state=[h, c])
     query = layers.Dense(units, use_bias=False)(y)
     context, attention = layers.Attention()(
-        [query, memory], mask=[None, readable], return_attention_scores=True
-    )  # (B, T, units), (B, T, S)
+        [query, memory], mask=[None, source != PAD], return_attention_scores=True
+    )
     y = layers.Dense(units, activation="tanh")(layers.Concatenate()([context, y]))
-    y = layers.Dense(tokens, activation="log_softmax")(y)
-    return keras.Model([written, readable, memory, h, c], [y, attention], name="decoder")
+    return [written, source, memory, h, c], y, attention
 
 
 class Translator:
@@ -103,9 +111,7 @@ class Translator:
     def fit(self, sources: Sequence[Tokens], targets: Sequence[Tokens], epochs: int, batch_size: int) -> None:
         """Learn to write each next token of a target from those before it, which are the right ones."""
         source, written = keras.Input((None,), dtype="int32"), keras.Input((None,), dtype="int32")
-        model = keras.Model(
-            [source, written], self.decoder([written, source != PAD, *self.encoder(source)])[0]
-        )
+        model = keras.Model([source, written], self.decoder([written, source, *self.encoder(source)])[0])
         rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * -(-len(sources) // batch_size))
         model.compile(
             keras.optimizers.Adam(rate, clipnorm=1.0),
@@ -119,7 +125,7 @@ class Translator:
         sentences = []
         for first in range(0, len(sources), batch_size):
             source = self.read.encode(sources[first : first + batch_size])
-            encoded = [source != PAD, *self.encoder.predict_on_batch(source)]
+            encoded = [source, *self.encoder.predict_on_batch(source)]
             encoded = [np.repeat(array, width, axis=0) for array in encoded]
 
             def next_token(written: np.ndarray, encoded: Sequence[np.ndarray] = encoded) -> np.ndarray:
@@ -130,11 +136,12 @@ class Translator:
         return sentences
 
     def attention(self, source: Tokens, target: Tokens) -> np.ndarray:
-        """(T + 1, S): the weight of each token of the source for each of the target, and for its end."""
+        """(T + 1, S + 2): the weight of each token of the source, with its start and end, for each of the
+        target, and for its end; the sum over the source is 1."""
         x, y = self.read.encode([source]), self.write.encode([target])
         encoded = self.encoder.predict_on_batch(x)
-        attention = self.decoder.predict_on_batch([y[:, :-1], x != PAD, *encoded])[1]
-        return attention[0, :, 1:-1]
+        attention = self.decoder.predict_on_batch([y[:, :-1], x, *encoded])[1]
+        return attention[0]
 
 
 def beam_search(
@@ -194,10 +201,13 @@ def by_dictionary(text: Tokens) -> Tokens:
 
 
 def draw_attention(weights: np.ndarray, source: Tokens, target: Tokens, path: str) -> None:
-    """Save a picture of the weights (T, S)."""
-    figure, axes = plt.subplots(figsize=(1.5 + 0.2 * len(source), 1 + 0.28 * len(target)))
+    """Save a picture of the weights (T, S + 2)."""
+    import matplotlib.pyplot as plt
+
+    columns = ("(start)", *source, "(end)")
+    figure, axes = plt.subplots(figsize=(1.5 + 0.2 * len(columns), 1 + 0.28 * len(target)))
     axes.imshow(weights, cmap="magma", aspect="auto", vmin=0, vmax=1)
-    axes.set_xticks(range(len(source)), source, rotation=90 if max(map(len, source)) > 1 else 0)
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
     axes.set_yticks(range(len(target)), target)
     axes.tick_params(length=0)
     axes.set_title("Where the decoder looks as it writes each word", fontsize=11)

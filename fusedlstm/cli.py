@@ -143,10 +143,10 @@ def _with_bar(cases: list[Case]) -> Iterator[Case]:
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Train a two-layer LSTM to write like Python's help pages, compare it with a 3-gram model on text "
-        "that neither has seen, and let it write."
+        "Train a two-layer LSTM to write like Python's help pages, or like a text of yours, compare it with "
+        "a 3-gram model on text that neither has seen, and let it write."
     )
-    parser = commands.add_parser("demo", help="an LSTM learns to write English", description=text)
+    parser = commands.add_parser("demo", help="an LSTM learns to write", description=text)
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--seconds", type=positive, metavar="S", help=f"time to train for (default {demo.SECONDS:g})"
@@ -168,7 +168,14 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="H",
         help="hidden units of a layer (default %(default)s)",
     )
-    parser.add_argument("--text", metavar="FILE", help="learn another text, UTF-8 and mostly ASCII")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="learn another text, UTF-8, in any language")
+    source.add_argument(
+        "--language",
+        choices=demo.TEXTS,
+        default="en",
+        help=f"of the text: {', '.join(f'{name} is {what}' for name, what in demo.TEXTS.items())}",
+    )
     parser.add_argument("--save", metavar="FILE", help="write the model to a safetensors file")
     size.add_argument(
         "--load",
@@ -189,6 +196,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="X",
         help="of the sample: 0 takes the likeliest character always, 1 what the model says "
         "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what the sample goes on from (default: the beginning of the text)"
     )
     parser.set_defaults(command=_demo)
 

@@ -1,4 +1,4 @@
-"""A two-layer LSTM that learns to write English, with NumPy and this package alone.
+"""A two-layer LSTM that learns to write a text of any language, with NumPy and this package alone.
 
 The program has five parts: the text, the 3-gram model that is to be beaten, the character model, its
 training, and writing.  Sizes in the comments:
@@ -6,7 +6,8 @@ training, and writing.  Sizes in the comments:
     T  characters of a window       V  characters of the alphabet      H  hidden units
     B  streams read side by side    E  numbers that stand for a character
 
-Run it with ``fusedlstm demo``; ``fusedlstm demo --help`` lists what can be changed.
+Run it with ``fusedlstm demo``, on a text of yours with ``--text FILE``; ``fusedlstm demo --help`` lists what
+can be changed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from . import LSTM, cells, layers, weights
+from . import LSTM, cells, chinese, layers, weights
 from .files import check_writable
 
 HIDDEN = 256  # H
@@ -34,90 +36,124 @@ LARGEST_GRADIENT = 1.0  # norm; longer gradients are cut to it
 SECONDS = 100.0  # of training, so that the whole program takes less than two minutes
 SAMPLE = 600  # characters to write at the end
 TEMPERATURE = 0.5
-PROMPT = "The "
+PROMPT = 4  # characters at the beginning of the text, from which the model goes on
 
 # --- The text -------------------------------------------------------------------------------------------
 
-ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
-_PLAIN = {0x2013: "-", 0x2014: "-", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}  # dashes, quotes
+RARE = "\N{REPLACEMENT CHARACTER}"  # stands for every character that is not in an alphabet
+MOST = 4000  # characters of an alphabet
+TEXTS = {"en": "Python's help pages", "zh": "a Chinese diary from a grammar"}  # by language
 
 
-def read_text(path: str | None = None) -> str:
-    """The pages of Python's help system, or a file, in the characters of the alphabet.
+def read_text(path: str | None = None, language: str = "en") -> str:
+    """The text of a file, or one that is at hand: Python's help pages, or a diary in Chinese.
 
-    Paragraphs that stand on several pages are kept once: else part of the text that is held out would
-    have been read in training.  Characters that are not in the alphabet are left out; of a file it is said
-    how many.
+    Paragraphs that stand in several places are kept once: else part of the text that is held out would
+    have been read in training.  Characters that can be written in two ways are written in one.
 
     Raises:
         ValueError: if the file is not UTF-8.
         ImportError: if this Python has no help pages.
     """
-    if path is None:
+    if path is not None:
+        try:
+            raw = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    elif language == "zh":
+        raw = chinese.text()
+    else:
         try:
             from pydoc_data.topics import topics
         except ImportError as error:
             raise ImportError("this Python comes without its help pages; give a text with --text") from error
         raw = "\n\n".join(topics.values())
-    else:
-        try:
-            raw = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    plain = unicodedata.normalize("NFKD", raw.translate(_PLAIN)).expandtabs(4)
-    text = "\n\n".join(dict.fromkeys(plain.split("\n\n")))
-    letters = [letter for letter in text if not unicodedata.combining(letter)]  # without accents
-    kept = "".join(filter(ALPHABET.__contains__, letters))
-    if path is not None and len(kept) < len(letters):
-        left_out = len(letters) - len(kept)
-        print(f"Left out: {left_out:,} of {len(letters):,} characters, since the model knows ASCII only.")
-    return kept
+    plain = unicodedata.normalize("NFC", raw).expandtabs(4)
+    return "\n\n".join(dict.fromkeys(plain.split("\n\n")))
 
 
-def encode(text: str) -> np.ndarray:
+def alphabet_of(text: str) -> str:
+    """The characters to tell apart: those that occur more than once, at most `MOST`; the first is `RARE`.
+
+    Those that occur once teach the model when something rare is to be expected.
+    """
+    frequent = [character for character, count in Counter(text).most_common(MOST - 1) if count > 1]
+    return RARE + "".join(sorted(set(frequent) - {RARE}))
+
+
+def encode(text: str, alphabet: str) -> np.ndarray:
     """The places of characters in the alphabet."""
-    return np.array([ALPHABET.index(character) for character in text])
+    places = {character: place for place, character in enumerate(alphabet)}
+    return np.array([places.get(character, 0) for character in text])
 
 
-def split(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(text: Any) -> tuple[Any, Any]:
     """What to learn from, and the last tenth, which is held out."""
-    end = len(ids) * 9 // 10
-    return ids[:end], ids[end:]
+    end = len(text) * 9 // 10
+    return text[:end], text[end:]
 
 
 # --- The 3-gram model: what counting alone can do -------------------------------------------------------
 
 
-def trigram(ids: np.ndarray) -> np.ndarray:
-    """Probabilities (V, V, V) of a character after two others.
+class Trigram:
+    """Probabilities of a character after two others.
 
     Interpolated Kneser-Ney smoothing (Chen & Goodman, 1998), which needs fewer bits here than Witten and
     Bell's, or than plain absolute discounting; three discounts instead of one would gain 0.01 bits.
+
+    Args:
+        ids: the text to count in.
+        size: V.
     """
-    size = len(ALPHABET)
-    counts = np.zeros((size, size, size))
-    np.add.at(counts, (ids[:-2], ids[1:-1], ids[2:]), 1)
-    after_one = (counts > 0).sum(0)  # (V, V): in how many contexts a pair stands
-    after_none = (after_one > 0).sum(0)  # (V,)
-    probabilities = np.full(size, 1 / size)
-    for table in (after_none, after_one, counts):
-        probabilities = _discounted(table, probabilities)
-    return probabilities
+
+    def __init__(self, ids: np.ndarray, size: int) -> None:
+        self.size = size
+        after_two = _Counts(ids[:-2] * size + ids[1:-1], ids[2:], size)
+        after_one = _Counts(
+            after_two.pairs // size % size, after_two.pairs % size, size
+        )  # in how many contexts
+        after_none = _Counts(np.zeros_like(after_one.pairs), after_one.pairs % size, size)
+        self.tables = after_none, after_one, after_two
+
+    def __call__(self, first: np.ndarray, second: np.ndarray, third: np.ndarray) -> np.ndarray:
+        """The probability of each third character after the first two."""
+        probabilities = np.full(third.shape, 1 / self.size)
+        for table, context in zip(self.tables, (0 * second, second, first * self.size + second)):
+            probabilities = table.smoothed(context, third, probabilities)
+        return probabilities
+
+    def bits(self, ids: np.ndarray) -> float:
+        """Bits per character that the model needs for a text, its first two characters given."""
+        return float(-np.log2(self(ids[:-2], ids[1:-1], ids[2:])).mean())
 
 
-def _discounted(counts: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-    """Take a part of each count, and share it out as the model with a shorter context says."""
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = once / (once + 2 * twice) if once else 0.5
-    total = counts.sum(-1, keepdims=True)
-    taken = discount * (counts > 0).sum(-1, keepdims=True)
-    kept = np.maximum(counts - discount, 0)
-    return np.where(total > 0, (kept + taken * shorter) / np.maximum(total, 1), shorter)
+class _Counts:
+    """How often characters follow contexts; a table of all contexts would be too large for Chinese."""
+
+    def __init__(self, contexts: np.ndarray, characters: np.ndarray, size: int) -> None:
+        self.size = size
+        self.pairs, self.counts = np.unique(contexts * size + characters, return_counts=True)
+        self.contexts, place, self.kinds = np.unique(
+            self.pairs // size, return_inverse=True, return_counts=True
+        )
+        self.totals = np.bincount(place, self.counts)
+        once, twice = (self.counts == 1).sum(), (self.counts == 2).sum()
+        self.discount = once / (once + 2 * twice) if once else 0.5
+
+    def smoothed(self, contexts: np.ndarray, characters: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+        """Take a part of each count, and share it out as the model with a shorter context says."""
+        counts = _found(contexts * self.size + characters, self.pairs, self.counts)
+        totals = _found(contexts, self.contexts, self.totals)
+        taken = self.discount * _found(contexts, self.contexts, self.kinds)
+        kept = np.maximum(counts - self.discount, 0)
+        return np.where(totals > 0, (kept + taken * shorter) / np.maximum(totals, 1), shorter)
 
 
-def trigram_bits(probabilities: np.ndarray, ids: np.ndarray) -> float:
-    """Bits per character that a 3-gram model needs for a text, its first two characters given."""
-    return float(-np.log2(probabilities[ids[:-2], ids[1:-1], ids[2:]]).mean())
+def _found(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values of keys, 0 for those that are not among the known ones, which are sorted."""
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[places] == keys, values[places], 0)
 
 
 # --- The character model --------------------------------------------------------------------------------
@@ -142,16 +178,23 @@ class CharacterModel:
     """Embedding, two layers of LSTM, softmax.
 
     All parameters lie in one flat array, which the optimiser works on, and `arrays` gives them by name.
+
+    Args:
+        alphabet: the V characters that it tells apart.
+        prompt: what it goes on from where it is not told from what.
+        hidden: H.
+        seed: of the first weights.
     """
 
-    def __init__(self, hidden: int = HIDDEN, seed: int | None = None) -> None:
+    def __init__(self, alphabet: str, prompt: str, hidden: int = HIDDEN, seed: int | None = None) -> None:
+        self.alphabet, self.prompt = alphabet, prompt
         lstm = LSTM(EMBEDDING, hidden, num_layers=2, seed=seed)
         random = np.random.default_rng(seed)
         bound = hidden**-0.5
         drawn = {
-            "embedding": random.normal(0, 0.5, (len(ALPHABET), EMBEDDING)),
-            "output": random.uniform(-bound, bound, (len(ALPHABET), hidden)),
-            "bias": np.zeros(len(ALPHABET)),
+            "embedding": random.normal(0, 0.5, (len(alphabet), EMBEDDING)),
+            "output": random.uniform(-bound, bound, (len(alphabet), hidden)),
+            "bias": np.zeros(len(alphabet)),
         }
         self._hold(lstm, drawn)
 
@@ -187,8 +230,8 @@ class CharacterModel:
         """Bits per character that the model needs for a text, its first two characters given."""
         inputs, targets = ids[1:-1, None], ids[2:]
         state, total = None, 0.0
-        for start in range(0, len(targets), 4096):  # parts of a size that memory holds
-            part = slice(start, start + 4096)
+        for start in range(0, len(targets), 2048):  # parts of a size that memory holds
+            part = slice(start, start + 2048)
             logits, _, state, _ = self.logits(inputs[part], state)
             total += float(surprise(softmax(logits), targets[part]).sum())
         return total / len(targets)
@@ -211,7 +254,7 @@ class CharacterModel:
         dy = (dlogits @ self.arrays["output"]).reshape(*inputs.shape, -1)
         dx, _, dlstm = tape.backward(dy)
         gradients = {
-            "embedding": one_hot(inputs.reshape(-1)).T @ dx.reshape(-1, EMBEDDING),
+            "embedding": summed(dx.reshape(-1, EMBEDDING), inputs.reshape(-1), len(self.alphabet)),
             **{f"lstm.{name}": gradient for name, gradient in dlstm.items()},
             "output": dlogits.T @ y,
             "bias": dlogits.sum(0),
@@ -220,7 +263,8 @@ class CharacterModel:
 
     def save(self, path: str, record: Record) -> None:
         """Write the model to a safetensors file, and what is known about it."""
-        facts = {"hidden": self.lstm.hidden_size, **record._asdict()}
+        own = {"hidden": self.lstm.hidden_size, "alphabet": self.alphabet, "prompt": self.prompt}
+        facts = own | record._asdict()
         weights.write(path, self.arrays, {"demo": facts})
 
     @classmethod
@@ -236,11 +280,17 @@ class CharacterModel:
             raise ValueError(f"{path} holds no model of this demo; make one with: fusedlstm demo --save FILE")
         try:
             facts = dict(settings["demo"])
-            hidden, record = facts.pop("hidden"), Record(**facts)
+            hidden, alphabet, prompt = (facts.pop(name) for name in ("hidden", "alphabet", "prompt"))
+            record = Record(**facts)
             str(record)  # which shows whether the facts are of the kinds that they should be
+            if not isinstance(alphabet, str) or not alphabet.startswith(RARE):
+                raise ValueError("its alphabet is none")
+            if not isinstance(prompt, str) or not prompt:
+                raise ValueError("its prompt is none")
             # nothing is made before the arrays are known to have the sizes that the facts ask for
-            sizes = {"embedding": (len(ALPHABET), EMBEDDING), "output": (len(ALPHABET), hidden)}
-            for name, shape in (sizes | {"bias": (len(ALPHABET),)}).items():
+            size = len(alphabet)
+            sizes = {"embedding": (size, EMBEDDING), "output": (size, hidden), "bias": (size,)}
+            for name, shape in sizes.items():
                 if arrays[name].shape != shape:
                     raise ValueError(f"{name} is {arrays[name].shape}, not {shape}")
             named = {name[5:]: array for name, array in arrays.items() if name.startswith("lstm.")}
@@ -248,6 +298,7 @@ class CharacterModel:
             lstm = layers._rebuilt(LSTM, cells.lstm, sizes_of_lstm, named)
             assert isinstance(lstm, LSTM)
             model = object.__new__(cls)
+            model.alphabet, model.prompt = alphabet, prompt
             model._hold(lstm, arrays)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} does not fit this version of the demo: {error}") from error
@@ -279,9 +330,15 @@ def surprise(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.asarray(-np.log2(chosen))
 
 
-def one_hot(ids: np.ndarray) -> np.ndarray:
-    """Rows (N, V) that are 1 at the character and 0 elsewhere."""
-    return np.asarray(ids[:, None] == np.arange(len(ALPHABET)), np.float32)
+def summed(rows: np.ndarray, ids: np.ndarray, size: int) -> np.ndarray:
+    """Sums (V, E) of the rows (N, E) that have the same number (N,).
+
+    By a product with ones and zeros, which is faster than to add row by row, for the numbers that occur.
+    """
+    sums = np.zeros((size, rows.shape[1]), np.float32)
+    present, places = np.unique(ids, return_inverse=True)
+    sums[present] = np.asarray(np.arange(len(present))[:, None] == places, np.float32) @ rows
+    return sums
 
 
 # --- Training -------------------------------------------------------------------------------------------
@@ -357,7 +414,7 @@ def train(
 ) -> int:
     """Fit the model to a text by truncated backpropagation through time; the characters read."""
     optimiser = Adam(model.flat.size)
-    state, smooth, characters, start = None, np.log2(len(ALPHABET)), 0, time.perf_counter()
+    state, smooth, characters, start = None, np.log2(len(model.alphabet)), 0, time.perf_counter()
     for count, (inputs, targets, fresh) in enumerate(windows(ids, random)):
         progress = budget.progress(count, time.perf_counter() - start)
         if progress == 1:
@@ -376,20 +433,23 @@ def train(
 
 
 def write(
-    model: CharacterModel, temperature: float, random: np.random.Generator, prompt: str = PROMPT
+    model: CharacterModel, temperature: float, random: np.random.Generator, prompt: str | None = None
 ) -> Iterator[str]:
-    """Without end: characters that follow the prompt.
+    """Without end: characters that follow the prompt, which is the model's own by default.
 
-    A temperature below 1 makes likely characters more likely; at 0 the likeliest is always taken.
+    A temperature below 1 makes likely characters more likely; at 0 the likeliest is always taken.  What is
+    rare is never written, since it is not known which character it is.
     """
-    logits, _, state, _ = model.logits(encode(prompt)[:, None])
+    logits, _, state, _ = model.logits(encode(prompt or model.prompt, model.alphabet)[:, None])
     while True:
+        following = logits[-1].astype(np.float64)
+        following[0] = -np.inf  # RARE
         if temperature == 0:
-            chosen = int(logits[-1].argmax())
+            chosen = int(following.argmax())
         else:
-            probabilities = softmax(logits[-1:].astype(np.float64) / temperature)[0]
-            chosen = int(random.choice(len(ALPHABET), p=probabilities))
-        yield ALPHABET[chosen]
+            probabilities = softmax(following[None] / temperature)[0]
+            chosen = int(random.choice(len(probabilities), p=probabilities))
+        yield model.alphabet[chosen]
         logits, _, state, _ = model.logits(np.array([[chosen]]), state)
 
 
@@ -402,10 +462,12 @@ def run(
     seed: int = 1,
     hidden: int = HIDDEN,
     text: str | None = None,
+    language: str = "en",
     save: str | None = None,
     load: str | None = None,
     generate: int = SAMPLE,
     temperature: float = TEMPERATURE,
+    prompt: str | None = None,
 ) -> None:
     """Train or load a model, compare it with counting, save it, let it write.
 
@@ -413,10 +475,12 @@ def run(
         budget: how long to train; by default the standard time, or not at all if a model is loaded.
         seed: of the weights, the windows and the sample.
         hidden: H of a new model.
-        text: file to learn, by default Python's help pages.
+        text: file to learn, by default the text at hand of the language.
+        language: "en" or "zh"; without a meaning where there is a file.
         save, load: files to write the model to, and to read it from.
         generate: characters to write.
         temperature: of the sample; see :func:`write`.
+        prompt: what the sample goes on from; by default the beginning of the text.
 
     Raises:
         ValueError, OSError: for a file that cannot be used.
@@ -425,12 +489,16 @@ def run(
         check_writable(save)
     random, record = np.random.default_rng(seed), None
     if load is None:
-        model, budget = CharacterModel(hidden, seed), budget or Budget()
+        letters, budget = read_text(text, language), budget or Budget()
+        model = CharacterModel(alphabet_of(split(letters)[0]), letters[:PROMPT], hidden, seed)
     else:
         model, record = CharacterModel.load(load)
         print(f"Loaded {load}: {record}.")
+        letters = read_text(text, language) if budget is not None else ""
+    if prompt and (unknown := sorted(set(prompt) - set(model.alphabet))):
+        raise ValueError(f"the model does not know these characters of the prompt: {' '.join(unknown)}")
     if budget is not None:
-        record = _fit(model, read_text(text), budget, random, record)
+        record = _fit(model, letters, budget, random, record)
         print(f"Held-out text: {record}.")
     elif text is not None:
         raise ValueError("a text is for training: say with --seconds or --steps for how long")
@@ -438,8 +506,9 @@ def run(
         model.save(save, record)
         print(f"Saved; write more with: fusedlstm demo --load {save}")
     if generate:
-        print(f"\nA sample, temperature {temperature:g}:\n\n{PROMPT}", end="")
-        for letter in islice(write(model, temperature, random), generate):
+        prompt = prompt or model.prompt
+        print(f"\nA sample, temperature {temperature:g}:\n\n{prompt}", end="")
+        for letter in islice(write(model, temperature, random, prompt), generate):
             print(letter, end="", flush=True)
         print()
 
@@ -451,11 +520,16 @@ def _fit(
     digest = hashlib.sha256(text.encode()).hexdigest()
     if before and before.text != digest:
         raise ValueError("the model was trained on another text, and may know what would be held out here")
-    learnt, held_out = split(encode(text))
+    ids = encode(text, model.alphabet)
+    learnt, held_out = split(ids)
     if len(held_out) < 100:
         raise ValueError(f"the text is too short to learn from: {len(text):,} characters")
     print(f"Text: {len(text):,} characters, of which {len(held_out):,} are held out.")
-    counted = trigram_bits(trigram(learnt), held_out)
+    print(f"Alphabet: {len(model.alphabet) - 1:,} characters", end="")
+    if rare := int((ids == 0).sum()):
+        print(f"; {rare:,} others in the text are rarer, and count as one", end="")
+    print(".")
+    counted = Trigram(learnt, len(model.alphabet)).bits(held_out)
     print(f"A 3-gram model needs {counted:.3f} bits per character of the held-out text.")
     print("Preparing the kernels; they are compiled on the first run ...", end=" ", flush=True)
     start = time.perf_counter()
@@ -495,5 +569,5 @@ class Display:
         if self.lines and step.progress >= self.lines[0]:
             del self.lines[0]
             letters = islice(write(self.model, TEMPERATURE, self.random), 70)
-            line = (PROMPT + "".join(letters)).replace("\n", " ")
+            line = (self.model.prompt + "".join(letters)).replace("\n", " ")
             self.bar.write(f"{step.progress:4.0%} {step.bits:5.2f} bits  {line}")

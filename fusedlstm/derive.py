@@ -363,7 +363,7 @@ class LateGate:
 def trace(
     function: Callable[..., Any], given: dict[str, Expression | LateGate], constants: dict[str, float]
 ) -> list[Expression]:
-    """Call `function` with what is given by name; its results as expressions."""
+    """Call `function` with arguments by name; its results as expressions."""
     graph = next(iter(given.values())).graph
     try:
         results = function(**given, **constants)

@@ -130,7 +130,7 @@ def _packed_direction(cell: Cell, flat: Sequence[np.ndarray]) -> CPUDirection:
 
 
 def _pack(cell: Cell, flat: Sequence[np.ndarray], training: bool = False) -> CPUDirection:
-    direction: CPUDirection = _engine().CPUDirection(cell, storage.from_keras(cell, flat, np.zeros_like))
+    direction: CPUDirection = _engine().CPUDirection(cell, storage.keras_views(cell, flat, np.zeros_like))
     if training:  # now, since the memory of the framework is ours during this call only
         direction.lay_out_for_backward()
     return direction
@@ -212,7 +212,7 @@ def _aligned(weight: Any) -> np.ndarray:
 
 
 def _weight_shapes(cell: Cell, inputs: int, units: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    """Of the weights by name, as :func:`fusedlstm.weights.from_keras` takes them."""
+    """Of the weights by name, as :func:`fusedlstm.weights.keras_views` takes them."""
     rows = len(cell.gates) * units
     shapes: dict[str, tuple[int, ...]] = {"kernel": (inputs, rows), "recurrent_kernel": (units, rows)}
     if bias:
@@ -239,7 +239,7 @@ def forward(
         run: what is the same in every call.
         training: whether to keep a record, which makes backward quicker.
         flat: the input (B, T, I); the mask (B, T) if there is one; the initial states (B, H); the weights,
-            as :func:`fusedlstm.weights.from_keras` takes them.
+            as :func:`fusedlstm.weights.keras_views` takes them.
         out: arrays in which some of the results may be; else all are new.
     """
     given = _Arguments(run, flat)
@@ -326,7 +326,8 @@ def backward(
     if steps is not None and dx is not None and steps.moves:
         dx[...] = steps.back(dx.swapaxes(0, 1)).swapaxes(0, 1)
     dinitial = (dinitial[0] + past, *dinitial[1:])
-    for target, gradient in zip(out[wants_dx:], [*dinitial, *storage.to_keras(dweights, given.weights)]):
+    gradients = storage.keras_gradients(dweights, given.weights)
+    for target, gradient in zip(out[wants_dx:], [*dinitial, *gradients]):
         _write(target, gradient)
     return list(out)
 

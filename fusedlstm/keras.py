@@ -13,6 +13,7 @@ operator of :mod:`fusedlstm.torch`; on JAX, TensorFlow and NumPy it is a call of
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,13 @@ from functools import partial
 from types import FrameType
 from typing import Any, cast
 
-import keras
+from .frameworks import missing
+
+try:
+    import keras
+except ImportError as error:
+    raise missing(__name__, error) from error
+
 from keras import activations, layers, ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
@@ -115,6 +122,12 @@ def _cell(kind: str, **activations: str) -> Cell:
 
 class _Fused(layers.RNN):  # type: ignore[misc]
     """What the layers share: the run over time."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the arguments of the layer of Keras that a class takes the place of."""
+        super().__init_subclass__(**kwargs)
+        if cls.__init__ is _Fused.__init__:
+            cls.__signature__ = inspect.signature(cls.__bases__[-1])
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -216,7 +229,7 @@ class _Fused(layers.RNN):  # type: ignore[misc]
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _weights(self) -> list[Any]:
-        """As :func:`fusedlstm.weights.from_keras` takes them."""
+        """As :func:`fusedlstm.weights.keras_views` takes them."""
         cell = self.cell
         bias = () if cell.bias is None else (cell.bias,)
         every = (cell.kernel, cell.recurrent_kernel, *bias, *getattr(cell, "vectors", ()))
@@ -338,6 +351,7 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
             setattr(self, name, _kind(name).get(value))
 
     def build(self, input_shape: Any) -> None:
+        """Make the weights, for inputs of this shape."""
         cell = self.mathematics
         rows, recurrent_rows = (
             len(gates) * self.units for gates in (cell.gates_with_input, cell.gates_with_recurrent)
@@ -381,6 +395,7 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
         return new[0], new
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them."""
         names = ("units", "use_bias", "dropout", "recurrent_dropout", "seed")
         config = {name: getattr(self, name) for name in names}
         config |= {name: _kind(name).serialize(getattr(self, name)) for name in _OPTIONS}
@@ -389,6 +404,7 @@ class RecurrentCell(DropoutRNNCell, layers.Layer):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RecurrentCell:
+        """The cell that such arguments describe."""
         return cls(**{**config, "cell": _saved_cell(**config["cell"])})
 
 
@@ -459,10 +475,12 @@ class Recurrent(_Fused):
         return cast(Cell, self.cell.mathematics)
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them."""
         return {**self.cell.get_config(), **super().get_config(), "cell": self.cell.get_config()["cell"]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Recurrent:
+        """The layer that such arguments describe."""
         return cls(**{**config, "cell": _saved_cell(**config["cell"])})
 
 
@@ -571,44 +589,32 @@ def _forget_compiled(model: Any) -> None:
 
 
 def _torch(run: Run, training: bool, x: Any, mask: Any, initial: list[Any], weights: list[Any]) -> list[Any]:
-    """The operator of fusedlstm.torch; what host.Steps does with arrays is done with tensors here."""
-    import torch
-
+    """The operator of fusedlstm.torch."""
+    from .torch.masks import TensorSteps
     from .torch.operators import apply_layer
     from .torch.shapes import known_cells
 
     known_cells.setdefault(run.cell.key, run.cell)
     if run.backwards:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
-
-    flat = storage.flatten(storage.from_keras(run.cell, weights, _torch_zeros))
-
-    def operator(x: Any, lengths: Any) -> Any:
-        states = [state.unsqueeze(0) for state in initial]
-        y, *finals = apply_layer(x.transpose(0, 1), states, flat, lengths, None, run.cell, 1)
-        return y.transpose(0, 1), [final.squeeze(0) for final in finals]
-
-    if mask is None:
-        y, finals = operator(x, None)
-        return [y if run.sequences else finals[0], *finals]
-    counts, latest = mask.sum(1), mask.cumsum(1)[..., None] - 1
-    empty, lengths = (counts == 0)[:, None], counts.clamp(min=1)
-    ends_only = (mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).all()
-    if not torch.compiler.is_compiling() and ends_only:
-        y, finals = operator(x, lengths)
-        if run.sequences and not run.zeros:
-            y = torch.where(mask[..., None], y, finals[0][:, None])
-    else:
-        order = torch.argsort(~mask, dim=1, stable=True)[..., None]
-        x = torch.take_along_dim(x, order, 1).masked_fill(empty[..., None], 0)
-        y, finals = operator(x, lengths)
-        finals = [torch.where(empty, state, final) for state, final in zip(initial, finals)]
-        if run.sequences:
-            y = torch.take_along_dim(y, latest.clamp(min=0), 1)
-            y = y.masked_fill(~mask[..., None] if run.zeros else latest < 0, 0)
+    x, steps = x.transpose(0, 1), None
+    if mask is not None:
+        steps = TensorSteps(mask.transpose(0, 1))
+        x = steps.front(x)
+    states = [state.unsqueeze(0) for state in initial]
+    flat = storage.flatten(storage.keras_views(run.cell, weights, _torch_zeros))
+    lengths = None if steps is None else steps.lengths
+    y, *finals = apply_layer(x, states, flat, lengths, None, run.cell, 1)
+    finals = [final.squeeze(0) for final in finals]
     if not run.sequences:
-        y = finals[0].masked_fill(~mask[:, -1:] if run.zeros else empty, 0)
-    return [y, *finals]
+        y = finals[0]
+        if steps is not None:
+            hidden = ~steps.mask[-1] if run.zeros else steps.lengths == 0
+            y = y.masked_fill(hidden[:, None], 0)
+        return [y, *finals]
+    if steps is not None:
+        y = steps.spread(y, False, None, run.zeros)
+    return [y.transpose(0, 1), *finals]
 
 
 def _torch_zeros(bias: Any) -> Any:
@@ -669,7 +675,7 @@ def _exported(array: Any) -> bool:
         return torch.compiler.is_exporting() or jit.is_tracing()
     if not _traced(array):
         return False
-    # TensorFlow and JAX do not tell what they trace for, but whoever asked is among the callers
+    # TensorFlow and JAX do not tell what they trace for, but the exporter is among the callers
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):

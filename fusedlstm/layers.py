@@ -83,8 +83,10 @@ class Recurrent:
             for a cell that reads its own output, nor with a `recurrent` state other than the output.
         dtype: "float32" or "float64", of the weights, the input, the states and the output.
         backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for arrays on a GPU, else "cpu".
-        precision: of the products of a float32 layer on a GPU: "float32" exactly, or "tf32", "bfloat16"
-            or "float16" on tensor cores; sums and states are float32 in any case.
+        precision: of what the products of a float32 layer multiply; sums of products, states and all
+            else are float32 in any case.  "float32" exactly, or "bfloat16"; on a GPU also "tf32" and
+            "float16"; on a CPU also "int8", for inference: integers with a scale for each row of the
+            weights, and one for each row of the input and of the output at each step.
         form: of the kernels on a GPU: "persistent" is one launch for a sequence, "stepwise" one for each
             step; "auto" decides by the sizes and the device.
         recurrent_dropout: probability with which, in training, an element of the output is set to zero
@@ -379,8 +381,25 @@ class Recurrent:
                     places.append(self._places[n])
             vars(self).update(arrays, _places=tuple(places))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights and settings to a safetensors file, which :func:`fusedlstm.load` reads."""
+    def save(self, path: str | os.PathLike[str], precision: str = "float32") -> None:
+        """Write weights and settings to a safetensors file, which :func:`fusedlstm.load` reads.
+
+        Args:
+            path: of the file.
+            precision: of matrices of float32: "bfloat16" makes the file half as large, and "int8", with a
+                scale for each row, a quarter.  A layer that is loaded from it with the same precision is as
+                good as this one in that precision.
+
+        Raises:
+            ValueError: for a precision that files do not have, or weights that it cannot hold.
+        """
+        if precision not in dispatch.PRECISIONS_OF["cpu"] or (
+            precision != "float32" and self.dtype != np.float32
+        ):
+            known = f"one of {', '.join(dispatch.PRECISIONS_OF['cpu'])}"
+            raise ValueError(
+                f"precision must be {known}, and float32 for a layer of {self.dtype}, got {precision!r}"
+            )
         identity = {
             "layer": type(self).__name__,
             "cell": self.cell.name,
@@ -389,7 +408,7 @@ class Recurrent:
         }
         # what is a matter of the machine is said when the file is read
         settings = {name: value for name, value in self._settings().items() if name not in dispatch.OPTIONS}
-        storage.write(path, self.state_dict(), identity | settings)
+        storage.write(path, self.state_dict(), identity | settings, precision)
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that build this layer, but for the cell, as JSON can hold them."""

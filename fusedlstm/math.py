@@ -132,7 +132,7 @@ def sqrt(x: Any) -> Any:
 
 @_function(lambda x, y: (where(x > 0, 1.0, where(x < 0, -1.0, 0.0)),))
 def absolute(x: Any) -> Any:
-    """|x|; the derivative at 0 is 0."""
+    """``|x|``; the derivative at 0 is 0."""
     return np.abs(x)
 
 
@@ -180,3 +180,8 @@ def normalize(*values: Any, eps: float = 1e-5) -> Any:
     center, scale = mean(*values), 1 / sqrt(variance(*values) + eps)
     normalized = [(value - center) * scale for value in values]
     return normalized[0] if len(values) == 1 else normalized
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

@@ -1,12 +1,12 @@
 """What is made once in a process, whichever thread asks first, and whatever forks meanwhile.
 
-Compiled code and tables are known by their addresses: whoever was given one must have been given that which
-is kept.  :func:`functools.cache` lets two threads that ask at once make two of a thing, and lets go of one.
+Compiled code and tables are known by their addresses: the one that a caller was given must be the one that is
+kept.  :func:`functools.cache` lets two threads that ask at once make two of a thing, and lets go of one.
 """
 
 from __future__ import annotations
 
-import logging  # noqa: F401, so that a fork takes its lock after ours: who imports Numba needs it
+import logging  # noqa: F401, so that a fork takes its lock after ours: code that imports Numba needs it
 import os
 import threading
 from collections.abc import Callable

@@ -17,7 +17,11 @@ import pytest
 from fusedlstm import layers
 
 BACKENDS = ["reference", "cpu"]
-LONGEST = ("cuda_simulated", "cpu_engine", "torch", "layers", "keras", "benchmarks", "cuda_compile")
+ONE_BY_ONE = "test_cuda_executed.py"  # whose tests share nothing but time
+LONGEST = (
+    *("cuda_simulated", "cpu_engine", "torch", "layers", "keras", "benchmarks", "cuda_compile"),
+    "cuda_first",
+)
 
 with suppress(ImportError):  # tests on a GPU do without
     import hypothesis
@@ -58,14 +62,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file, and the kernels that it compiles, in one process; tests on a GPU one by one."""
+    """Each file, and the kernels that it compiles, in one process; tests on a GPU one by one, as are others
+    that compile each their own."""
     from xdist.scheduler import LoadFileScheduling, LoadScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return nodeid if file.endswith(ONE_BY_ONE) else file
 
     if only_gpu(config):
         config.option.maxschedchunk = 1
         return LoadScheduling(config, log)
     config.option.loadscopereorder = False  # by their number, which does not tell how long tests take
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -506,6 +506,47 @@ def test_the_page_draws_its_pictures(browser: str, tmp_path: Path) -> None:
     assert 'title="why &lt;b&gt;not&lt;/b&gt; &lt;/script&gt;"' in page
 
 
+def test_each_contender_is_drawn_in_its_own_way(browser: str, tmp_path: Path) -> None:
+    """Beyond twelve the colours come again, with other lines and marks."""
+    record = sample_record()
+    peer = next(name for name in record["contenders"] if not name.startswith("fusedlstm"))
+    for n in range(15 - len(record["contenders"])):
+        record["contenders"][f"peer{n}"] = record["contenders"][peer]
+        for row in record["rows"]:
+            if peer in row["results"]:
+                row["results"][f"peer{n}"] = row["results"][peer]
+    page, console = dump(browser, report.page(record), tmp_path / "page.html")
+    assert console == ""
+    lines = re.findall(r'<path [^>]*class="curve"[^>]*>', page)
+    looks = [(re.search(r"--c\d+", line)[0], "dasharray" in line) for line in lines]
+    assert len(set(looks)) == len(looks) >= 13
+    assert page.count("<rect") > 0
+
+
+def test_figures_stand_where_no_mark_is(browser: str, tmp_path: Path) -> None:
+    page, _ = dump(browser, report.page(sample_record()), tmp_path / "page.html")
+    chart = page[page.index('id="ratios"') : page.index('id="roofline"')]
+    (figures,) = {float(x) for x in re.findall(r'class="figure" x="([\d.]+)"', chart)}
+    marks = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)]
+    assert marks
+    assert max(marks) + 5 < figures - 40
+
+
+@pytest.mark.parametrize(("width", "wide"), [(360, True), (1400, False)])
+def test_the_table_says_that_it_scrolls(browser: str, tmp_path: Path, width: int, wide: bool) -> None:
+    page, _ = dump(
+        browser, report.page(sample_record()), tmp_path / "page.html", f"--window-size={width},800"
+    )
+    assert ('id="results" class="wide"' in page) == wide
+
+
+def test_what_pointing_shows_tapping_shows(browser: str, tmp_path: Path) -> None:
+    tap = "<script>document.querySelector('td[title]').click()</script>"
+    page, console = dump(browser, report.page(sample_record()) + tap, tmp_path / "page.html")
+    assert console == ""
+    assert re.search('<p id="detail" role="status">quartiles ', page)
+
+
 def test_the_table_sorts(browser: str, tmp_path: Path) -> None:
     click = "<script>document.querySelectorAll('th button')[{}].click();</script>"
     html = report.page(sample_record())

@@ -268,3 +268,17 @@ def test_the_reference_in_float32_passes_the_check() -> None:
     """The tolerances suit an implementation without any cleverness."""
     outcomes = [check.run(case, "reference") for case in check.cases()]
     assert [str(outcome) for outcome in outcomes if not outcome.passed] == []
+
+
+def test_compile_says_what_it_compiles_and_where_it_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "rnn_tanh", "lstm", "--projection"]) == 0
+    *lines, kept = capsys.readouterr().out.splitlines()
+    named = ["rnn_tanh in float32", "lstm in float32", "lstm in float32 with a projection"]
+    assert [re.split(" {2,}", line)[0] for line in lines] == named
+    assert all(line.endswith(" s") for line in lines)
+    assert kept.startswith("kept in ")
+
+
+def test_compile_refuses_cells_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "lstn"]) == 2
+    assert "CELL must be one of" in capsys.readouterr().err

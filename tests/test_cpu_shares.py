@@ -1,4 +1,4 @@
-"""Shares of the work: every piece is done once, whoever does it, and a slow thread is helped."""
+"""Shares of the work: every piece is done once, by any thread, and a slow thread is helped."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_tile_fits_the_registers(width: int) -> None:
 
 @DTYPES
 def test_a_table_names_a_function_for_each_number_of_rows(dtype: Any) -> None:
-    """Once: whoever asks again gets the same."""
+    """Once: every later caller gets the same."""
     most = Registers(SCALARS[dtype]).rows(4)
     table = tile_table(SCALARS[dtype], "panel", 4)
     assert len(set(table[:most])) == most

@@ -22,7 +22,8 @@ TIME = {"median": 2.0, "low": 1.0, "high": 3.0, "host": 0.02}
 TIMES = {"errors": {"y": 1e-7}, "kernels": {}, "forward": TIME, "train": TIME, "recurrent": TIME}
 TIMES["barriers"] = TIME | {"median": 3.0}
 MACHINE = {"gpu": "a GPU", "device": vars(DEVICES["sm_90"]), "versions": {"cupy": "14"}, "driver": 1}
-FLOORS = {"launch": TIME, "barrier": {"16": 0.5}, "copy": 4e12, "product": {"tf32": 4e14}}
+FLOORS = {"launch": TIME, "barrier": {"16": 0.5}, "exchange": {"16": 0.25}, "copy": 4e12}
+FLOORS["product"] = {"tf32": 4e14}
 
 
 # --- No check, no number ----------------------------------------------------------------------------------
@@ -101,12 +102,13 @@ def test_each_row_is_written_and_failures_are_shown(asked: list[Any], tmp_path: 
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert len(record["rows"]) == 2 * len(gpu_problems.GRU)
     assert record["left out"] == 0
-    assert asked[:2] == [("machine",), ("floors",)]
+    assert asked[:2] == [("machine",), ("floors", False)]
     text = gpu_report.document(record)
     assert text.count("cudnn failed: no answer within 90 s") == len(gpu_problems.GRU)
     assert "| gru | 25 | 16 | 512 | tf32 | 2.000 | 2.000 | 1.00 |" in text
     assert "| 80.00 | 120.00 | 80.00 | 20 | 20 |" in text
     assert "One barrier of 16 blocks 0.50 us" in text
+    assert "One exchange of a number between 16 blocks 0.25 us" in text
 
 
 def test_kernels_are_compiled_before_they_are_timed(asked: list[Any], tmp_path: Path) -> None:

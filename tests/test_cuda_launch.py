@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
 import sys
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import cuda_stand_in
+import cupy_api
 import pytest
 
 from fusedlstm import cells, folders
@@ -328,3 +331,52 @@ def test_streams_of_others_are_taken_by_the_protocol_that_cupy_has(cupy: mock.Ma
     del cupy.cuda.Stream.from_external
     assert launch.stream_at(1234, 1) is cupy.cuda.ExternalStream.return_value
     assert cupy.cuda.ExternalStream.call_args.args == (1234, 1)
+
+
+# --- CuPy's interface ---------------------------------------------------------------------------------------
+
+MODULE = {"cupy", "xp", "self._cupy", "self.xp", "array_module()", "launch.array_module()"}
+
+
+def used_names(path: Path) -> set[str]:
+    """What a file takes from CuPy, as "cuda.Stream"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+            if ast.unparse(node) in MODULE and not (isinstance(node, ast.Name) and parts[0] == "__name__"):
+                found.add(".".join(parts))
+    return found
+
+
+@pytest.mark.parametrize("file", ["kernels/cuda/engine.py", "kernels/cuda/gemm.py", "kernels/cuda/launch.py"])
+def test_all_that_is_used_of_cupy_is_held_against_it(file: str) -> None:
+    """By cupy_api.py, wherever CuPy is; of the longest names, objects that others have returned follow."""
+    used = used_names(Path(__file__).parents[1] / file)
+    assert used
+    for name in used:
+        whole = name.split(".")
+        prefixes = {".".join(whole[: n + 1]) for n in range(len(whole))}
+        known = {known for known in cupy_api.USED if known in prefixes or known.startswith(f"{name}.")}
+        assert known, name
+
+
+def test_the_stand_in_takes_what_cupy_is_given() -> None:
+    stand_in = cuda_stand_in.modules()["cupy"]
+    missing = [text.partition(" ")[0] for text in cupy_api.differences(stand_in) if "takes" not in text]
+    # the others are not used by what runs on it
+    assert sorted(missing) == ["cuda.ExternalStream:", "cuda.graph.Graph.launch:", "from_dlpack:"]
+
+
+def test_a_cupy_that_has_changed_is_noticed() -> None:
+    def launchKernel(f: int, grid: tuple[int, int, int], block: tuple[int, int, int]) -> None: ...
+
+    changed = cuda_stand_in.modules()["cupy"]
+    before = cupy_api.differences(changed)
+    changed.cuda.driver.launchKernel = launchKernel
+    del changed.cuda.Stream
+    after = cupy_api.differences(changed)
+    assert any(text.startswith("cuda.driver.launchKernel takes ['f', 'grid', 'block']") for text in after)
+    assert any(text.startswith("cuda.Stream:") for text in set(after) - set(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter, defaultdict
 from itertools import islice
@@ -12,10 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from fusedlstm import LSTM, cli, demo, weights
+from fusedlstm import LSTM, chinese, cli, demo, weights
 
 TEXT = "".join(f"The {n}th line of a text that is easy to learn.\n\n" for n in range(200))
 RANDOM = np.random.default_rng
+ALPHABET = demo.RARE + "\n" + "".join(map(chr, range(32, 127)))
+
+
+def encode(text: str) -> np.ndarray:
+    return demo.encode(text, ALPHABET)
+
+
+def small_model(hidden: int = 8, seed: int | None = None) -> demo.CharacterModel:
+    return demo.CharacterModel(ALPHABET, "The ", hidden, seed)
 
 
 @pytest.fixture
@@ -31,8 +41,38 @@ def file(tmp_path: Path) -> Path:
 def test_the_text_that_ships_with_python_is_english() -> None:
     text = demo.read_text()
     assert len(text) > 300_000
-    assert set(text) <= set(demo.ALPHABET)
+    assert np.mean([letter in ALPHABET for letter in text]) > 0.99
     assert text.count(" the ") > 2000
+    assert text.startswith("The ")  # what the sample begins with
+
+
+def test_the_chinese_text_is_chinese_and_the_same_each_time() -> None:
+    text = demo.read_text(language="zh")
+    assert len(text) > 300_000
+    assert np.mean([0x4E00 <= ord(letter) < 0xA000 for letter in text]) > 0.8
+    assert text == demo.read_text(language="zh")
+    assert 200 < len(demo.alphabet_of(text)) < 1000
+
+
+def test_measure_words_and_pronouns_agree() -> None:
+    measures = {thing: measure for measure, things in chinese.THINGS.items() for thing in things}
+    found = re.findall(
+        rf"[{''.join(chinese.NUMBERS)}](\w)({'|'.join(sorted(measures, key=len, reverse=True))})",
+        chinese.text(days=200),
+    )
+    assert len(found) > 300
+    assert all(measures[thing] == measure for measure, thing in found)
+    for day in chinese.text(days=50).split("\n\n"):
+        friend, pronoun = re.findall(r"今天送给(.*?)[一两三四五六七八九十].*，(他|她)", day)[-1]
+        assert chinese.PEOPLE[friend] == pronoun
+        assert day.count("“") == day.count("”")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(1, "一"), (10, "十"), (12, "十二"), (20, "二十"), (28, "二十八")]
+)
+def test_numbers_are_read_as_in_chinese(number: int, words: str) -> None:
+    assert chinese.numeral(number) == words
 
 
 def test_no_paragraph_is_repeated_so_that_what_is_held_out_is_new() -> None:
@@ -40,20 +80,20 @@ def test_no_paragraph_is_repeated_so_that_what_is_held_out_is_new() -> None:
     assert [text for text, count in paragraphs.items() if count > 1 and len(text) > 80] == []
 
 
-def test_typographic_characters_are_written_plainly(tmp_path: Path) -> None:
+def test_texts_of_any_language_are_kept_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "text"
-    path.write_text("\t“Caf\u00e9” \u2013 it\u2019s \u4e2dgood\n\nsame\n\nsame\n\n", encoding="utf-8")
-    assert demo.read_text(str(path)) == '    "Cafe" - it\'s good\n\nsame\n\n'
+    path.write_text(
+        "\t“Cafe\u0301” – ça va？\n\n你好，世界。\n\n你好，世界。\n\nПривет 한국어", encoding="utf-8"
+    )
+    assert demo.read_text(str(path)) == "    “Café” – ça va？\n\n你好，世界。\n\nПривет 한국어"
 
 
-def test_what_is_left_out_of_a_text_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "text"
-    path.write_text("Война и мир, cafés", encoding="utf-8")
-    assert demo.read_text(str(path)) == "  , cafes"
-    assert "Left out: 9 of 18 characters, since the model knows ASCII only." in capsys.readouterr().out
-    path.write_text("cafés", encoding="utf-8")
-    assert demo.read_text(str(path)) == "cafes"
-    assert capsys.readouterr().out == ""  # an accent is no loss
+def test_the_alphabet_is_that_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo.alphabet_of("好好学习, 天天向上") == demo.RARE + "天好"
+    monkeypatch.setattr(demo, "MOST", 3)
+    alphabet = demo.alphabet_of("aaabbbbcc" + demo.RARE)
+    assert alphabet == demo.RARE + "ab"
+    assert demo.encode("abcdb", alphabet).tolist() == [1, 2, 0, 0, 2]
 
 
 def test_a_python_without_help_pages_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +103,7 @@ def test_a_python_without_help_pages_is_told_what_to_do(monkeypatch: pytest.Monk
 
 
 def test_encoding_keeps_everything() -> None:
-    assert "".join(demo.ALPHABET[n] for n in demo.encode(TEXT)) == TEXT
+    assert "".join(ALPHABET[n] for n in encode(TEXT)) == TEXT
 
 
 def test_the_split_is_without_overlap() -> None:
@@ -97,41 +137,49 @@ def slow_trigram(text: str, a: str, b: str, c: str) -> float:
         two[context[1]].update(counter.keys())
     for counter in two.values():
         one[""].update(counter.keys())
-    probability = smoothed(one, "", 1 / len(demo.ALPHABET))
+    probability = smoothed(one, "", 1 / len(ALPHABET))
     return smoothed(three, a + b, smoothed(two, b, probability))
 
 
 def test_the_trigram_is_kneser_neys() -> None:
-    text = demo.read_text()[:5000]
-    probabilities = demo.trigram(demo.encode(text))
+    text = "".join(filter(ALPHABET.__contains__, demo.read_text()))[:5000]
+    trigram = demo.Trigram(encode(text), len(ALPHABET))
     for start in range(0, 5000 - 3, 617):
         for last in "e\n~":
             a, b = text[start : start + 2]
-            place = tuple(demo.encode(a + b + last))
-            assert probabilities[place] == pytest.approx(slow_trigram(text, a, b, last))
+            (probability,) = trigram(*encode(a + b + last)[:, None])
+            assert probability == pytest.approx(slow_trigram(text, a, b, last))
 
 
 def test_the_trigram_is_a_distribution_in_every_context() -> None:
-    probabilities = demo.trigram(demo.encode(TEXT))
+    size = len(ALPHABET)
+    first, second, third = np.indices((size,) * 3).reshape(3, -1)
+    probabilities = demo.Trigram(encode(TEXT), size)(first, second, third).reshape((size,) * 3)
     assert probabilities.min() > 0
     np.testing.assert_allclose(probabilities.sum(-1), 1)
 
 
 def test_the_trigram_knows_what_it_counted() -> None:
-    probabilities = demo.trigram(demo.encode(demo.read_text()))
-    t, h, e = demo.encode("the")
-    assert probabilities[t, h].argmax() == e
-    uniform = np.full_like(probabilities, 1 / len(demo.ALPHABET))
-    assert demo.trigram_bits(uniform, demo.encode("abcdef")) == pytest.approx(np.log2(len(demo.ALPHABET)))
+    text = encode(demo.read_text())
+    trigram, letters = demo.Trigram(text, len(ALPHABET)), np.arange(len(ALPHABET))
+    t, h, e = encode("the")
+    after = trigram(np.full_like(letters, t), np.full_like(letters, h), letters)
+    assert after.argmax() == e
+    assert trigram.bits(encode("the")) == pytest.approx(-np.log2(after[e]))
+
+
+def test_the_trigram_has_room_for_chinese() -> None:
+    ids = RANDOM(0).integers(0, 4000, 3000)
+    assert demo.Trigram(ids, 4000).bits(ids[::-1].copy()) > 11
 
 
 # --- The model ------------------------------------------------------------------------------------------
 
 
 def test_loss_and_gradient_are_pytorchs() -> None:
-    model = demo.CharacterModel(hidden=19, seed=3)
+    model = small_model(19, seed=3)
     random = RANDOM(0)
-    inputs, targets = random.integers(0, len(demo.ALPHABET), (2, 7, 5))
+    inputs, targets = random.integers(0, len(ALPHABET), (2, 7, 5))
     state = tuple(random.normal(size=(2, 2, 5, 19)).astype("float32"))
     bits, gradient, final = model.loss(inputs, targets, state)
 
@@ -153,13 +201,13 @@ def test_loss_and_gradient_are_pytorchs() -> None:
 
 
 def test_bits_of_a_text_are_the_mean_over_all_its_characters_but_two() -> None:
-    model, ids = demo.CharacterModel(hidden=8, seed=1), demo.encode(TEXT[:5003])
+    model, ids = small_model(8, seed=1), encode(TEXT[:5003])
     loss, _, _ = model.loss(ids[1:-1, None], ids[2:, None], None)
     assert model.bits(ids) == pytest.approx(loss, rel=1e-6)
 
 
 def test_the_arrays_are_views_of_the_flat_one() -> None:
-    model = demo.CharacterModel(hidden=8, seed=1)
+    model = small_model(8, seed=1)
     before = model.lstm.state_dict()
     model.flat += 1
     model.refresh()
@@ -171,7 +219,7 @@ def test_the_arrays_are_views_of_the_flat_one() -> None:
 
 def test_a_saved_model_is_the_same_when_loaded(tmp_path: Path) -> None:
     path = str(tmp_path / "model")
-    model = demo.CharacterModel(hidden=8, seed=5)
+    model = small_model(8, seed=5)
     record = demo.Record(bits=2.5, trigram=3.5, characters=10, text="digest")
     model.save(path, record)
     loaded, known = demo.CharacterModel.load(path)
@@ -190,7 +238,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="damaged"):
         demo.CharacterModel.load(str(path))
-    model = demo.CharacterModel(hidden=8)
+    model = small_model(8)
     del model.arrays["bias"]
     model.save(str(path), demo.Record(1, 1, 1, ""))
     with pytest.raises(ValueError, match="does not fit this version of the demo: 'bias'"):
@@ -203,11 +251,22 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [1, None, [], {"hidden": 10**9}, {"hidden": []}, {"bits": {}}, {"hidden": 8, "other": 1}],
+    [
+        1,
+        None,
+        [],
+        {"hidden": 10**9},
+        {"hidden": []},
+        {"bits": {}},
+        {"hidden": 8, "other": 1},
+        {"alphabet": 5},
+        {"alphabet": "a"},
+        {"prompt": ""},
+    ],
     ids=str,
 )
 def test_files_with_facts_that_do_not_fit_are_refused(tmp_path: Path, facts: Any) -> None:
-    path, model = tmp_path / "model", demo.CharacterModel(hidden=8)
+    path, model = tmp_path / "model", small_model(8)
     model.save(str(path), demo.Record(1, 1, 1, ""))
     arrays, settings = weights.read(path)
     changed = settings["demo"] | facts if isinstance(facts, dict) else facts
@@ -268,10 +327,10 @@ def test_a_budget_is_of_steps_or_of_seconds() -> None:
 
 
 def test_training_learns_and_the_same_seed_gives_the_same_model() -> None:
-    ids = demo.encode(TEXT)
+    ids = encode(TEXT)
 
     def trained() -> tuple[demo.CharacterModel, list[demo.Step]]:
-        model, told = demo.CharacterModel(hidden=24, seed=2), []
+        model, told = small_model(24, seed=2), []
         characters = demo.train(model, ids, demo.Budget(steps=60), RANDOM(2), told.append)
         assert len(told) == 60
         assert 50 * demo.BATCH * demo.WINDOW < characters <= 60 * demo.BATCH * demo.WINDOW
@@ -286,16 +345,23 @@ def test_training_learns_and_the_same_seed_gives_the_same_model() -> None:
 
 
 def test_writing_follows_the_probabilities() -> None:
-    model = demo.CharacterModel(hidden=8, seed=1)
-    model.arrays["bias"][demo.encode("ab")] = 20, 20 - np.log(3)
+    model = small_model(8, seed=1)
+    model.arrays["bias"][encode("ab")] = 20, 20 - np.log(3)
     letters = Counter(islice(demo.write(model, 1, RANDOM(0)), 2000))
     assert set(letters) == {"a", "b"}
-    wanted = demo.softmax(model.logits(demo.encode(demo.PROMPT)[:, None])[0][-1:])[0]
-    assert letters["b"] / 2000 == pytest.approx(wanted[demo.encode("b")[0]], abs=0.05)
+    wanted = demo.softmax(model.logits(encode("The ")[:, None])[0][-1:])[0]
+    assert letters["b"] / 2000 == pytest.approx(wanted[encode("b")[0]], abs=0.05)
+
+
+def test_what_is_rare_is_not_written() -> None:
+    model = small_model(8, seed=1)
+    model.arrays["bias"][0] = 30
+    for temperature in (0, 1):
+        assert demo.RARE not in islice(demo.write(model, temperature, RANDOM(0)), 50)
 
 
 def test_a_low_temperature_takes_the_likeliest() -> None:
-    model = demo.CharacterModel(hidden=8, seed=1)
+    model = small_model(8, seed=1)
     cold = list(islice(demo.write(model, 0, RANDOM(0)), 30))
     assert cold == list(islice(demo.write(model, 1e-4, RANDOM(1)), 30))
     assert cold != list(islice(demo.write(model, 1, RANDOM(0)), 30))
@@ -315,7 +381,7 @@ def test_the_program_trains_compares_saves_and_writes(file: Path, capsys: pytest
     trained = shown(capsys, *common, "--steps", "8", "--hidden", "8", "--save", model)
     assert "3-gram model needs" in trained
     assert "Held-out text:" in trained
-    sample = trained.rpartition(f"\n\n{demo.PROMPT}")[2]
+    sample = trained.rpartition("\n\nThe ")[2]
     assert len(sample) == 40 + 1
 
     loaded = shown(capsys, "--load", model, "--generate", "0")
@@ -347,6 +413,38 @@ def test_a_model_is_not_trained_further_on_another_text(
     assert "another text" in capsys.readouterr().err
 
 
+def test_the_program_learns_chinese_and_goes_on_from_a_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = str(tmp_path / "model"), tmp_path / "text"
+    text.write_text(chinese.text(days=30), encoding="utf-8")
+    common = ["--steps", "2", "--hidden", "8", "--generate", "9"]
+    trained = shown(capsys, "--text", str(text), *common, "--save", model)
+    assert "Left out" not in trained
+    assert "\n\n今天是" in trained
+    loaded = shown(capsys, "--load", model, "--prompt", "小红", "--generate", "9")
+    assert len(loaded.rpartition("\n\n小红")[2]) == 9 + 1
+    assert cli.main(["demo", "--load", model, "--prompt", "小鑫z"]) == 2
+    assert "characters of the prompt: z 鑫" in capsys.readouterr().err
+
+
+def test_the_lstm_beats_counting_in_chinese() -> None:
+    """As `fusedlstm demo --language zh` does by far, in a few seconds on a part of the text."""
+    text = chinese.text(days=200)
+    learnt, held_out = demo.split(text)
+    alphabet = demo.alphabet_of(learnt)
+    model = demo.CharacterModel(alphabet, text[:4], hidden=64, seed=1)
+    learnt, held_out = demo.encode(learnt, alphabet), demo.encode(held_out, alphabet)
+    demo.train(model, learnt, demo.Budget(steps=300), RANDOM(1), lambda step: None)
+    assert model.bits(held_out) < demo.Trigram(learnt, len(alphabet)).bits(held_out)
+
+
+def test_the_language_is_that_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    told = shown(capsys, "--language", "zh", "--steps", "1", "--hidden", "8", "--generate", "0")
+    assert "Alphabet: " in told
+    assert "3-gram model needs" in told
+
+
 def test_a_text_that_is_too_short_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("Too short.")
     assert cli.main(["demo", "--text", str(file)]) == 2
@@ -354,7 +452,7 @@ def test_a_text_that_is_too_short_is_refused(file: Path, capsys: pytest.CaptureF
 
 
 def test_a_line_of_the_display_changes_nothing_in_the_training(capsys: pytest.CaptureFixture[str]) -> None:
-    model = demo.CharacterModel(hidden=8, seed=1)
+    model = small_model(8, seed=1)
     with demo.Display(model) as display:
         before = model.flat.copy()
         display.show(demo.Step(0.5, 2.25, 1000.0))

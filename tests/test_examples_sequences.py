@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import keras
 import numpy as np
 import pytest
 import speech
+import summarise
 import translation
 
 # --- Translation ----------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def test_a_sentence_is_read_alike_alone_and_beside_longer_ones() -> None:
 
     def log_probabilities(source: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
         encoded = [array[:1] for array in model.encoder.predict_on_batch(source)]
-        inputs = [written[:, :steps], source[:1] != translation.PAD, *encoded]
+        inputs = [written[:, :steps], source[:1], *encoded]
         return model.decoder.predict_on_batch(inputs)
 
     alone, attention = log_probabilities(model.read.encode(sources[:1]), 4)
@@ -136,10 +138,91 @@ def test_a_sentence_is_read_alike_alone_and_beside_longer_ones() -> None:
     np.testing.assert_allclose(shorter, alone[:, :2], atol=1e-5)  # nothing looks ahead
 
 
+def test_where_the_decoder_looks_adds_up_to_one_at_every_word() -> None:
+    sources, targets = [translation.german(21)], [translation.english(21)]
+    weights = translation.Translator(sources, targets, units=8).attention(sources[0], targets[0])
+    assert weights.shape == (len(targets[0]) + 1, len(sources[0]) + 2)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
 def test_translation_runs(tmp_path: Path) -> None:
     options = ["--sentences", "110", "--unseen", "5", "--largest", "200", "--units", "16"]
     figures = small(translation, tmp_path, *options, "--epochs", "1", "--beam", "2", "--number", "21")
     assert list(figures)[:2] == ["accuracy, beam search", "accuracy of the dictionary"]
+
+
+# --- Summarising ----------------------------------------------------------------------------------------
+
+
+def test_the_line_follows_from_the_report() -> None:
+    random, drawn = RANDOM(0), 0
+    for _ in range(300):
+        text, line = summarise.report(random)
+        goals = re.findall(r"(\w+) scored for (\w+) \.|then (\w+) of (\w+) found the net", text)
+        found = [(a or c, b or d) for a, b, c, d in goals]
+        scored = Counter(team for _, team in found)
+        scored.update(re.findall(r"(\w+) had a goal by", text))
+        first, second = re.search(r" (\w+) met (\w+) in ", text).groups()
+        if drew := re.fullmatch(r"(\w+) and (\w+) drew (\d) all \.", line):
+            assert drew.groups() == (first, second, str(scored[first]))
+            assert scored[first] == scored[second]
+            drawn += 1
+        else:
+            won = re.fullmatch(r"(\w+) beat (\w+) (\d) to (\d) through (\w+) \.", line)
+            winner, loser, most, least, scorer = won.groups()
+            assert (int(most), int(least)) == (scored[winner], scored[loser])
+            assert int(most) > int(least)
+            last = [sentence for sentence in text.split(" . ") if is_goal(sentence, winner)][-1]
+            assert scorer in last
+    assert 10 < drawn < 150
+
+
+def is_goal(sentence: str, team: str) -> bool:
+    return (
+        team in sentence
+        and "post" not in sentence
+        and "not count" not in sentence
+        and " met " not in sentence
+    )
+
+
+def test_names_are_numbered_as_they_come_and_come_back() -> None:
+    text, line = ("Ba", "met", "Co", "and", "Ba"), ("Co", "beat", "Ba")
+    text, line, found = summarise.numbered(text, line, {"met", "and", "beat"})
+    assert text == ("<0>", "met", "<1>", "and", "<0>")
+    assert line == ("<1>", "beat", "<0>")
+    assert summarise.named(line, found) == ("Co", "beat", "Ba")
+
+
+def test_rouge_is_the_mean_of_the_shares_of_the_common_subsequence() -> None:
+    a, b = tuple("abcde"), tuple("badxe")
+    assert summarise.common(a, b) == 3
+    assert summarise.rouge([a, a], [b, a]) == pytest.approx((3 / 5 + 1) / 2)
+    assert summarise.lead(("a", "b", ".", "c", ".")) == ("a", "b", ".")
+
+
+def test_what_comes_next_is_written_or_copied() -> None:
+    keras.utils.set_random_seed(0)
+    model = summarise.Summariser(["met", "beat", "."], units=8)
+    source = model.read.encode([("<0>", "met", "<1>", "."), ("<1>", ".")])
+    written = np.full((2, 3), translation.START)
+    y, attention = model.decoder.predict_on_batch([written, source, *model.encoder.predict_on_batch(source)])
+    assert y.shape == (2, 3, len(model.read))
+    np.testing.assert_allclose(np.exp(y).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(attention[1, :, 4:], 0, atol=1e-7)  # padding
+    *_, copies, written = [layer for layer in model.decoder.layers if isinstance(layer, keras.layers.Dense)]
+    copies.set_weights([0 * w + 50 * (w.ndim == 1) for w in copies.get_weights()])  # always copies
+    y, _ = model.decoder.predict_on_batch(
+        [np.full((2, 3), translation.START), source, *model.encoder.predict_on_batch(source)]
+    )
+    assert np.exp(y[0, :, model.read.ids["beat"]]).max() < 1e-6  # which is not in the text
+    assert np.exp(y[0, :, model.read.ids["met"]]).min() > 0.01
+
+
+def test_summarising_runs(tmp_path: Path) -> None:
+    size = ["--reports", "130", "--unseen", "6", "--units", "16"]
+    figures = small(summarise, tmp_path, *size, "--epochs", "1", "--beam", "2", "--report", "5")
+    assert list(figures)[:2] == ["ROUGE-L, beam search", "ROUGE-L, lead"]
 
 
 # --- Dialogue -------------------------------------------------------------------------------------------
@@ -445,3 +528,20 @@ def test_comparing_cells_runs(tmp_path: Path) -> None:
         "8",
     )
     assert figures["mean squared error, always 1"] == compare_cells.BASELINE
+
+
+# --- What a front page promises ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("both", "said"), [(1.0, "adds nothing"), (0.99, "adds nothing"), (0.5, "takes 50%")]
+)
+def test_the_program_says_what_the_lstm_adds(both: float, said: str) -> None:
+    error = "mean absolute error, here, regression"
+    assert said in forecasting.verdict({error: 1.0, f"{error} and LSTM": both}, "here")
+
+
+def test_matplotlib_is_imported_where_a_picture_is_asked_for() -> None:
+    """On a machine without it the programs run."""
+    for program in sorted(Path(translation.__file__).parent.glob("*.py")):
+        assert not re.search("^(import|from) matplotlib", program.read_text(encoding="utf-8"), re.MULTILINE)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from programs import RANDOM, small  # first: it makes the programs importable
 
@@ -16,6 +16,7 @@ from programs import RANDOM, small  # first: it makes the programs importable
 
 import compare_layers
 import keras
+import model_selection
 import numpy as np
 import pages
 import pytest
@@ -34,9 +35,14 @@ def test_the_help_pages_are_english_without_repetition() -> None:
     text = text_generation.read_text()
     assert len(text) > 300_000
     assert text == text.lower()
-    assert text.isascii()
+    assert np.mean([letter.isascii() for letter in text]) > 0.99
     assert text.count(" the ") > 2000
     assert "  " not in text
+
+
+def test_words_are_told_apart_where_they_are_written_apart() -> None:
+    assert text_generation.words_of("это — мир, cafés") == ["это", "—", "мир", ",", "cafés"]
+    assert text_generation.words_of("今天天气很好。") == []
 
 
 def test_symbols_are_numbered_by_frequency_and_rare_ones_are_one() -> None:
@@ -96,18 +102,63 @@ def test_text_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.count("temperature 0.5: ") == 2
 
 
+def test_text_generation_in_chinese(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text(text_generation.read_text(language="zh")[:6000], encoding="utf-8")
+    effort = ("--units", "24", "--length", "9", "--epochs", "1", "--temperature", "0.5")
+    figures = small(text_generation, tmp_path, "--text", str(text), *effort)
+    assert list(figures) == ["bits per character, LSTM", "bits per character, bigram model"]
+    assert "6,000 characters; words are not written apart" in capsys.readouterr().out
+
+
 # --- Sentiment ------------------------------------------------------------------------------------------
 
 
-def test_reviews_are_balanced_and_those_held_out_are_others() -> None:
-    texts, labels = sentiment.reviews(500, seed=1)
-    again, _ = sentiment.reviews(500, seed=1)
-    others, _ = sentiment.reviews(500, seed=2)
+@pytest.mark.parametrize("language", sentiment.LANGUAGES)
+def test_reviews_are_balanced_and_those_held_out_are_others(language: str) -> None:
+    texts, labels = sentiment.reviews(500, seed=1, language=language)
+    again, _ = sentiment.reviews(500, seed=1, language=language)
+    others, _ = sentiment.reviews(500, seed=2, language=language)
     assert texts == again
-    assert np.mean(labels != sentiment.reviews(500, seed=1, wrong=0.25)[1]) == pytest.approx(0.25, abs=0.06)
-    assert len(set(texts) & set(others)) < 5
+    _, changed = sentiment.reviews(500, seed=1, wrong=0.25, language=language)
+    assert np.mean(labels != changed) == pytest.approx(0.25, abs=0.06)
+    assert len(set(texts) & set(others)) < 20
     assert 0.4 < labels.mean() < 0.6
-    assert all(text[0].isupper() and text.endswith(".") for text in texts)
+    if language == "en":
+        assert all(text[0].isupper() and text.endswith(".") for text in texts)
+    else:
+        assert all(text.endswith("。") and not text.isascii() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("form", "sign"), [("{}一点也不", -1), ("{}算不上", -1), ("{}非常", 1), ("谁也不会说{}很", -1)]
+)
+def test_the_score_of_a_chinese_clause_follows_from_what_it_says(form: str, sign: int) -> None:
+    random, seen = RANDOM(0), 0
+    starts = {form.format(aspect) for aspect in sentiment.ASPECTS_ZH}
+    for clause in (sentiment.clause_zh(random) for _ in range(4000)):
+        for start in starts:
+            adjective = clause.text.removeprefix(start)
+            if adjective != clause.text and adjective in sentiment.GOOD_ZH + sentiment.BAD_ZH:
+                assert np.sign(clause.score) == (sign if adjective in sentiment.GOOD_ZH else -sign)
+                seen += 1
+    assert seen > 10
+
+
+def test_the_language_is_that_of_the_sentence() -> None:
+    assert sentiment.language_of("Good. 好") == "zh"
+    assert sentiment.language_of("Très bien") == "en"
+    assert sentiment.words_of("剧情不好, ok!") == ["剧", "情", "不", "好", ",", "ok", "!"]
+
+
+def test_a_sentence_without_a_known_word_is_not_judged() -> None:
+    def model(x: np.ndarray, verbose: int) -> np.ndarray:
+        return np.full((1, 1), 0.75)
+
+    numbers, judge = {"good": 2, ".": 3}, SimpleNamespace(predict=model)
+    assert "none of its words is known" in sentiment.judgement(judge, "Schlecht.", numbers, 9)
+    assert sentiment.judgement(judge, "Good.", numbers, 9) == "favourable with probability 0.750"
+    assert sentiment.judgement(judge, "So good.", numbers, 9).endswith("0.750 (not known: so)")
 
 
 @pytest.mark.parametrize(
@@ -158,14 +209,66 @@ def test_a_bag_of_words_knows_words_and_runs_of_words_their_order() -> None:
     assert (sentiment.bag_of_words(texts, labels, texts, longest=2) == labels).all()
 
 
-def test_sentiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = small(sentiment, tmp_path, "Not good.", "--reviews", "64", "--epochs", "2", "--units", "8")
+@pytest.mark.parametrize("sentence", ["Not good.", "剧情不好。"])
+def test_sentiment(sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = small(sentiment, tmp_path, sentence, "--reviews", "64", "--epochs", "2", "--units", "8")
     assert list(figures)[:2] == [
-        "accuracy, LSTM with dropout and L2",
+        "accuracy, LSTM, dropout, L2, early stopping",
         "accuracy, bag of words, pairs and triples",
     ]
+    assert len(figures) == 6
     assert all(0.2 < value <= 1 for value in figures.values())
-    assert "Not good.\nfavourable with probability 0." in capsys.readouterr().out
+    assert f"{sentence}\nfavourable with probability 0." in capsys.readouterr().out
+
+
+def test_learning_stops_early_and_the_best_weights_are_kept() -> None:
+    texts, labels = sentiment.reviews(64, seed=1)
+    numbers = sentiment.vocabulary(texts)
+    data = sentiment.Data(sentiment.encode(texts, numbers, 20), labels)
+    wrong = sentiment.Data(data.x, 1 - labels)  # the more is learnt, the worse
+    keras.utils.set_random_seed(0)
+    model, history = sentiment.fit(data, wrong, 8, 12, patience=2)
+    assert len(history["loss"]) < 12
+    loss, _ = model.evaluate(*wrong, verbose=0)
+    assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
+
+
+# --- Model selection ------------------------------------------------------------------------------------
+
+
+def test_settings_are_drawn_within_bounds_and_differ() -> None:
+    random = RANDOM(0)
+    found = [model_selection.drawn(random) for _ in range(200)]
+    assert len(set(found)) == 200
+    assert all(1e-5 <= settings.l2 <= 1e-2 and 0 <= settings.dropout <= 0.4 for settings in found)
+    assert np.median([settings.l2 for settings in found]) == pytest.approx(2e-4, rel=1)  # evenly by logarithm
+
+
+def test_each_review_is_in_the_fold_kept_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, apart = np.arange(20)[:, None], []
+
+    class Fitted:
+        def __init__(self, rows: np.ndarray) -> None:
+            self.rows = rows
+
+        def predict(self, x: np.ndarray, verbose: int) -> np.ndarray:
+            assert not set(x[:, 0]) & set(self.rows)
+            apart.extend(x[:, 0])
+            return np.ones((len(x), 1))
+
+    monkeypatch.setattr(model_selection.Task, "fitted", lambda self, settings, rows: Fitted(rows))
+    task = model_selection.Task(x, np.arange(20) % 2 == 0, epochs=1, seed=0)
+    accuracies = task.accuracies(model_selection.Settings(0.0), folds=5)
+    assert sorted(apart) == list(range(20))
+    assert accuracies.mean() == pytest.approx(0.5)
+
+
+def test_model_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--reviews", "40", "--unseen", "20"]
+    figures = small(model_selection, tmp_path, *size, "--folds", "2", "--trials", "2", "--epochs", "1")
+    assert list(figures)[:2] == ["accuracy, random search", "accuracy, no penalty"]
+    printed = capsys.readouterr().out
+    assert printed.count(" +- ") == len(model_selection.STRENGTHS) + 2
 
 
 # --- Text classification --------------------------------------------------------------------------------
@@ -332,7 +435,7 @@ def test_pages_say_what_a_program_says(tmp_path: Path, monkeypatch: pytest.Monke
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- programs: begin -->\nold\n<!-- programs: end -->\nafter\n")
     picture = docs / "pictures" / "program-sentiment.png"
-    page = pages.run("sentiment", ["--picture", str(picture)])
+    page = pages.run("sentiment", ["--picture", str(picture)])._replace(busy=False)
     for program in ("sentiment", "translation"):  # the second keeps the row of the first
         pages.write(docs, program, page, MEASURED)
 
@@ -365,12 +468,13 @@ def test_a_program_that_fails_does_not_keep_others_from_their_pages(
     def run(function: Callable[..., pages.Page], program: str, arguments: Sequence[str]) -> pages.Page:
         if program == "sentiment":
             raise SystemExit("of no use here")
-        return pages.Page(program, "summary", "about", "model", {"ours": 2, "theirs": 1}, 3, "printed")
+        return pages.Page(program, "summary", "about", "model", {"ours": 2, "theirs": 1}, 3, True, "printed")
 
     monkeypatch.setattr(pages, "alone", run)
     monkeypatch.setattr(pages, "compare", lambda program: MEASURED)
     with pytest.raises(SystemExit, match=r"^failed: sentiment$"):
         pages.main(["speech", "sentiment", "dialogue", "--docs", str(tmp_path)])
+    assert "| 3 (busy) |" in (tmp_path / "programs" / "README.md").read_text()
     made = {path.name for path in (tmp_path / "programs").iterdir()}
     assert made == {"speech.md", "dialogue.md", "README.md", "figures.json"}
     assert "of no use here" in capsys.readouterr().err

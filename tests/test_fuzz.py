@@ -183,11 +183,6 @@ class Call(NamedTuple):
         return f"{options} " + "; ".join(told)
 
     @property
-    def newer(self) -> bool:
-        """Whether it has options that PyTorch's modules do not have."""
-        return self.options["input_size"] is None or self.options["heads"] > 1
-
-    @property
     def hostile(self) -> list[str]:
         return [name for name, argument in self.arguments.items() if argument.hostile]
 
@@ -348,10 +343,10 @@ def _torch() -> Any:
 @st.composite
 def torch_calls(draw: st.DrawFn) -> Call:
     """Some of the calls on arrays, with tensors."""
-    torch, call = _torch(), draw(calls().filter(lambda call: not call.newer))
+    torch, call = _torch(), draw(calls())
     arguments = {}
     for name, argument in call.arguments.items():
-        if name in ("mask", "dstate", "dstates"):
+        if name in ("dstate", "dstates"):
             continue
         changes: list[str] = []
 
@@ -381,7 +376,7 @@ def torch_calls(draw: st.DrawFn) -> Call:
         if "swapped bytes" in argument.change or (name == "x" and 0 in getattr(value, "shape", ())[:-1]):
             hostile = True  # PyTorch has no such numbers; there must be a step
         arguments[name] = Argument(value, told, hostile)
-    return Call(call.options, arguments, False)
+    return Call(call.options, arguments, call.all_states)
 
 
 def run_torch(call: Call) -> tuple[list[Any], dict[str, Any]]:
@@ -395,8 +390,9 @@ def run_torch(call: Call) -> tuple[list[Any], dict[str, Any]]:
     if training:
         x, state = wanting(x), wanting(state)
     with torch.set_grad_enabled(training):
-        y, final = module(x, state, lengths, reset)
-    results = [y, *_tuple(final)]
+        mask = call.given("mask")[0]
+        y, final, *states = module(x, state, lengths, reset, mask=mask, all_states=call.all_states)
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if training:
         inputs = [x, *(() if state is None else state if isinstance(state, (tuple, list)) else (state,))]
         found = torch.autograd.grad([y], [*inputs, *module.parameters()], [dy])
@@ -416,7 +412,7 @@ def wanting(value: Any) -> Any:
 
 TORCH = {
     "x": r"\binput\b", "state": r"\bhx\b|\bhidden\b|\binitial\b", "lengths": r"\blengths\b",
-    "reset": r"\breset\b", "dy": r"grad",
+    "reset": r"\breset\b", "mask": r"\bmask\b", "dy": r"grad",
 }  # fmt: skip
 
 

@@ -320,12 +320,14 @@ def run_torch(case: Case, memory: Memory) -> Results:
     steps, batch, inputs, hidden = case.sizes
     dtype = torch.float32 if case.dtype == np.float32 else torch.float64
     module: Any
-    if case.cell is cells.lstm:
+    if case.heads > 1 or on["gates"] or case.cell not in (cells.lstm, cells.gru):
+        given_size = None if on["gates"] else inputs
+        options = settings(case) | {"heads": case.heads}
+        module = fused.Recurrent(case.cell, given_size, hidden, **options, dtype=dtype)
+    elif case.cell is cells.lstm:
         module = fused.LSTM(inputs, hidden, **settings(case), dtype=dtype)
-    elif case.cell is cells.gru:
-        module = fused.GRU(inputs, hidden, **settings(case), dtype=dtype)
     else:
-        module = fused.Recurrent(case.cell, inputs, hidden, **settings(case), dtype=dtype)
+        module = fused.GRU(inputs, hidden, **settings(case), dtype=dtype)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).requires_grad_()
@@ -335,20 +337,21 @@ def run_torch(case: Case, memory: Memory) -> Results:
     leading = (batch, steps) if on["batch_first"] else (steps, batch)
     directions = 2 if on["reverse"] else 1
     rows = module.num_layers * directions
-    x = tensor(drawn.normal(*leading, inputs))
+    x = tensor(drawn.normal(*leading, module.features))
     dy = torch.from_numpy(drawn.normal(*leading, directions * (case.proj or hidden)))
     parts, dfinal = map(list, (drawn.states(rows, batch), drawn.states(rows, batch)))
     hx = tuple(map(tensor, parts))
-    lengths, reset = (
-        None if a is None else torch.from_numpy(a) for a in (drawn.lengths(), drawn.reset(*leading))
-    )
+    marks = (drawn.lengths(), drawn.reset(*leading), drawn.mask(*leading))
+    lengths, reset, mask = (None if a is None else torch.from_numpy(a) for a in marks)
+    dstates = drawn.states(steps, rows, batch) if on["every"] else ()
     given = (x, (hx if len(hx) > 1 else hx[0]) if on["initial"] else None, lengths, reset)
     with torch.set_grad_enabled(on["backward"]):
-        y, final = module(*given)
-    results = [y, *_tuple(final)]
+        y, final, *states = module(*given, mask=mask, all_states=on["every"])
+    results = [y, *_tuple(final), *(states[0] if states else ())]
     if on["backward"]:
         inputs_ = [x, *(hx if on["initial"] else ()), *module.parameters()]
-        results += torch.autograd.grad(results, inputs_, [dy, *map(torch.from_numpy, dfinal)])
+        seeds = [dy, *map(torch.from_numpy, (*dfinal, *dstates))]
+        results += torch.autograd.grad(results, inputs_, seeds)
     return [result.detach().numpy() for result in results]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -10,14 +13,17 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
 import numpy
 import pytest
 
 import fusedlstm
+import fusedlstm.keras
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
 
 # What `import fusedlstm` must leave alone: it may cost 0.3 s over importing NumPy.
 HEAVY = (
@@ -118,7 +124,8 @@ def test_a_wheel_has_the_version_and_the_modules_of_the_package(tmp_path: Path) 
         shutil.copy(ROOT / name, tree)
     module = tree / "fusedlstm" / "__init__.py"
     module.write_text(module.read_text().replace(fusedlstm.__version__, "9.8.7"))
-    python(f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})", tree)
+    environment = "import os; os.environ['GITHUB_REPOSITORY'] = 'someone/fusedlstm'; "
+    python(f"{environment}from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})", tree)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith("fusedlstm-9.8.7-")
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fusedlstm/")}
@@ -127,6 +134,11 @@ def test_a_wheel_has_the_version_and_the_modules_of_the_package(tmp_path: Path) 
     assert sources <= names
     assert {"__init__.py", "shapes.json", "page.html"} <= {n.name for n in names if "benchmarks" in n.parts}
     assert [name for name in names if is_suite(name.name) or "results" in name.parts] == []
+    described = zipfile.ZipFile(wheel).read("fusedlstm-9.8.7.dist-info/METADATA").decode()
+    assert "Project-URL: Source, https://github.com/someone/fusedlstm" in described
+    assert "[docs/torch.md](https://github.com/someone/fusedlstm/blob/main/docs/torch.md)" in described
+    assert "](https://github.com/someone/fusedlstm/raw/main/docs/pictures/" in described
+    assert re.findall(r"\]\((?!https?:|#)", described) == []
 
 
 def test_the_package_says_that_it_has_types() -> None:
@@ -136,10 +148,6 @@ def test_the_package_says_that_it_has_types() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_of_the_readme_run_as_shown(example: str, tmp_path: Path) -> None:
     python(example, tmp_path)
-
-
-def test_examples_of_moving_weights_run_one_after_the_other(tmp_path: Path) -> None:
-    python("\n".join(examples(WEIGHTS)), tmp_path)
 
 
 def test_the_readme_names_the_functions_that_a_cell_may_use() -> None:
@@ -168,3 +176,68 @@ def leads_somewhere(path: str, anchor: str) -> bool:
         return target.exists() and not anchor
     headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
     return anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+# --- What tools see -------------------------------------------------------------------------------------
+
+
+def test_dir_shows_the_public_names_and_all_of_them() -> None:
+    assert set(dir(fusedlstm)) == {*fusedlstm.__all__, "__version__"}
+    assert "set_num_threads" in dir(fusedlstm)
+    assert dir(fusedlstm.math) == sorted(fusedlstm.math.__all__)
+
+
+@pytest.mark.parametrize(
+    "module", ["fusedlstm", "fusedlstm.math", "fusedlstm.cells", "fusedlstm.torch", "fusedlstm.keras"]
+)
+def test_every_exported_name_is_documented(module: str) -> None:
+    namespace = importlib.import_module(module)
+    inherited = {object.__doc__, dict.__doc__}
+    for name in namespace.__all__:
+        value = getattr(namespace, name)
+        assert value.__doc__ not in (None, "", *inherited), name
+        for member, method in vars(value).items() if isinstance(value, type) else ():
+            if (
+                inspect.isfunction(method)
+                and not member.startswith("_")
+                and method.__module__ == value.__module__
+            ):
+                assert inspect.getdoc(getattr(value, member)), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN"])
+def test_layers_of_keras_have_the_signature_of_keras(name: str) -> None:
+    assert inspect.signature(getattr(fusedlstm.keras, name)) == inspect.signature(getattr(keras.layers, name))
+
+
+@pytest.mark.parametrize(
+    ("framework", "front_end", "advice"),
+    [
+        ("torch", "torch", "download.pytorch.org/whl/cpu"),
+        ("keras", "keras", "pip install 'keras>=3.10'"),
+        ("tensorflow", "keras", "set KERAS_BACKEND to torch"),
+    ],
+)
+def test_a_front_end_without_its_framework_says_what_to_install(
+    framework: str, front_end: str, advice: str, tmp_path: Path
+) -> None:
+    code = (
+        "import os, sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] == {framework!r}:\n"
+        f"            raise ModuleNotFoundError('No module named ' + name, name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "os.environ['KERAS_BACKEND'] = 'tensorflow'\n"
+        f"try:\n    import fusedlstm.{front_end}\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    said = python(code, tmp_path)
+    assert f"fusedlstm.{front_end} needs {framework}, which is not installed" in said
+    assert advice in said
+
+
+def test_a_package_without_its_kernels_says_how_to_install_it(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "fusedlstm", tmp_path / "fusedlstm", ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.raises(AssertionError, match=r"kernels of fusedlstm are missing.*run: pip install -e \."):
+        python("import sys; sys.path.insert(0, '.'); import fusedlstm", tmp_path)

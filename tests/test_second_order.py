@@ -61,7 +61,7 @@ class Case:
         y, *_, handle = passes.forward(self.x, self.initial, self.weights, *more, True)
         given = (self.grads, self.x, self.initial, self.weights, self.seeds)
         found = passes.backward_gradient(
-            self.grads, handle, y, self.x, self.initial, self.weights, *more, self.seeds
+            self.grads, handle, y, self.x, self.initial, self.weights, *more, False, self.seeds
         )
         expected = replay_second(*map(doubled, given), *masks, self.shape)
         for ours, right in zip(flat(found), flat(expected), strict=True):

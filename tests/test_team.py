@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Thread teams: right results whichever team runs, however many threads come, whoever else calls."""
+"""Thread teams: right results whichever team runs, however many threads call, alone or at once."""
 
 from __future__ import annotations
 

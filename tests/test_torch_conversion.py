@@ -104,7 +104,7 @@ def test_classes_of_ones_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     module = OWN[name]()
     cls, text, x = type(module), repr(module), example(module)
     expected = outcome(module, lambda: module(x), [])
-    report = fused.accelerate(nn.Sequential(module))
+    report = fused.accelerate(nn.Sequential(module), cells=True)
     assert list(report.replaced) == ["0"]
     assert report.replaced["0"] == text
     assert isinstance(module, cls)
@@ -113,7 +113,7 @@ def test_classes_of_ones_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr("fusedlstm.torch.operators.passes", None)
         with pytest.raises(AttributeError):
             module(x)
-    assert not fused.accelerate(module).replaced
+    assert not fused.accelerate(module, cells=True).replaced
     assert fused.restore(module) == [""]
     assert type(module) is cls
     assert_same(outcome(module, lambda: module(x), []), expected)
@@ -124,14 +124,14 @@ def test_lengths_of_a_class_of_ones_own(name: str) -> None:
     module, lengths = OWN[name](), torch.tensor([2, 5, 3])
     x = example(module)
     expected = outcome(module, lambda: module(x, lengths=lengths), [x])
-    fused.accelerate(module)
+    fused.accelerate(module, cells=True)
     assert_same(outcome(module, lambda: module(x, lengths=lengths), [x]), expected)
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_copies_and_files_of_classes_of_ones_own(name: str) -> None:
     module = OWN[name]()
-    fused.accelerate(module)
+    fused.accelerate(module, cells=True)
     x = example(module)
     expected, file = module(x), io.BytesIO()
     torch.save(module, file)
@@ -175,7 +175,7 @@ class Registered(nn.GRU):
 )
 def test_classes_that_are_left(cls: type[nn.Module], reason: str) -> None:
     model = nn.Sequential(cls(INPUTS, HIDDEN))
-    report = fused.accelerate(model)
+    report = fused.accelerate(model, cells=True)
     assert report.skipped["0"].startswith(reason)
     assert not report.replaced
     assert type(model[0]) is cls
@@ -191,6 +191,19 @@ def test_our_own_modules_and_what_inherits_from_them_are_not_reported() -> None:
     assert (report.replaced, report.skipped) == ({}, {})
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_are_left_unless_they_are_asked_for(kind: str) -> None:
+    model = nn.Sequential(nn.LSTM(2, 3), getattr(nn, kind)(2, 3))
+    report = fused.accelerate(model)
+    assert (list(report.replaced), list(report.skipped)) == (["0"], ["1"])
+    assert "accelerate(model, cells=True)" in report.skipped["1"]
+    assert "isinstance(module, torch.nn.LSTM)" in str(report)
+    with fused.patched():
+        assert type(getattr(nn, kind)(2, 3)) is getattr(nn, kind)
+    assert list(fused.accelerate(model, cells=True).replaced) == ["1"]
+    assert type(model[1]) is getattr(fused, kind)
+
+
 # --- Modules in other states --------------------------------------------------------------------------
 
 
@@ -199,12 +212,12 @@ def test_our_own_modules_and_what_inherits_from_them_are_not_reported() -> None:
 def test_parametrized_modules(cls: type[nn.Module], first: str) -> None:
     module, x = cls(INPUTS, HIDDEN, 2), torch.randn(STEPS, BATCH, INPUTS)
     if first == "accelerated":
-        fused.accelerate(module)
+        fused.accelerate(module, cells=True)
     parametrizations.weight_norm(module, "weight_hh_l0")
     parametrizations.spectral_norm(module.eval(), "weight_ih_l1")
     if first == "parametrized":
         expected = outcome(module, lambda: module(x), [])
-        assert list(fused.accelerate(module).replaced) == [""]
+        assert list(fused.accelerate(module, cells=True).replaced) == [""]
         assert_same(outcome(module, lambda: module(x), []), expected)
     expected = module(x)
     if first == "accelerated":  # else PyTorch's cannot be copied either, once it has been called
@@ -214,7 +227,7 @@ def test_parametrized_modules(cls: type[nn.Module], first: str) -> None:
     assert fused.restore(module) == [""]
     assert (type(module).__name__, type(module).__bases__) == (name, (cls,))
     assert_same(module(x), expected)
-    fused.accelerate(module)
+    fused.accelerate(module, cells=True)
     for weight in ("weight_hh_l0", "weight_ih_l1"):
         parametrize.remove_parametrizations(module, weight)
     assert isinstance(module, (fused.LSTM, conversion._Between))
@@ -229,8 +242,8 @@ def test_modules_on_the_meta_device() -> None:
         model = nn.Sequential(nn.LSTM(INPUTS, HIDDEN, 2, bidirectional=True))
         cell, x = nn.GRUCell(INPUTS, HIDDEN), torch.empty(STEPS, BATCH, INPUTS, requires_grad=True)
     expected = [part.shape for part in leaves_of(model(x))]
-    assert list(fused.accelerate(model).replaced) == ["0"]
-    assert list(fused.accelerate(cell).replaced) == [""]
+    assert list(fused.accelerate(model, cells=True).replaced) == ["0"]
+    assert list(fused.accelerate(cell, cells=True).replaced) == [""]
     found = leaves_of(model(x))
     assert [part.shape for part in found] == expected
     assert {part.device.type for part in found} == {"meta"}
@@ -253,7 +266,7 @@ def test_shared_modules_are_named_by_all_their_paths() -> None:
     shared = nn.LSTM(2, 2)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(2, 2)})
     model["d"] = model["c"]
-    report = fused.accelerate(model)
+    report = fused.accelerate(model, cells=True)
     assert (list(report.replaced), report.shared) == (["a"], {"b.0": "a"})
     assert "  b.0: the module a" in str(report)
     assert fused.restore(model) == ["a"]
@@ -263,7 +276,7 @@ def test_shared_modules_are_named_by_all_their_paths() -> None:
 def test_modules_of_torchscript_are_named() -> None:
     inner = nn.Sequential(nn.LSTM(INPUTS, HIDDEN))
     model = nn.ModuleDict({"script": torch.jit.script(inner), "mine": nn.GRU(2, 3)})
-    report = fused.accelerate(model)
+    report = fused.accelerate(model, cells=True)
     assert list(report.replaced) == ["mine"]
     assert list(report.skipped) == ["script.0"]
     assert "TorchScript" in report.skipped["script.0"]
@@ -285,18 +298,97 @@ def test_pruned_modules() -> None:
     assert (ours.weight_hh_l0 == 0).sum() == (ours.weight_hh_l0.numel() + 1) // 2
     model = nn.Sequential(theirs)
     expected = model(x)
-    assert list(fused.accelerate(model).replaced) == ["0"]
+    assert list(fused.accelerate(model, cells=True).replaced) == ["0"]
     assert_same(model(x), expected)
     for name in ("weight_ih_l0", "weight_hh_l0"):
         prune.remove(theirs, name)
     assert_same(model(x), expected)
 
 
+def test_fx_refuses_to_trace_a_forward_around_the_inherited_one() -> None:
+    """It would be run twice: in the graph, and in the leaf that stands for the module."""
+    model = nn.Sequential(Explicit(INPUTS, HIDDEN))
+    fused.accelerate(model, cells=True)
+    with pytest.raises(TypeError, match=r"cannot trace inside the forward of Explicit.*is_leaf_module"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, nn.GRU)
+
+    graph, x = torch.fx.GraphModule(model, Tracer().trace(model)), torch.randn(STEPS, BATCH, INPUTS)
+    assert_same(graph(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_are_exported_for_any_batch(kind: str) -> None:
+    theirs, ours = pair(kind)
+    program = torch.export.export(
+        ours, (torch.randn(BATCH, INPUTS),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    assert "fusedlstm.layer" in str(program.graph)
+    x = torch.randn(2 * BATCH, INPUTS)
+    assert_same(program.module()(x), theirs(x))
+
+
+# --- Single steps -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["input", "state", "weight", "gradient of another type"])
+def test_a_step_whose_tensors_were_given_other_data_is_refused(change: str) -> None:
+    ours, x = fused.LSTMCell(INPUTS, HIDDEN), torch.randn(BATCH, INPUTS, requires_grad=True)
+    h, c = torch.randn(2, BATCH, HIDDEN).unbind()
+    h, _ = ours(x, (h, c))
+    if change == "input":
+        x.data = torch.randn(1, INPUTS)
+    elif change == "state":
+        c.data = torch.randn(1, HIDDEN)
+    elif change == "weight":
+        ours.weight_hh.data = torch.randn(HIDDEN, HIDDEN)
+    else:
+        ours.double()
+    with pytest.raises(RuntimeError, match=r"other data between|must have the shape|must be torch.float"):
+        h.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_derivatives_of_steps(kind: str) -> None:
+    _, ours = pair(kind, 2, 3, dtype=torch.float64)
+    names = [name for name, _ in ours.named_parameters()]
+    states = 2 if kind == "LSTMCell" else 1
+    x, *hx = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (2, *[3] * states))
+
+    def run(x: Tensor, *rest: Tensor) -> Any:
+        weights = dict(zip(names, rest[states:]))
+        given = rest[:states] if states > 1 else rest[0]
+        return torch.func.functional_call(ours, weights, (x, given))
+
+    assert torch.autograd.gradcheck(run, (x, *hx, *ours.parameters()))
+    assert torch.autograd.gradgradcheck(run, (x, *hx, *ours.parameters()), fast_mode=True)
+
+
+def test_a_step_backward_twice_with_moved_weights_and_in_place() -> None:
+    theirs, ours = pair("GRUCell")
+    x = torch.randn(BATCH, INPUTS, requires_grad=True)
+    results = []
+    for module in (theirs, ours):
+        h = module(x)
+        first = torch.autograd.grad(h.sum(), list(module.parameters()), retain_graph=True)
+        module.weight_hh.data = module.weight_hh.data.clone()  # the same numbers in another place
+        results.append([*first, *torch.autograd.grad(h.sum(), [x, *module.parameters()])])
+    assert_same(results[1], results[0])
+    h = ours(x)
+    with torch.no_grad():
+        ours.weight_hh.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
 def test_quantization_says_that_it_leaves_ours() -> None:
     model = nn.Sequential(nn.LSTM(INPUTS, HIDDEN), nn.GRUCell(2, 3))
     assert not hasattr(fused.LSTM(2, 3), "qconfig")
-    fused.accelerate(model)
+    fused.accelerate(model, cells=True)
     with pytest.warns(UserWarning, match=r"quantization leaves LSTM\(4, 7\) .*restore\(model\)") as said:
         found = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRUCell})
     assert any("leaves GRUCell(2, 3)" in str(one.message) for one in said)
@@ -331,11 +423,11 @@ def test_models_that_are_built_inside() -> None:
     before = [vars(base).copy() for base in (nn.RNNBase, nn.RNNCellBase)]
     torch.manual_seed(3)
     theirs = Model()
-    with fused.patched():
+    with fused.patched(cells=True):
         torch.manual_seed(3)
         ours = Model()
         low = nn.GRU(2, 3, dtype=torch.bfloat16)
-        with fused.patched():
+        with fused.patched(cells=True):
             pass
         assert type(nn.RNN(2, 3)) is fused.RNN
     assert [vars(base) for base in (nn.RNNBase, nn.RNNCellBase)] == before
@@ -355,7 +447,7 @@ def test_models_that_are_loaded_inside() -> None:
     torch.save(theirs, file)
     for load in (lambda: torch.load(file, weights_only=False), lambda: copy.deepcopy(theirs)):
         file.seek(0)
-        with fused.patched():
+        with fused.patched(cells=True):
             ours = load()
         assert [type(part) for part in (ours.layer, ours.step)] == [fused.LSTM, fused.GRUCell]
         x = torch.randn(4, 2, 2)
@@ -364,15 +456,15 @@ def test_models_that_are_loaded_inside() -> None:
 
 @pytest.mark.usefixtures("unpatched")
 def test_patching_holds_until_it_is_undone() -> None:
-    fused.patch()
-    fused.patch()
-    with fused.patched():
+    fused.patch(cells=True)
+    fused.patch(cells=True)
+    with fused.patched(cells=True):
         pass
     assert type(nn.LSTM(2, 3)) is fused.LSTM
     fused.unpatch()
     fused.unpatch()
     assert type(nn.LSTM(2, 3)) is nn.LSTM
-    with pytest.raises(ValueError, match="stop"), fused.patched():
+    with pytest.raises(ValueError, match="stop"), fused.patched(cells=True):
         raise ValueError("stop")
     assert type(nn.LSTM(2, 3)) is nn.LSTM
 
@@ -396,7 +488,7 @@ class Loop(nn.Module):
 
 def test_loops_over_cells_are_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), Loop())
-    report = fused.accelerate(model)
+    report = fused.accelerate(model, cells=True)
     assert list(report.hints) == ["1"]
     assert "self.deep, self.step step by step" in report.hints["1"]
     assert "Recurrent" in report.hints["1"]
@@ -406,10 +498,10 @@ def test_loops_over_cells_are_named() -> None:
 
 def test_what_first_calls_compile_is_said() -> None:
     model = nn.Sequential(nn.LSTM(2, 3, proj_size=1), nn.LSTM(1, 2), nn.LSTM(2, 2), nn.RNNCell(2, 2).double())
-    report = fused.accelerate(model)
+    report = fused.accelerate(model, cells=True)
     assert report.kernels == ["lstm in float32 with a projection", "lstm in float32", "rnn_tanh in float64"]
     assert "warm_up(model)" in str(report)
-    assert str(fused.accelerate(nn.Linear(2, 2))) == "0 replaced, 0 not"
+    assert str(fused.accelerate(nn.Linear(2, 2), cells=True)) == "0 replaced, 0 not"
 
 
 def test_warm_up_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,20 +529,17 @@ def test_warm_up_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         fused.warm_up(model, given)
 
 
-def test_long_compiling_is_said_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fusedlstm.kernels.cpu import compile as compiling
+def test_long_compiling_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    from fusedlstm.kernels.cpu.compile import _Patience
 
-    monkeypatch.setattr(compiling._Spent, "said", False)
-    monkeypatch.setattr(compiling._Spent, "seconds", 0.0)
+    patience = _Patience()
     with caplog.at_level(logging.WARNING, "fusedlstm"):
-        with compiling._said():
+        with patience:
             pass
         assert not caplog.records
-        monkeypatch.setattr(compiling._Spent, "PATIENCE", 0.0)
+        patience.LIMIT = 0.0
         for _ in range(2):
-            with compiling._said(), compiling._said():
+            with patience, patience:
                 pass
     (record,) = caplog.records
     assert "fusedlstm compile" in record.getMessage()

@@ -226,7 +226,7 @@ def test_an_input_must_be_a_tensor(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, *CELLS])
 def test_scripts_name_the_way(kind: str) -> None:
     model = nn.Sequential(getattr(nn, kind)(INPUTS, HIDDEN))
-    fused.accelerate(model)
+    fused.accelerate(model, cells=True)
     with pytest.raises(RuntimeError, match=rf"cannot compile {kind}\(4, 7\).*restore\(model\)"):
         torch.jit.script(model)
     fused.restore(model)
@@ -262,7 +262,7 @@ def test_accelerated_models_are_exported_as_pytorchs(name: str, dynamo: bool) ->
     model = getattr(nn, kind)(INPUTS, HIDDEN, **settings).eval()
     x, other = example(kind)
     expected = leaves(model(other))
-    fused.accelerate(model)
+    fused.accelerate(model, cells=True)
     graph = exported(model, (x,), dynamo)
     assert_same(run(graph, other), expected)
     if not (dynamo and kind.startswith("RNN")):  # there, an RNN is unrolled, PyTorch's too

@@ -10,6 +10,8 @@ import pickle
 import re
 import stat
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -56,18 +58,18 @@ def test_unflatten_undoes_flatten(cell: Cell, bias: bool, proj: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [None, (8,), (2, 8)])
-def test_weights_of_keras(bias: tuple[int, ...] | None) -> None:
+def test_views_of_weights_of_keras(bias: tuple[int, ...] | None) -> None:
     generator = np.random.default_rng(0)
     vectors = [generator.normal(size=2) for _ in range(3)]
     given = [generator.normal(size=(3, 8)), generator.normal(size=(2, 8))]
     given += [] if bias is None else [generator.normal(size=bias)]
-    taken = weights.from_keras(cells.peephole_lstm, [*given, *vectors], np.zeros_like)
+    taken = weights.keras_views(cells.peephole_lstm, [*given, *vectors], np.zeros_like)
     assert np.shares_memory(taken.ih, given[0])
     assert taken.ih.shape == (8, 3)
     assert taken.hh.shape == (8, 2)
     assert (taken.bias_hh is None) == (bias is None)
     assert taken.bias_hh is None or taken.bias_hh.shape == (8,)
-    back = weights.to_keras(taken, [*given, *vectors])
+    back = weights.keras_gradients(taken, [*given, *vectors])
     assert len(back) == len(given) + 3
     for a, b in zip(back, [*given, *vectors]):
         assert np.array_equal(a, b)
@@ -93,6 +95,161 @@ def test_gate_orders_are_permutations_of_ours(framework: str) -> None:
     for built_in in (cells.lstm, cells.gru):
         assert sorted(weights.GATE_ORDERS[framework][built_in.name]) == sorted(built_in.gates)
         assert weights.GATE_ORDERS["torch"][built_in.name] == built_in.gates
+
+
+# --- Conversions ------------------------------------------------------------------------------------------
+
+
+def assert_loads(layer: Recurrent, converted: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
+    layer.load_state_dict(converted)
+    for key, array in layer.state_dict().items():
+        assert np.array_equal(array, np.asarray(expected[key]))
+
+
+def test_weights_of_pytorch_there_and_back() -> None:
+    layer = LSTM(3, 5, 2, bidirectional=True, proj_size=2, seed=1)
+    module = torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2)
+    module.load_state_dict(weights.to_torch(layer))
+    module.weight_ih_l0.data.zero_()  # the layer keeps its own
+    assert layer.weight_ih_l0.any()
+    model = torch.nn.ModuleDict(
+        {"encoder": torch.nn.ModuleDict({"lstm": module}), "head": torch.nn.Linear(2, 2)}
+    )
+    for state_dict, prefix in ((module.state_dict(), ""), (model.state_dict(), "encoder.lstm.")):
+        assert_loads(layer, weights.from_torch(layer, state_dict, prefix), module.state_dict())
+    with pytest.raises(
+        ValueError, match=r"state_dict has no names that begin with 'decoder\.'; it has encoder"
+    ):
+        weights.from_torch(layer, model.state_dict(), "decoder.")
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_weights_of_a_cell_of_pytorch(kind: str) -> None:
+    module = getattr(torch.nn, f"{kind}Cell")(3, 5).to(torch.bfloat16)
+    layer: Recurrent = getattr(fusedlstm, kind)(3, 5)
+    named = {f"{name}_l0": value.float() for name, value in module.state_dict().items()}
+    assert_loads(layer, weights.from_torch(layer, module.state_dict()), named)
+
+
+CONVERTED = {
+    "LSTM": LSTM(3, 5, seed=1, backend="reference"),
+    "LSTM without bias": LSTM(3, 5, bias=False, seed=1, backend="reference"),
+    "stack": LSTM(3, 5, 2, seed=1, backend="reference"),
+    "GRU": GRU(3, 5, bidirectional=True, seed=1, backend="reference"),
+    "GRU reset before": GRU(3, 5, reset_after=False, seed=1, backend="reference"),
+    "RNN": RNN(3, 5, seed=1, backend="reference"),
+    "peephole": Recurrent(cells.peephole_lstm, 3, 5, seed=1, backend="reference"),
+    "own": Recurrent(three_states, 3, 5, seed=1, backend="reference"),
+}
+KERAS = {  # with the same mathematics
+    "LSTM": "layers.LSTM(5, return_sequences=True)",
+    "LSTM without bias": "layers.LSTM(5, return_sequences=True, use_bias=False)",
+    "stack": "keras.Sequential([layers.LSTM(5, return_sequences=True) for _ in range(2)])",
+    "GRU": "layers.Bidirectional(layers.GRU(5, return_sequences=True))",
+    "GRU reset before": "layers.GRU(5, return_sequences=True, reset_after=False)",
+    "RNN": "layers.SimpleRNN(5, return_sequences=True)",
+    "peephole": "fusedlstm.keras.Recurrent(fusedlstm.cells.peephole_lstm, 5, return_sequences=True)",
+}
+
+
+@pytest.mark.parametrize("key", CONVERTED)
+def test_weights_of_keras_there_and_back(key: str) -> None:
+    """One bias in the place of two is their sum, and the other one zero."""
+    layer = CONVERTED[key]
+    expected = dict(layer.state_dict())
+    if not layer.cell.split:
+        for name in [name for name in expected if name.startswith("bias_hh")]:
+            other = name.replace("_hh", "_ih")
+            expected |= {other: expected[other] + expected[name], name: np.zeros_like(expected[name])}
+    flat = weights.to_keras(layer)
+    assert all(array.flags.writeable for array in flat)
+    assert_loads(copy.copy(layer), weights.from_keras(layer, flat), expected)
+
+
+def test_keras_computes_the_same_with_converted_weights(tmp_path: Path) -> None:
+    x = np.random.default_rng(2).normal(size=(2, 6, 3)).astype(np.float32)
+    given = {"x": x}
+    for key, layer in CONVERTED.items():
+        y, _ = layer(x.swapaxes(0, 1))
+        given |= {f"{key}/{n}": array for n, array in enumerate(weights.to_keras(layer))}
+        given |= {f"{key}/y": y.swapaxes(0, 1)}
+    np.savez(tmp_path / "given.npz", **given)
+    program = f"""
+import keras, numpy as np, fusedlstm.keras
+from keras import layers
+given = np.load({str(tmp_path / "given.npz")!r})
+for key, make in {KERAS!r}.items():
+    layer = eval(make)
+    layer(given["x"])
+    layer.set_weights([given[f"{{key}}/{{n}}"] for n in range(len(layer.weights))])
+    y = keras.ops.convert_to_numpy(layer(given["x"]))
+    np.testing.assert_allclose(y, given[f"{{key}}/y"], rtol=1e-5, atol=1e-6, err_msg=key)
+"""
+    environment = os.environ | {"KERAS_BACKEND": "numpy"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_keras_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer must have no projection"):
+        weights.to_keras(LSTM(3, 5, proj_size=2))
+    with pytest.raises(ValueError, match="in the cell lstm_output_from_memory 'o', 'm' lack one"):
+        weights.from_keras(Recurrent(cells.lstm_output_from_memory, 3, 5), [])
+    flat = weights.to_keras(CONVERTED["GRU"])
+    with pytest.raises(ValueError, match=r"weights must hold 6 arrays \[\(3, 15\), .*, got \[\(3, 15\)"):
+        weights.from_keras(CONVERTED["GRU"], flat[:5])
+    with pytest.raises(ValueError, match=r"weights\[2\] must have the shape \(2, 15\), got \(15,\)"):
+        weights.from_keras(CONVERTED["GRU"], [*flat[:2], flat[2][0], *flat[3:]])
+
+
+ONNX = [key for key in CONVERTED if key != "own"]
+
+
+@pytest.mark.parametrize("key", ONNX)
+def test_weights_of_onnx_there_and_back(key: str) -> None:
+    layer = CONVERTED[key]
+    nodes = weights.to_onnx(layer)
+    assert len(nodes) == layer.num_layers
+    assert_loads(copy.copy(layer), weights.from_onnx(layer, nodes), layer.state_dict())
+
+
+def test_the_order_of_weights_of_onnx() -> None:
+    layer = Recurrent(cells.peephole_lstm, 1, 1, seed=1)
+    (node,) = weights.to_onnx(layer)
+    i, f, g, o = layer.weight_ih_l0
+    assert np.array_equal(node["W"], [[i, o, f, g]])
+    biases = [[bias[n] for n in (0, 3, 1, 2)] for bias in (layer.bias_ih_l0, layer.bias_hh_l0)]
+    assert np.array_equal(node["B"], [[*biases[0], *biases[1]]])
+    assert np.array_equal(node["P"], [[layer.p_i_l0[0], layer.p_o_l0[0], layer.p_f_l0[0]]])
+    del node["B"], node["P"]
+    found = weights.from_onnx(layer, [node])
+    assert not any(found[name].any() for name in ("bias_ih_l0", "bias_hh_l0", "p_i_l0", "p_f_l0", "p_o_l0"))
+
+
+def test_gates_that_onnx_couples() -> None:
+    layer = Recurrent(cells.coupled_lstm, 3, 5, seed=1)
+    nodes = weights.to_onnx(layer)
+    assert not nodes[0]["W"][:, 10:15].any()  # those of its forget gate
+    assert_loads(copy.copy(layer), weights.from_onnx(layer, nodes), layer.state_dict())
+
+
+def test_what_onnx_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="ONNX has no operator with a projection"):
+        weights.to_onnx(LSTM(3, 5, proj_size=2))
+    with pytest.raises(
+        ValueError, match=r"ONNX has no operator with a cell three_states; fusedlstm\.onnx\.export"
+    ):
+        weights.from_onnx(CONVERTED["own"], [])
+    layer, nodes = CONVERTED["stack"], weights.to_onnx(CONVERTED["stack"])
+    with pytest.raises(ValueError, match=r"nodes must hold the inputs of 2 node\(s\), got 1"):
+        weights.from_onnx(layer, nodes[:1])
+    with pytest.raises(ValueError, match=r"nodes\[0\] must hold W, R, B, got W, R, B, P"):
+        weights.from_onnx(layer, [nodes[0] | {"P": np.zeros((1, 15))}, nodes[1]])
+    with pytest.raises(
+        ValueError, match=r"R of nodes\[1\] must have the shape \(1, 20, 5\), got \(1, 20, 3\)"
+    ):
+        weights.from_onnx(layer, [nodes[0], nodes[1] | {"R": np.zeros((1, 20, 3))}])
 
 
 # --- state_dict -------------------------------------------------------------------------------------------
@@ -442,7 +599,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 
 def test_a_model_of_the_demo_is_no_layer(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    CharacterModel(hidden=2).save(str(path), Record(1.0, 1.0, 1, ""))
+    CharacterModel("ab", "a", hidden=2).save(str(path), Record(1.0, 1.0, 1, ""))
     with pytest.raises(ValueError, match=f"holds a model of the demo; .* fusedlstm demo --load {path}"):
         fusedlstm.load(path)
 
@@ -616,3 +773,15 @@ def test_an_array_that_is_missing(tmp_path: Path) -> None:
     weights.write(path, arrays, settings)
     with pytest.raises(ValueError, match="bias_hh_l0 is missing"):
         fusedlstm.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"input_size": None}, "an input_size"), ({"heads": 2}, "one head")],
+    ids=["gate inputs", "heads"],
+)
+@pytest.mark.parametrize("convert", [weights.to_keras, weights.to_onnx])
+def test_options_that_others_do_not_have_are_refused(convert: Any, options: Any, expected: str) -> None:
+    layer = Recurrent(cells.lstm, **({"input_size": 3, "hidden_size": 4} | options))
+    with pytest.raises(ValueError, match=f"^layer must have {expected}, as layers of"):
+        convert(layer)

@@ -23,7 +23,13 @@ From what a user calls down to what the kernels are given:
 
 from __future__ import annotations
 
-from .cell_modules import GRUCell, LSTMCell, RNNCell
+from ..frameworks import missing
+
+try:
+    from .cell_modules import GRUCell, LSTMCell, RNNCell
+except ImportError as error:
+    raise missing(__name__, error) from error
+
 from .conversion import Report, accelerate, restore
 from .modules import GRU, LSTM, RNN, Recurrent
 from .patching import patch, patched, unpatch

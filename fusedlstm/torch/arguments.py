@@ -27,9 +27,9 @@ def check_input(module: Stack, x: Tensor, weight: Tensor) -> None:
             f"{type(module).__name__}: Expected input to be 2D or 3D, got {len(shape)}D instead, with the "
             f"shape {tuple(shape)}"
         )
-    if shape[-1] != module.input_size:
+    if shape[-1] != module.features:
         raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got {shape[-1]} "
+            f"input.size(-1) must be equal to input_size. Expected {module.features}, got {shape[-1]} "
             f"in the shape {tuple(shape)}"
         )
     if x.dtype is not weight.dtype:
@@ -74,17 +74,17 @@ def check_lengths(lengths: Any, batch: int, batched: bool) -> Tensor:
     return given.to("cpu", torch.int64, copy=True)
 
 
-def check_reset(module: Stack, reset: Any, shape: torch.Size, batched: bool) -> Tensor:
-    """A copy of reset as (T, B)."""
-    if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-        raise TypeError(f"reset must be a tensor of booleans, got {described(reset)}")
-    _refuse_without_numbers("reset", reset)
-    if reset.shape != shape:
+def check_marks(module: Stack, name: str, marks: Any, shape: torch.Size, batched: bool) -> Tensor:
+    """A copy of reset or mask as (T, B)."""
+    if not isinstance(marks, Tensor) or marks.dtype is not torch.bool:
+        raise TypeError(f"{name} must be a tensor of booleans, got {described(marks)}")
+    _refuse_without_numbers(name, marks)
+    if marks.shape != shape:
         raise ValueError(
-            f"reset must have the shape {tuple(shape)}, as input without its features, got "
-            f"{tuple(reset.shape)}"
+            f"{name} must have the shape {tuple(shape)}, as input without its features, got "
+            f"{tuple(marks.shape)}"
         )
-    own = reset.clone()
+    own = marks.clone()
     if not batched:
         return own.unsqueeze(1)
     return own.transpose(0, 1) if module.batch_first else own
@@ -154,6 +154,18 @@ def converted(
         return part.to(dtype) if fits else part
 
     return convert(x), [convert(part) for part in states], [convert(weight) for weight in weights]
+
+
+def precision_of(module: Any, x: Tensor, weight: Tensor) -> str:
+    """In which precision the products of a module are: its own; on a CPU also that of autocast, or of the
+    weights, where that is bfloat16."""
+    own: str = module.fused_precision
+    if own == "float32" and x.device.type == "cpu" and x.dtype is not torch.float64:
+        if weight.dtype is torch.bfloat16:
+            return "bfloat16"
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16:
+            return "bfloat16"
+    return own
 
 
 def as_results(

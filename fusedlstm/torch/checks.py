@@ -39,6 +39,16 @@ def check_forward(x: Tensor, initial: list[Tensor], weights: list[Tensor], shape
         check_tensors(named_inputs(x, initial, weights, shape), x)
 
 
+def fits_step(x: Tensor, initial: Sequence[Tensor], shape: Shape) -> bool:
+    """Whether an input (B, I) and states (B, size) are dense, on the host, and fit the weights of a cell."""
+    dtype = x.dtype
+    fits = dtype in NUMPY and x.layout is STRIDED and x.is_cpu and x.data_ptr() != 0
+    for part, (_, *size) in zip(initial, shape.states):
+        fits = fits and part.dtype is dtype and part.layout is STRIDED and [*part.shape] == size
+        fits = fits and part.is_cpu and part.data_ptr() != 0
+    return fits
+
+
 def check_backward(
     grads: list[Tensor],
     y: Tensor,
@@ -46,6 +56,7 @@ def check_backward(
     initial: list[Tensor],
     weights: list[Tensor],
     shape: Shape,
+    every: bool,
     record: Record | None,
 ) -> None:
     """Refuse arguments that do not fit each other, or the forward pass.
@@ -53,7 +64,7 @@ def check_backward(
     Raises:
         RuntimeError, TypeError: for the first that does not fit; it names the argument.
     """
-    now = Given(shape, len(initial), x.dtype, x.device)
+    now, results = Given(shape, len(initial), every, x.dtype, x.device), shape.results_with(every)
     if record is not None and record.given != now:
         raise RuntimeError(
             "input, states or weights have been given other data between forward and backward: there were "
@@ -62,8 +73,8 @@ def check_backward(
     tensors = [y, *grads, x, *initial, *weights]
     _, each = _expected(shape.cell, len(weights) // shape.directions, shape.layer)
     shapes = [
-        shape.results[0],
-        *shape.results,
+        results[0],
+        *results,
         shape.input,
         *(shape.states if initial else ()),
         *each * shape.directions,
@@ -73,9 +84,7 @@ def check_backward(
         fits = fits and tensor.dtype is x.dtype and tensor.layout is STRIDED
         fits = fits and tensor.is_cpu and tensor.data_ptr() != 0
     if not fits:
-        check_tensors(
-            [*named_inputs(x, initial, weights, shape), *_named_results(y, grads, shape.results)], x
-        )
+        check_tensors([*named_inputs(x, initial, weights, shape), *_named_results(y, grads, results)], x)
 
 
 def check_tensors(named: Iterable[_Named], like: Tensor) -> None:
@@ -125,14 +134,14 @@ def named_weights(cell: Cell, weights: Sequence[Tensor], sizes: Sizes, d: int) -
 @lru_cache(1024)
 def _expected(cell: Cell, number: int, sizes: Sizes) -> tuple[list[str], list[tuple[int, ...]]]:
     """Names and shapes of the weights of one direction."""
-    own, (inputs, hidden, outputs) = storage.unflatten(cell, [True] * number), sizes
-    bias, proj = own.bias_ih is not None, 0 if own.hr is None else outputs
+    own, (inputs, hidden, outputs, heads) = storage.unflatten(cell, [True] * number), sizes
+    bias, proj = (own.bias_ih or own.bias_hh) is not None, 0 if own.hr is None else outputs
     names = storage.flatten(storage.names(cell, 0, False, bias, proj > 0))
-    shapes = storage.flatten(storage.shapes(cell, inputs, hidden, bias, proj))
+    shapes = storage.flatten(storage.shapes(cell, inputs, hidden, bias, proj, heads))
     return [name.removesuffix("_l0") for name in names], shapes
 
 
-def _named_results(y: Tensor, grads: list[Tensor], expected: list[tuple[int, int, int]]) -> list[_Named]:
+def _named_results(y: Tensor, grads: list[Tensor], expected: list[tuple[int, ...]]) -> list[_Named]:
     """The output of a layer, and the gradients of all its results."""
     if len(grads) != len(expected):
         raise RuntimeError(f"grads must be those of {len(expected)} results, got {len(grads)}")

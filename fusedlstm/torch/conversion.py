@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .. import dispatch
 from .arrays import NUMPY
 from .cell_modules import GRUCell, LSTMCell, RNNCell, Single
 from .hints import loops
@@ -44,6 +45,7 @@ class Report:
         shared: further paths of modules, and the first one of each.
         hints: modules that call a cell in a loop over time, and what would take its place.
         kernels: what the first calls compile, unless it is kept on disk.
+        notes: what else is different from now on.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Report:
     shared: dict[str, str] = field(default_factory=dict)
     hints: dict[str, str] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} replaced, {len(self.skipped)} not"]
@@ -63,6 +66,7 @@ class Report:
             lines += [
                 f"  {name or 'the model itself'}: {text.format(value)}" for name, value in entries.items()
             ]
+        lines += self.notes
         if self.kernels:
             lines.append(
                 f"First calls compile {', '.join(self.kernels)}, which takes seconds where it is not kept on "
@@ -71,31 +75,56 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, precision: str = "float32", *, cells: bool = False) -> Report:
     """Let our kernels run every ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and cell of a model, in place.
 
     The modules stay the objects that they are and change their class: parameters, hooks, settings and
     everything that refers to them go on working.  So do classes that inherit from PyTorch's, if they
     inherit ``forward`` too or call it by ``super()``.  :func:`restore` undoes it.
 
+    Args:
+        model: of which modules are to be changed.
+        precision: of what products multiply, as for :class:`fusedlstm.Recurrent`: "bfloat16" for training
+            and inference, "int8" for inference.  Parameters stay as they are, and so do results.  Modules
+            that are accelerated already take it too.
+        cells: whether ``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell`` are replaced too.  One step takes
+            little more than what PyTorch and Python do around it, so that ours are not faster at all sizes.
+
+    Raises:
+        ValueError: for a precision that there is not.
+
     Example:
         >>> report = accelerate(nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5)))
         >>> report.replaced
         {'1': 'LSTM(4, 5)'}
     """
+    dispatch.check_options(precision=precision)
     report = Report()
     kernels: dict[str, None] = {}
+    changed: dict[str, None] = {}
     for name, module in model.named_modules():
-        if reason := _obstacle(module):
+        if reason := _obstacle(module, cells):
             report.skipped[name] = reason
-        elif convert(module):
+        elif convert(module, cells=cells):
             report.replaced[name] = repr(module)
             kernels[_kernels(module)] = None
+            if type(module) in (LSTM, GRU, RNN):
+                changed[type(module).__name__] = None
+        if isinstance(module, (Stack, Single)):
+            _set_precision(module, precision)
         if hint := loops(module):
             report.hints[name] = hint
     report.kernels.extend(kernels)
+    report.notes.extend(f"isinstance(module, torch.nn.{name}) is false for what is ours" for name in changed)
     report.shared.update(_shared(model, {*report.replaced, *report.skipped}))
     return report
+
+
+def _set_precision(module: Any, precision: str) -> None:
+    """Say so on the module, where it differs from what its class says."""
+    module.__dict__.pop("fused_precision", None)
+    if precision != module.fused_precision:
+        module.__dict__["fused_precision"] = precision
 
 
 def restore(model: nn.Module) -> list[str]:
@@ -114,13 +143,14 @@ def restore(model: nn.Module) -> list[str]:
             found[name] = module, theirs
     for module, theirs in found.values():
         del module.__dict__[_MARK]
+        module.__dict__.pop("fused_precision", None)
         module.__class__ = theirs
     return list(found)
 
 
-def convert(module: nn.Module) -> bool:
+def convert(module: nn.Module, *, cells: bool) -> bool:
     """Let our kernels run a module, if they can; whether it has changed."""
-    if not _is_pytorchs(module) or _obstacle(module):
+    if not _is_pytorchs(module) or _obstacle(module, cells):
         return False
     module.__class__ = _accelerated(type(module), _is_parametrized(module))
     module.__dict__[_MARK] = True
@@ -261,7 +291,7 @@ _PARTS = (
 )  # fmt: skip
 
 
-def _obstacle(module: Any) -> str | None:
+def _obstacle(module: Any, cells: bool) -> str | None:
     """Why a recurrent module cannot be run by our kernels, if it cannot."""
     if isinstance(module, torch.jit.ScriptModule):
         if module.original_name in {cls.__name__ for cls in _OURS}:
@@ -269,6 +299,8 @@ def _obstacle(module: Any) -> str | None:
         return None
     if not _is_pytorchs(module):
         return None
+    if isinstance(module, nn.RNNCellBase) and not cells:
+        return "one step is not faster here at every size; accelerate(model, cells=True) replaces cells too"
     cls = type(module).__bases__[0] if _is_parametrized(module) else type(module)
     if cls not in _OURS and (reason := _obstacle_in(cls)):
         return reason

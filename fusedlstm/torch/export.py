@@ -42,8 +42,14 @@ def export_layer(
     reset: Tensor | None,
     cell: Cell,
     directions: int,
+    every: bool,
 ) -> list[Tensor]:
     """What `apply_layer` returns."""
+    if every:
+        raise RuntimeError(
+            "all_states cannot be recorded by torch.jit.trace and torch.onnx.export, since PyTorch's layers "
+            f"have no such results: take the output alone; {_RESTORE}"
+        )
     if reset is not None:
         raise RuntimeError(
             "reset cannot be recorded by torch.jit.trace and torch.onnx.export, since PyTorch's layers have "

@@ -17,13 +17,16 @@ from .arguments import (
     autocasting,
     check_input,
     check_lengths,
-    check_reset,
+    check_marks,
     check_state,
     converted,
+    described,
     parameters_of,
+    precision_of,
 )
 from .arrays import NUMPY
 from .export import Unquantized, as_leaf, export_packed, leaves_python, refuse_script
+from .masks import TensorSteps
 from .operators import apply_layer
 from .prepared import forget
 from .shapes import known_cells
@@ -32,13 +35,17 @@ from .shapes import known_cells
 class Stack(nn.Module):
     """What layers share; their parameters are named by `_all_weights`, for each direction of each layer.
 
-    Call as ``torch.nn``'s layers, with two more arguments:
+    Call as ``torch.nn``'s layers, with four more arguments:
 
         lengths: (B,) integers from 0 to T, in any order and on any device: sequences end there.  Outputs past
             the end are zero, the final state is that at the end, and a reverse direction starts there.  That
             of a sequence without steps is the initial one.
         reset: (T, B), or (B, T) if batch_first, or (T,), booleans: where true, the state goes back to the
             initial one before that step.  A reverse direction goes back at the same boundary.
+        mask: booleans, shaped as reset: where false, a step is left out, and hands the state on; its output
+            is that of the step before, or what has been carried in.
+        all_states: whether a third result is asked for: a tuple of the states after each step, the output
+            first, (T, L*D, B, P) and (T, L*D, B, H), or without the axis B, zero past the end.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -46,7 +53,8 @@ class Stack(nn.Module):
     fused_cell: Cell  # what the kernels run
     weight_dropout = 0.0
     fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
-    input_size: int
+    fused_precision = "float32"  # of products, unless autocast or the weights say something else
+    input_size: Any  # I; of Recurrent, None if the input is that of the gates
     hidden_size: int
     num_layers: int
     bias: bool
@@ -56,22 +64,33 @@ class Stack(nn.Module):
     proj_size: int
     _all_weights: list[list[str]]
 
+    @property
+    def first_cell(self) -> Cell:
+        """What the kernels run in the first layer."""
+        return self.fused_cell
+
     def forward(
         self,
         input: Tensor | PackedSequence,  # (T, B, I), (B, T, I) or (T, I)
         hx: Tensor | tuple[Tensor, ...] | None = None,  # (L*D, B, P), others (L*D, B, H)
         lengths: Tensor | Sequence[int] | None = None,  # (B,)
         reset: Tensor | None = None,  # (T, B), (B, T) or (T,)
+        *,
+        mask: Tensor | None = None,  # (T, B), (B, T) or (T,)
+        all_states: bool = False,
     ) -> Any:
-        """Output and final state, as ``torch.nn`` shapes them.
+        """Output and final state, as ``torch.nn`` shapes them; and all states if asked for.
 
         Raises:
             ValueError, RuntimeError, TypeError: for an argument that does not fit; it names the argument.
         """
         if not isinstance(input, Tensor):
             if isinstance(input, PackedSequence):
+                if mask is not None or all_states:
+                    raise ValueError("a PackedSequence has no mask and no all_states: pad it instead")
                 return _run_packed(self, input, hx, lengths, reset)
-            return as_leaf(self, input, hx, lengths=lengths, reset=reset)
+            every = all_states or None
+            return as_leaf(self, input, hx, lengths=lengths, reset=reset, mask=mask, all_states=every)
         weights = _weights(self)
         weight = weights[0][0]
         check_input(self, input, weight)
@@ -83,13 +102,26 @@ class Stack(nn.Module):
         if lengths is not None:
             lengths = check_lengths(lengths, x.size(1), batched)
         if reset is not None:
-            reset = check_reset(self, reset, input.shape[:-1], batched)
-        y, final = _run(self, x, states, weights, lengths, reset)
+            reset = check_marks(self, "reset", reset, input.shape[:-1], batched)
+        if mask is not None:
+            mask = check_marks(self, "mask", mask, input.shape[:-1], batched)
+        if type(all_states) is not bool:
+            raise TypeError(f"all_states must be True or False, got {described(all_states)}")
+        if mask is None or not x.size(0):
+            y, final, every = _run(self, x, states, weights, lengths, reset, all_states)
+        else:
+            y, final, every = _run_masked(self, x, states, weights, lengths, reset, mask, all_states)
         if not batched:
-            y, final = y.squeeze(1), [part.squeeze(1) for part in final]
+            y, final, every = y.squeeze(1), [part.squeeze(1) for part in final], [p.squeeze(2) for p in every]
         elif self.batch_first:
             y = y.transpose(0, 1)
-        return y, tuple(final) if len(final) > 1 else final[0]
+        end = tuple(final) if len(final) > 1 else final[0]
+        return (y, end, tuple(every)) if all_states else (y, end)
+
+    @property
+    def features(self) -> int:
+        """Of the input."""
+        return int(self.input_size)
 
 
 def _weights(module: Stack) -> list[list[Tensor]]:
@@ -112,10 +144,12 @@ def _run(
     weights: list[list[Tensor]],
     lengths: Tensor | None,
     reset: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The output (T, B, D*P) and the final states of all layers."""
-    directions = 2 if module.bidirectional else 1
-    cell, results = module.fused_cell, []
+    all_states: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The output (T, B, D*P), the final states and, if asked for, all states (T, L*D, B, size)."""
+    directions, count = 2 if module.bidirectional else 1, len(module.fused_cell.states)
+    results: list[list[Tensor]] = []
+    every: list[list[Tensor]] = []
     given, autocasts = x.dtype, autocasting()
     for level, used in enumerate(weights):
         if len(weights) == 1:
@@ -124,21 +158,64 @@ def _run(
             own = [part[level * directions : (level + 1) * directions] for part in states]
         if level and module.dropout:
             x = nn.functional.dropout(x, module.dropout, module.training)
+        cell = module.fused_cell if level else module.first_cell
         if module.training and module.weight_dropout:
-            used = _dropped(used, module.weight_dropout, directions)
+            used = _dropped(used, module.weight_dropout, directions, 1 - cell.takes_gates)
+        precision = module.fused_precision
         if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
+            precision = precision_of(module, x, used[0])
             x, own, used = converted(x, own, used, autocasts)
-        x, *final = apply_layer(x, own, used, lengths, reset, cell, directions)
-        results.append(final)
+        x, *rest = apply_layer(x, own, used, lengths, reset, cell, directions, all_states, precision)
+        results.append(rest[:count])
+        if all_states:
+            every.append([torch.stack(x.chunk(directions, -1), 1), *rest[count:]])
     final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
-    return as_results(x, final, given, autocasts and (module.fused_autocasts or x.is_cuda))
+    states_of_all = [torch.cat(parts, 1) for parts in zip(*every)]
+    autocasts = autocasts and (module.fused_autocasts or x.is_cuda)
+    x, final = as_results(x, [*final, *states_of_all], given, autocasts)
+    return x, final[:count], final[count:]
 
 
-def _dropped(weights: list[Tensor], rate: float, directions: int) -> list[Tensor]:
-    """The weights of a layer with dropout of the recurrent ones, which stand second in a direction."""
+def _run_masked(
+    module: Stack,
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[list[Tensor]],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    mask: Tensor,
+    all_states: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The same, of steps of which some are left out."""
+    marks = [None if part is None else part.to(x.device) for part in (lengths, reset)]
+    steps, directions = TensorSteps(mask.to(x.device), *marks), 2 if module.bidirectional else 1
+    y, final, every = _run(module, steps.front(x), states, weights, steps.lengths, steps.reset, all_states)
+
+    def before(state: int, n: int) -> Tensor | None:
+        return states[state][n] if states else None
+
+    def spread(values: Sequence[Tensor], state: int, first: int) -> list[Tensor]:
+        """What all steps show of the values (T, B, size) of places from `first` on."""
+        return [
+            steps.spread(value, n % directions == 1, before(state, n))
+            for n, value in enumerate(values, first)
+        ]
+
+    last = (module.num_layers - 1) * directions
+    shown = torch.cat(spread(y.chunk(directions, -1), 0, last), -1)
+    ends = [
+        torch.stack([steps.end(part, n % directions == 1, before(k, n)) for n, part in enumerate(parts)])
+        for k, parts in enumerate(final)
+    ]
+    return shown, ends, [torch.stack(spread(parts.unbind(1), k, 0), 1) for k, parts in enumerate(every)]
+
+
+def _dropped(weights: list[Tensor], rate: float, directions: int, place: int) -> list[Tensor]:
+    """The weights of a layer with dropout of the recurrent ones, by their place in a direction."""
     each = len(weights) // directions
     return [
-        nn.functional.dropout(weight, rate) if n % each == 1 else weight for n, weight in enumerate(weights)
+        nn.functional.dropout(weight, rate) if n % each == place else weight
+        for n, weight in enumerate(weights)
     ]
 
 
@@ -151,7 +228,7 @@ def _run_packed(module: Stack, packed: PackedSequence, hx: Any, lengths: Any, re
     padded, ends = pad_packed_sequence(packed)
     check_input(module, padded, weights[0][0])
     states = [] if hx is None else check_state(module, hx, padded.shape[1], True, weights[0][0])
-    y, final = _run(module, padded, states, weights, ends, None)
+    y, final, _ = _run(module, padded, states, weights, ends, None, False)
     order = packed.sorted_indices
     if order is not None:
         y, ends = y.index_select(1, order), ends[order.cpu()]
@@ -285,8 +362,10 @@ class Recurrent(Stack):
     Args:
         cell: what :func:`fusedlstm.cell` made of a function, or one of :mod:`fusedlstm.cells`.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size: as
-            ``torch.nn.LSTM``'s.  A projection needs a cell that does not read its own output.
+            ``torch.nn.LSTM``'s.  A projection needs a cell that does not read its own output.  With the
+            input_size None the input is that of the gates, as in :class:`fusedlstm.Recurrent`.
         device, dtype: of the parameters.
+        heads: blocks on the diagonal of the recurrent weights, which are (gates*H, H/heads) then.
         weight_dropout: probability with which, in training, an element of the recurrent weights is set to
             zero for a call; the others are divided by 1 - weight_dropout (Merity et al., 2017).
 
@@ -301,7 +380,7 @@ class Recurrent(Stack):
     def __init__(
         self,
         cell: Cell,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -312,21 +391,21 @@ class Recurrent(Stack):
         device: Any = None,
         dtype: Any = None,
         *,
+        heads: int = 1,
         weight_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         # the arguments are looked at, and the parameters named and measured, where the array layers do it
         plan = layers.Recurrent(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            weight_dropout=weight_dropout,
+            heads=heads, weight_dropout=weight_dropout,
         )  # fmt: skip
-        if plan.input_size is None:
-            raise TypeError("input_size must be an integer, got None")
-        known_cells[cell.inference.key] = cell.inference
         self.weight_dropout = plan.weight_dropout
         self.cell, self.input_size, self.hidden_size = cell, plan.input_size, plan.hidden_size
         self.num_layers, self.bias, self.batch_first = plan.num_layers, plan.bias, plan.batch_first
         self.dropout, self.bidirectional, self.proj_size = plan.dropout, plan.bidirectional, plan.proj_size
+        self.heads = plan.heads
+        self._make_known()
         self._all_weights = [storage.flatten(names) for names in plan._names]
         for name, shape in plan._shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
@@ -341,9 +420,26 @@ class Recurrent(Stack):
             )
         return self.cell.inference
 
+    @property
+    def first_cell(self) -> Cell:
+        cell = self.fused_cell
+        return cell if self.input_size is not None else cells.gate_inputs(cell)
+
+    @property
+    def features(self) -> int:
+        if self.input_size is not None:
+            return int(self.input_size)
+        return (1 + self.bidirectional) * len(self.cell.gates_with_input) * self.hidden_size
+
+    def _make_known(self) -> None:
+        cell = self.cell.inference
+        first = cell if self.input_size is not None else cells.gate_inputs(cell)
+        known_cells.update({cell.key: cell, first.key: first})
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"weight_dropout": 0.0} | state)  # type: ignore[no-untyped-call]
-        known_cells[self.cell.inference.key] = self.cell.inference
+        defaults = {"heads": 1, "weight_dropout": 0.0}  # pickles of before there were any
+        super().__setstate__(defaults | state)  # type: ignore[no-untyped-call]
+        self._make_known()
 
     def reset_parameters(self) -> None:
         """Draw all parameters evenly between -1 and 1, divided by the root of hidden_size, but for those
@@ -374,5 +470,6 @@ _DEFAULTS = {
     "batch_first": False,
     "dropout": 0.0,
     "bidirectional": False,
+    "heads": 1,
     "weight_dropout": 0.0,
 }

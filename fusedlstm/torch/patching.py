@@ -16,10 +16,10 @@ _lock = threading.Lock()
 _theirs: list[tuple[type[nn.Module], str, Any]] = []  # what classes had in the places of ours; None: nothing
 
 
-def patch() -> None:
+def patch(*, cells: bool = False) -> None:
     """From now on let our kernels run every recurrent module of PyTorch's that is built or loaded.
 
-    As :func:`accelerate` does to the modules of a model, and for the same ones; :func:`restore` undoes it for
+    As :func:`accelerate` does to the modules of a model, with the same `cells`; :func:`restore` undoes it for
     a model.  It holds for the whole process, until :func:`unpatch`; patching twice is patching once.
     """
     with _lock:
@@ -28,7 +28,7 @@ def patch() -> None:
         for base in (nn.RNNBase, nn.RNNCellBase):
             for name in ("__init__", "__setstate__"):
                 _theirs.append((base, name, vars(base).get(name)))
-                setattr(base, name, _converting(getattr(base, name)))
+                setattr(base, name, _converting(getattr(base, name), cells))
 
 
 def unpatch() -> None:
@@ -43,7 +43,7 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched() -> Iterator[None]:
+def patched(*, cells: bool = False) -> Iterator[None]:
     """:func:`patch` for what is built or loaded inside.
 
     For models that are built in a ``fit()`` or from a checkpoint:
@@ -54,7 +54,7 @@ def patched() -> Iterator[None]:
         'fusedlstm.torch'
     """
     before = bool(_theirs)
-    patch()
+    patch(cells=cells)
     try:
         yield
     finally:
@@ -62,12 +62,12 @@ def patched() -> Iterator[None]:
             unpatch()
 
 
-def _converting(function: Callable[..., None]) -> Callable[..., None]:
+def _converting(function: Callable[..., None], cells: bool) -> Callable[..., None]:
     """What fills a module, and then converts it."""
 
     @wraps(function)
     def fill(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         function(self, *args, **kwargs)
-        convert(self)
+        convert(self, cells=cells)
 
     return fill

@@ -20,11 +20,12 @@ class Given(NamedTuple):
 
     shape: Shape
     states: int  # initial ones; none is zero
+    every: bool  # whether all states after each step are results
     dtype: torch.dtype
     device: torch.device
 
     def __str__(self) -> str:
-        shape, (inputs, hidden, outputs) = self.shape, self.shape.layer
+        shape, (inputs, hidden, outputs, _) = self.shape, self.shape.layer
         sizes = f"T={shape.steps}, B={shape.batch}, I={inputs}, H={hidden}, P={outputs}"
         return f"{sizes}, {self.states} initial states, {self.dtype} on {self.device}"
 

@@ -69,6 +69,7 @@ def replay(
     lengths: Tensor | None,
     reset: Tensor | None,
     shape: Shape,
+    every: bool = False,
 ) -> list[Tensor]:
     """What `passes.forward` computes, without the handle."""
     if lengths is not None:
@@ -78,13 +79,17 @@ def replay(
         reset = reset.to(x.device)
     states = initial or [x.new_zeros((shape.directions, shape.batch, size)) for size in shape.sizes]
     each = len(weights) // shape.directions
-    outputs, finals = [], []
+    outputs, finals, further = [], [], []
     for d in range(shape.directions):
         own = storage.unflatten(shape.cell, weights[d * each : (d + 1) * each])
-        y, final = _replay_direction(shape.cell, own, x, [part[d] for part in states], lengths, reset, d == 1)
+        (y, *others), final = _replay_direction(
+            shape.cell, own, x[..., shape.fed(d)], [part[d] for part in states], lengths, reset, d == 1
+        )
         outputs.append(y)
         finals.append(final)
-    return [torch.cat(outputs, -1), *[torch.stack(parts) for parts in zip(*finals)]]
+        further.append(others)
+    results = [torch.cat(outputs, -1), *[torch.stack(parts) for parts in zip(*finals)]]
+    return results + [torch.stack(parts, 1) for parts in zip(*further)] if every else results
 
 
 def _replay_direction(
@@ -95,25 +100,38 @@ def _replay_direction(
     lengths: Tensor | None,  # (B,)
     reset: Tensor | None,  # (T, B)
     reverse: bool,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The states after each step (T, B, size), and the final ones."""
     steps = x.shape[0]
     running, anew = _schedule(steps, lengths, reset, reverse)
-    from_input = nn.functional.linear(x, weights.ih, weights.bias_ih)
+    from_input = x if weights.ih is None else nn.functional.linear(x, weights.ih, weights.bias_ih)
     step, states = _step(cell), initial
-    y: list[Tensor] = [x] * steps
+    shown: list[list[Tensor]] = [[x]] * steps
     for t in range(steps)[:: -1 if reverse else 1]:
         if anew is not None:
             states = [torch.where(anew[t], s0, s) for s0, s in zip(initial, states)]
-        given = cell.step_arguments_of(from_input[t], states, weights, nn.functional.linear, torch.chunk)
+        given = cell.step_arguments_of(from_input[t], states, weights, _linear, torch.chunk)
         new = list(step(**given))
         if weights.hr is not None:
             new[0] = nn.functional.linear(new[0], weights.hr)
         if running is None:
-            y[t], states = new[0], new
+            shown[t] = states = new
         else:
-            y[t] = torch.where(running[t], new[0], 0)
+            shown[t] = [torch.where(running[t], n, 0) for n in new]
             states = [torch.where(running[t], n, s) for n, s in zip(new, states)]
-    return torch.stack(y), states
+    return [torch.stack(parts) for parts in zip(*shown)], states
+
+
+def _linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``nn.functional.linear``, also of weights that are blocks on a diagonal, below each other."""
+    if weight.shape[-1] == value.shape[-1]:
+        return nn.functional.linear(value, weight, bias)
+    rows, size = value.shape[0], weight.shape[-1]
+    heads = value.shape[-1] // size
+    # of each gate the blocks of all heads
+    blocks = weight.reshape(-1, heads, size, size)
+    parts = torch.einsum("bhk,ghuk->bghu", value.reshape(rows, heads, size), blocks).reshape(rows, -1)
+    return parts if bias is None else parts + bias
 
 
 def _schedule(
@@ -139,11 +157,12 @@ def replay_backward(
     lengths: Tensor | None,
     reset: Tensor | None,
     shape: Shape,
+    every: bool = False,
 ) -> list[Tensor]:
     """What `passes.backward` computes, by replaying the layer."""
 
     def layer(x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        return replay(x, initial, weights, lengths, reset, shape)
+        return replay(x, initial, weights, lengths, reset, shape, every)
 
     dx, dinitial, dweights = torch.func.vjp(layer, x, list(initial), list(weights))[1](list(grads))
     return [dx, *dinitial, *dweights]
@@ -158,11 +177,12 @@ def replay_second(
     lengths: Tensor | None,
     reset: Tensor | None,
     shape: Shape,
+    every: bool = False,
 ) -> Any:
     """What `passes.backward_gradient` computes, by replaying the layer."""
 
     def gradient(grads: list[Tensor], x: Tensor, initial: list[Tensor], weights: list[Tensor]) -> Any:
-        return replay_backward(grads, x, initial, weights, lengths, reset, shape)
+        return replay_backward(grads, x, initial, weights, lengths, reset, shape, every)
 
     parts = [x, *initial, *weights]
     given = [torch.zeros_like(part) if seed is None else seed for part, seed in zip(parts, seeds)]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cells
+from .. import cells, dispatch
 from ..cells import Cell
 from ..once import lazy
 
@@ -25,12 +25,30 @@ known_cells: dict[str, Cell] = {
 }
 
 
+def text_of(cell: Cell, precision: str) -> str:
+    """How an operator is told which cell, and which precision of products."""
+    return cell.key if precision == "float32" else f"{cell.key} {precision}"
+
+
+def known_cell(text: str) -> tuple[Cell, str]:
+    """What :func:`text_of` was given.
+
+    Raises:
+        ValueError: if no module has been made of such a cell, or there is no such precision.
+    """
+    key, _, precision = text.partition(" ")
+    if key not in known_cells or precision not in ("", *dispatch.OPTIONS["precision"]):
+        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {text!r}")
+    return known_cells[key], precision or "float32"
+
+
 class Sizes(NamedTuple):
-    """Of the input, the hidden units and the output of a layer: I, H and P."""
+    """Of the input, the hidden units and the output of a layer: I, H and P; blocks of recurrent weights."""
 
     inputs: int
     hidden: int
     outputs: int
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class Shape:
     steps: int
     batch: int
     layer: Sizes
+    precision: str  # of products
 
     @property
     def hidden(self) -> int:
@@ -71,6 +90,22 @@ class Shape:
         """Shapes of the output and of the final states."""
         return [(self.steps, self.batch, self.directions * self.outputs), *self.states]
 
+    @lazy
+    def every_state(self) -> list[tuple[int, int, int, int]]:
+        """Shapes of the states but the output after each step."""
+        return [(self.steps, self.directions, self.batch, self.hidden) for _ in self.cell.states[1:]]
+
+    def results_with(self, every: bool) -> list[tuple[int, ...]]:
+        """Shapes of all results, also those of each step if every state is asked for."""
+        return [*self.results, *(self.every_state if every else ())]
+
+    def fed(self, d: int) -> slice:
+        """The features of the input that direction d takes."""
+        if not self.cell.takes_gates:
+            return slice(None)
+        size = self.layer.inputs // self.directions
+        return slice(d * size, (d + 1) * size)
+
 
 def shape_of(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) -> Shape:
     """The sizes of a layer, by which all else is measured.
@@ -92,28 +127,46 @@ def shape_of(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) ->
 def _measured(
     x: torch.Size, ih: torch.Size, second: torch.Size | None, weights: int, key: str, directions: int
 ) -> Shape:
-    cell = known_cells.get(key)
-    if cell is None:
-        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {key!r}")
-    least, most = (2, 5) if cell.gates_with_recurrent else (1, 2)
+    cell, precision = known_cell(key)
+    own = int(not cell.takes_gates) + bool(cell.gates_with_recurrent)  # matrices of weights
+    least, most = (2, 5) if own == 2 else (own, 2 * own)
     each, more = divmod(weights, directions) if directions in (1, 2) else (0, 1)
     if more or not least <= each - len(cell.weights) <= most:
         raise ValueError(
             f"weights must be those of 1 or 2 directions, each {least} to {most} and {len(cell.weights)} "
             f"vectors of the cell {cell.name}, got {weights} for {directions} directions"
         )
-    matrices = [ih] if second is None or not cell.gates_with_recurrent else [ih, second]
+    matrices = [shape for shape in (ih, second)[:own] if shape is not None]
     if len(x) != 3 or any(len(matrix) != 2 for matrix in matrices):
         raise RuntimeError(
             "input must have 3 dimensions and the matrices of weights 2, got the shapes "
             f"{', '.join(str(tuple(shape)) for shape in (x, *matrices))}"
         )
-    hidden = ih[0] // len(cell.gates_with_input)
+    gates = len(cell.gates_with_recurrent if cell.takes_gates else cell.gates_with_input) if own else 1
+    hidden = ih[0] // gates
     if not hidden:
-        raise RuntimeError(f"weight_ih must have rows for each gate of the cell, got the shape {tuple(ih)}")
-    outputs = hidden if len(matrices) == 1 else matrices[1][1]
-    return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs))
+        name = "weight_hh" if cell.takes_gates else "weight_ih"
+        raise RuntimeError(f"{name} must have rows for each gate of the cell, got the shape {tuple(ih)}")
+    if cell.takes_gates and x[2] != (size := directions * len(cell.gates_with_input) * hidden):
+        raise RuntimeError(f"input must have {size} features, those of all gates, got the shape {tuple(x)}")
+    columns = hidden
+    if cell.gates_with_recurrent:
+        columns = matrices[-1][1]
+    projected = own == 2 and (each - len(cell.weights)) % 2 == 1
+    heads = 1 if projected or not columns or hidden % columns else hidden // columns
+    outputs = columns if projected else hidden
+    return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs, heads), precision)
 
 
-def empty_results(x: Tensor, shape: Shape) -> list[Tensor]:
-    return [x.new_empty(sizes) for sizes in shape.results]
+def step_shape(x: torch.Size, weights: Sequence[Tensor], key: str) -> Shape:
+    """The same for one step of one direction of a cell with recurrent weights, x being (B, I)."""
+    return _measured_step(x, weights[0].shape, weights[1].shape, len(weights), key)
+
+
+@lru_cache(1024)
+def _measured_step(x: torch.Size, ih: torch.Size, hh: torch.Size, weights: int, key: str) -> Shape:
+    return _measured(torch.Size((1, *x)), ih, hh, weights, key, 1)
+
+
+def empty_results(x: Tensor, shape: Shape, every: bool = False) -> list[Tensor]:
+    return [x.new_empty(sizes) for sizes in shape.results_with(every)]

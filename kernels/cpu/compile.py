@@ -14,7 +14,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -41,7 +41,7 @@ DIGEST = 32  # bytes
 def entry_point(function: Callable[..., Any], *signature: Any) -> Any:
     """A function compiled for Python to call, without Numba's look at its arguments."""
     compiled = kept(function, signature)
-    with making, _said(), _alone(compiled._cache):
+    with making, _alone(compiled._cache):
         compiled.compile(signature)
     return compiled.overloads[signature].entry_point
 
@@ -51,7 +51,7 @@ def c_function(function: Callable[..., None], signature: Any, more: str = "", **
     function = stamped(function, f"{signature} {more}")
     made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
     made._cache = _Cache(function)
-    with making, _said(), _alone(made._cache):
+    with making, _alone(made._cache):
         made.compile()
     return made
 
@@ -247,38 +247,47 @@ def _say(message: str) -> None:
     warn(message)
 
 
-class _Spent:
-    """The seconds that this process has taken to compile, or to load; guarded by `making`."""
-
-    PATIENCE = 2.0  # seconds after which whoever waits is told what for
-    seconds, depth, said = 0.0, 0, False
-
-
 @contextmanager
-def _said() -> Iterator[None]:
-    """Say once on the log that compiling takes long, and where the kernels are kept."""
-    start, _Spent.depth = time.perf_counter(), _Spent.depth + 1
-    try:
-        yield
-    finally:
-        _Spent.depth -= 1
-        if not _Spent.depth:  # else it is part of what is compiled around it
-            _Spent.seconds += time.perf_counter() - start
-    if _Spent.seconds > _Spent.PATIENCE and not _Spent.said:
-        _Spent.said = True
-        folder = store().place()
-        where = f"in {folder}" if folder else "nowhere, since no folder can be written"
-        logging.getLogger("fusedlstm").warning(
-            "compiling kernels, which takes some seconds for each cell and precision; they are kept %s, and "
-            "`fusedlstm compile` makes them ahead",
-            where,
-        )
-
-
-def _alone(cache: _Cache) -> AbstractContextManager[None]:
+def _alone(cache: _Cache) -> Iterator[None]:
     """While another process compiles the same, wait, so that what it saves can be loaded.
 
     As where many start at once, such as the ranks of a training.
     """
-    folder = None if cache.is_there() else store().place()
-    return nullcontext() if folder is None else alone(folder / f"{cache.name}.lock", LONGEST)
+    if cache.is_there():
+        yield
+        return
+    folder = store().place()
+    with _patience, nullcontext() if folder is None else alone(folder / f"{cache.name}.lock", LONGEST):
+        yield
+
+
+class _Patience:
+    """Says once on the log why this process takes so long, and where kernels are kept; entered by who holds
+    `making`, and again by what is compiled for it."""
+
+    LIMIT = 2.0  # seconds
+
+    def __init__(self) -> None:
+        self.seconds, self.depth, self.start, self.said = 0.0, 0, 0.0, False
+
+    def __enter__(self) -> None:
+        if not self.depth:
+            self.start = time.perf_counter()
+        self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        self.seconds += time.perf_counter() - self.start
+        if self.seconds > self.LIMIT and not self.said:
+            self.said = True
+            folder = store().place()
+            logging.getLogger("fusedlstm").warning(
+                "compiling kernels, which takes some seconds for each cell and precision; they are kept %s, "
+                "and `fusedlstm compile` makes them ahead",
+                f"in {folder}" if folder else "in memory, since no folder can be written",
+            )
+
+
+_patience = _Patience()

@@ -1,9 +1,9 @@
 """Which thread does which part of the work between two barriers.
 
 Each thread has its own share of the pieces, whose weights stay in its cache.  Cores are rarely equally
-fast: some are of another kind, some are held up by others.  So where pieces are large, whoever is done
-takes what is left of the shares of the others, and nobody waits at the barrier for longer than a piece
-takes.  Pieces do not depend on who computes them, nor do the bits.
+fast: some are of another kind, some are held up by others.  So where pieces are large, a thread that has
+finished its own share takes pieces of the others', and none waits at the barrier for longer than a piece
+takes.  Pieces do not depend on the thread that computes them, nor do the bits.
 """
 
 from __future__ import annotations

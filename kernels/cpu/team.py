@@ -328,7 +328,7 @@ if sys.platform == "linux":
         others[core // 64] &= ~(np.uint64(1) << np.uint64(core % 64))
         if _set_affinity(0, CPU_SET_BYTES, others.ctypes.data) == 0:  # unless there is no other
             _set_affinity(0, CPU_SET_BYTES, allowed.ctypes.data)
-        others[0] = allowed[0]  # Numba frees an array after its last use, whoever still has its address
+        others[0] = allowed[0]  # Numba frees an array after its last use, also where its address is in use
 
 else:
 
@@ -473,8 +473,8 @@ def _serve(team, worker):
         elif idle < YIELD_AFTER + IDLE_YIELDS:
             idle = _idle(idle)
         else:
-            # Each looks after writing (a store alone would not order the two): whoever opens the door
-            # sees us asleep, or we see that it is open.
+            # Each looks after writing (a store alone would not order the two): the thread that opens the
+            # door sees us asleep, or we see that it is open.
             _exchange(desk + ASLEEP, 1)
             if _load(team + DOOR) == door or not _replace(desk + ASLEEP, 1, 0):
                 _acquire_lock(_load(desk + LOCK), 1)
@@ -482,7 +482,7 @@ def _serve(team, worker):
 
 
 def _dissolve(team):
-    """Send the workers home, unless the team is busy.  It stays busy: whoever calls later runs alone."""
+    """Send the workers home, unless the team is busy.  It stays busy: later callers run alone."""
     if not _replace(team + BUSY, 0, 1):
         return False
     _exchange(team + DOOR, LEAVE)
@@ -588,7 +588,7 @@ _allocate_lock.restype = ctypes.c_void_p
 class Own(Team):
     """A team of our own: the calling thread and `size - 1` Python threads in a native loop.
 
-    It grows in place: its address stays good for whoever was given it, and no thread is started twice.
+    It grows in place: its address stays valid for every caller that has it, and no thread is started twice.
     """
 
     def __init__(self, size: int) -> None:

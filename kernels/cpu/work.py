@@ -135,7 +135,7 @@ def run(team, threads, patience, work, arguments):
 def run_with(team, threads, patience, work, arguments, space):
     """:func:`run` with an array whose address is among the arguments.
 
-    Numba frees an array after its last use, whoever still has its address: this is that use.
+    Numba frees an array after its last use, also where its address is still in use: this is that use.
     """
     run(team, threads, patience, work, arguments)
     space[0] = 0

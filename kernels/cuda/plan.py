@@ -7,10 +7,13 @@ blocks exchange.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product as pairs
 from math import ceil, gcd
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -37,9 +40,11 @@ UNROLLED = {True: 64, False: 128}  # most multiplications for them, with and wit
 FETCHED = 64  # registers of a thread for vectors that are on their way
 REGISTERS = 144  # for weights, vectors and sums on tensor cores
 STATE = 40  # registers of a thread for the gates and states of its cells
-SHARED_RATE, CACHE_RATE = 128, 32  # bytes a clock of shared memory, and about that of the second-level cache
-TRIP = 300  # clocks from asking that cache for numbers to having them, about
-MULTIPLY_RATE = {"float32": 128, "float64": 64, "tf32": 512, "bfloat16": 1024, "float16": 1024}  # a clock
+# About what work takes a multiprocessor, in clocks: a byte of shared memory and of the second-level cache, a
+# trip to that cache, and a multiplication.
+COSTS = {"shared": 1 / 128, "cache": 1 / 32, "trip": 300.0, "float32": 1 / 128, "float64": 1 / 64,
+         "tf32": 1 / 512, "bfloat16": 1 / 1024, "float16": 1 / 1024}  # fmt: skip
+FITTED = Path(__file__).with_name("costs.json")  # name of a device -> its costs, by `benchmarks.gpu --fit`
 BARRIER_EVERY = 8  # steps; between them, blocks poll the numbers that they exchange
 
 
@@ -361,15 +366,18 @@ def choose(
     reason = "no tile keeps all weights on the chip with all blocks at work at once"
     if not device.cooperative:
         reason = f"blocks cannot wait for each other on {device.name}"
-    elif form != "stepwise" and (plan := _persistent(device, *sizes)):
-        return replace(plan, barrier_every=barrier_every)
+    elif form != "stepwise" and (plans := persistent(device, *sizes)):
+        return replace(plans[0], barrier_every=barrier_every)
     if form == "persistent":
         raise ValueError(f"form 'persistent' cannot run with H={hidden}, B={batch}: {reason}")
     return _stepwise(device, *sizes, why="asked for" if form else reason)
 
 
-def _persistent(device: Device, *sizes: Any) -> Plan | None:
-    """The plan with the shortest step of those whose blocks are all resident, and their weights with them."""
+def persistent(device: Device, *sizes: Any) -> list[Plan]:
+    """The plans whose blocks are all resident, with their weights; that with the shortest step comes first.
+
+    `sizes` are cell, hidden, proj, batch, backward and precision.
+    """
     plans = []
     for plan in _candidates(device, "persistent", *sizes):
         columns = plan.grid(sizes[3])[1]
@@ -382,21 +390,35 @@ def _persistent(device: Device, *sizes: Any) -> Plan | None:
                 why = f"{kept.blocks} x {columns} blocks keep all weights in {where}"
                 plans.append(replace(kept, why=why))
                 break
-    return min(plans, key=lambda plan: _clocks(plan, device, sizes[3]), default=None)
+    return sorted(plans, key=lambda plan: _clocks(plan, device, sizes[3]))
 
 
 def _clocks(plan: Plan, device: Device, batch: int) -> tuple[float, int]:
     """About what a step takes, which ranks plans and no more; of equal ones, fewer blocks are better."""
-    blocks = plan.blocks * plan.grid(batch)[1]
-    clocks = 0.0
+    costs = costs_of(device.name)
+    clocks = sum(costs[kind] * amount for kind, amount in work(plan, device, batch).items())
+    return clocks, plan.blocks * plan.grid(batch)[1]
+
+
+def work(plan: Plan, device: Device, batch: int) -> dict[str, float]:
+    """What a multiprocessor does in a step, by the names of COSTS."""
+    amounts = dict.fromkeys(COSTS, 0.0)
     for product in plan.products:
-        rate = SHARED_RATE if plan.form == "persistent" else CACHE_RATE
-        clocks += product.shared_weights * product.operand.itemsize / rate
-        clocks += product.buffer * product.operand.itemsize / CACHE_RATE
-        clocks += product.rows * product.buffer / MULTIPLY_RATE[product.precision]
+        size = product.operand.itemsize
+        amounts["shared" if plan.form == "persistent" else "cache"] += product.shared_weights * size
+        amounts["cache"] += product.buffer * size
+        amounts[product.precision] += product.rows * product.buffer
         parts = (product.held, product.steps - product.held)
-        clocks += TRIP * sum(ceil(steps / product.together(steps)) for steps in parts)
-    return ceil(blocks / device.multiprocessors) * clocks, blocks
+        amounts["trip"] += sum(ceil(steps / product.together(steps)) for steps in parts)
+    times = ceil(plan.blocks * plan.grid(batch)[1] / device.multiprocessors)
+    return {kind: times * amount for kind, amount in amounts.items()}
+
+
+@lru_cache(maxsize=8)
+def costs_of(device: str) -> dict[str, float]:
+    """COSTS, or in their place what has been measured on a device of that name."""
+    fitted: dict[str, dict[str, float]] = json.loads(FITTED.read_text()) if FITTED.exists() else {}
+    return COSTS | fitted.get(device, {})
 
 
 def _held(plan: Plan) -> Iterator[int]:

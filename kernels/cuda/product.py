@@ -147,8 +147,8 @@ def _fetch(product: Product, polling: bool) -> Any:
                         waiting = True
             if waiting:
                 cuda.nanosleep(U(20))
-        if polling and tensor:
-            cuda.syncwarp()  # mma.sync wants all lanes
+        if tensor:
+            cuda.syncwarp()  # mma.sync wants all lanes, which may have parted before
 
     return fetch
 

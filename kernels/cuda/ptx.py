@@ -75,7 +75,7 @@ def _vector(
 def load(width: int) -> Any:
     """The function (array, index) -> `width` consecutive elements; index is a multiple of width.
 
-    PTX ISA, ld.v2 and ld.v4.
+    PTX ISA, ld.v2 and ld.v4, whose vectors have up to 16 bytes: as much is promised of an array's beginning.
     """
 
     def stand_in(array: Any, index: int) -> tuple[Any, ...]:
@@ -85,7 +85,8 @@ def load(width: int) -> Any:
     def instruction(typingctx: Any, array: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             element = context.get_value_type(array.dtype)
-            parts = _vector(context, builder, sig, args, element, width, width * array.dtype.bitwidth // 8)
+            align = min(16, width * array.dtype.bitwidth // 8)
+            parts = _vector(context, builder, sig, args, element, width, align)
             return context.make_tuple(builder, sig.return_type, parts)
 
         return types.UniTuple(array.dtype, width)(array, types.int64), codegen

@@ -9,7 +9,7 @@ are left), no memory beyond it is touched.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,14 +32,19 @@ if TYPE_CHECKING:
 
 
 class _Places(NamedTuple):
-    """How the code of a pass reads values and writes them: texts in which {value} is what is written."""
+    """How the code of a pass reads values and writes them: texts in which {value} is what is written.
+
+    Other values are added up over the rows, to what is at a place.
+    """
 
     reads: dict[Value, str]
     writes: dict[Value, str]
+    added: Mapping[Value, str] = {}
 
 
 # Names in these texts are those of records.py: what a pass or a thread is given.
 _ROW = "row * width + column"
+_OF_A_ROW = {"row", "at", "noise"}
 _NOISE = (
     "uniforms(registers, column // SIZE, time_of(task, step, row), sequence_of(task, row), noise_draw, "
     "noise_key_0, noise_key_1)"
@@ -149,7 +154,7 @@ def tangent_places(cell: Cell, cuts: Sequence[Phase], operands: Sequence[str | i
 
 def _gradients(cell: Cell, prefix: str = "", shift: str = "") -> _Places:
     """Where gradients are read and written: of new states, of states, gates and learned vectors."""
-    reads, writes = {}, {}
+    reads, writes, added = {}, {}, {}
     carried = f"carried + row * carried_row + column{shift}"
     output, *states = cell.seeds
     reads[Value("given", prefix + output)] = _load(carried)
@@ -164,12 +169,11 @@ def _gradients(cell: Cell, prefix: str = "", shift: str = "") -> _Places:
         reads[Value("result", prefix + name)] = _load(place)
         writes[Value("result", prefix + name)] = f"store(keep({{value}}, valid), {place})"
     for n, name in enumerate(cell.weights):
-        place = f"d_learned + {n} * width + column"
-        writes[Value("result", prefix + name)] = f"store({_load(place)} + {{value}}, {place})"
+        added[Value("result", prefix + name)] = f"d_learned + {n} * width + column"
     for n, gate in enumerate(cell.late):
         place = f"{_entry('products_of_late', n, 'kept_plane')}{shift}"
         reads[Value("moved" if prefix else "product", gate)] = _load(place)
-    return _Places(reads, writes)
+    return _Places(reads, writes, added)
 
 
 def _add_dy(cell: Cell, places: _Places) -> None:
@@ -182,7 +186,8 @@ def _add_dy(cell: Cell, places: _Places) -> None:
 def adjoint_places(cell: Cell, cuts: Sequence[Phase], projected: bool) -> _Places:
     """Of the adjoint of a step."""
     common, gradients = _common(cuts), _gradients(cell)
-    places = _Places(common.reads | _arguments(cell) | gradients.reads, common.writes | gradients.writes)
+    reads, writes = common.reads | _arguments(cell) | gradients.reads, common.writes | gradients.writes
+    places = _Places(reads, writes, gradients.added)
     for n in range(len(cell.step.means())):
         places.reads[Value("tape", n)] = _number("taped_means", n, "taped_means_plane")
     if not projected:  # else what is before the projection
@@ -195,7 +200,7 @@ def adjoint_tangent_places(cell: Cell, cuts: Sequence[Phase], projected: bool) -
     common, values = _common(cuts), _gradients(cell)
     moved = _gradients(cell, cell.moved, " + moved_shift")
     reads = common.reads | _values(cell) | _tangents(cell) | values.reads | moved.reads
-    places = _Places(reads, common.writes | values.writes | moved.writes)
+    places = _Places(reads, common.writes | values.writes | moved.writes, {**values.added, **moved.added})
     for n in range(len(cell.step.means())):
         places.reads[Value("tape", n)] = _number("taped_means + shift", n, "taped_means_plane")
         places.reads[Value("moved tape", n)] = _number("taped_means", n, "taped_means_plane")
@@ -234,9 +239,14 @@ def source(
 ) -> str:
     """The generated module of a phase."""
     reads = [places.reads[value] for value in phase.takes]
-    writes = [places.writes[value] for value in phase.stores]
+    added = {f"new[{n}]": places.added[v] for n, v in enumerate(phase.stores) if v in places.added}
+    writes = [
+        places.writes[v].format(value=f"new[{n}]")
+        for n, v in enumerate(phase.stores)
+        if v not in places.added
+    ]
     lines = ["    registers = task.registers"]
-    used = {word for text in (*reads, *writes, *more, *beyond) for word in _words(text)}
+    used = {word for text in (*reads, *writes, *added.values(), *more, *beyond) for word in _words(text)}
     if "noise" in used:
         used |= {*_words(_NOISE)}
     for name in sorted(used | {"hidden", "gates", "gates_panel", "gates_row"}):
@@ -246,27 +256,41 @@ def source(
             lines.append(f"    {name} = task.{name}")
     lines += [
         "    for p in range(low, high):",
-        "        for row in range(first, last):",
-        "            for unit in range(UNITS):",
-        "                column = (p * UNITS + unit) * VECTOR",
-        f"                valid = hidden - (p * UNITS + unit) * {registers.lanes}",
+        "        for unit in range(UNITS):",
+        "            column = (p * UNITS + unit) * VECTOR",
+        f"            valid = hidden - (p * UNITS + unit) * {registers.lanes}",
+        f"            lanes = min(valid, {registers.lanes})",
     ]
-    if "lanes" in used:
-        lines.append(f"                lanes = min(valid, {registers.lanes})")
     inner = ["at = gates + p * gates_panel + row * gates_row + unit * VECTOR"]
     if "noise" in used:
         inner.append(f"noise = {_NOISE}")
-    inner += [f"a{n} = {text}" for n, text in enumerate(reads)]
+    once = [f"sum_{n} = load(registers, {place})" for n, place in enumerate(added.values())]
+    for n, text in enumerate(reads):  # what all rows share is read once
+        (inner if _OF_A_ROW & {*_words(text)} else once).append(f"a{n} = {text}")
     inner.append(f"new = phase({', '.join(f'a{n}' for n in range(len(reads)))})")
-    inner += [text.format(value=f"new[{n}]") for n, text in enumerate(writes)]
-    lines += ["                if valid > 0:", *(f"                    {line}" for line in (*inner, *more))]
+    inner += [*writes, *(f"sum_{n} = sum_{n} + {value}" for n, value in enumerate(added))]
+    last = [f"store(sum_{n}, {place})" for n, place in enumerate(added.values())]
+    lines += [
+        "            if valid > 0:",
+        *_indented(4, once),
+        "                for row in range(first, last):",
+    ]
+    lines += [*_indented(5, (*inner, *more)), *_indented(4, last)]
     if beyond and units > 1:
-        lines += ["                else:", *(f"                    {line}" for line in beyond)]
+        lines += [
+            "            else:",
+            "                for row in range(first, last):",
+            *_indented(5, beyond),
+        ]
     constants = {"SIZE": registers.size, "VECTOR": registers.lanes * registers.size, "UNITS": units}
     constants["GATE"] = units * constants["VECTOR"]
     header = "\n".join(f"{name} = {value}" for name, value in constants.items())
     body = "\n".join(lines)
     return f"{header}\n\n\n{phase.code}\n\ndef body(task, own, low, high, first, last):\n{body}\n"
+
+
+def _indented(level: int, lines: Sequence[str]) -> list[str]:
+    return [f"{'    ' * level}{line}" for line in lines]
 
 
 def _words(text: str) -> Iterator[str]:

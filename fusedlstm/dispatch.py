@@ -21,11 +21,17 @@ from .weights import Weights
 
 States = tuple[Any, ...]
 
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of the products of a float32 layer on a GPU
+# of the products of a float32 layer, by backend
+PRECISIONS_OF = {
+    "cpu": ("float32", "bfloat16", "int8"),
+    "cuda": ("float32", "tf32", "bfloat16", "float16"),
+    "reference": ("float32",),
+}
+PRECISIONS = PRECISIONS_OF["cuda"]
 # What a layer can be told of the machine that it runs on, the default first.
 OPTIONS = {
     "backend": ("auto", "cpu", "cuda", "reference"),
-    "precision": PRECISIONS,
+    "precision": (*PRECISIONS, "int8"),
     "form": ("auto", "persistent", "stepwise"),  # of CUDA kernels
 }
 
@@ -278,15 +284,20 @@ def engine(backend: str, x: Any = None, precision: str = "float32", form: str = 
     key = (name, precision, form)
     if key in _loaded:
         return _loaded[key]
-    asked = {"precision": precision, "form": form}
-    options: dict[str, Any] = {}
-    if name == "cuda":
-        options = asked | {"form": None if form == "auto" else form}
-    elif other := [f"{what} {value!r}" for what, value in asked.items() if value != OPTIONS[what][0]]:
+    wrong = [] if precision in PRECISIONS_OF[name] else [f"precision {precision!r}"]
+    if name != "cuda" and form != "auto":
+        wrong.append(f"form {form!r}")
+    if wrong:
+        able = ["cuda"]  # that have forms
+        if precision not in PRECISIONS_OF[name]:
+            able = [other for other, known in PRECISIONS_OF.items() if precision in known]
         raise ValueError(
-            f"only CUDA kernels have {' and '.join(other)}, but backend {name!r} would run: give CuPy "
-            "arrays, or leave this out"
+            f"only {' and '.join(map(str.upper, able))} kernels have {' and '.join(wrong)}, but backend "
+            f"{name!r} would run: give another backend or arrays of another kind, or leave this out"
         )
+    options: dict[str, Any] = {} if name == "reference" else {"precision": precision}
+    if name == "cuda":
+        options["form"] = None if form == "auto" else form
     path, engine_class = _ENGINES[name]
     try:
         with making:  # no fork cuts the import in two

@@ -83,8 +83,10 @@ class Recurrent:
             for a cell that reads its own output, nor with a `recurrent` state other than the output.
         dtype: "float32" or "float64", of the weights, the input, the states and the output.
         backend: "cpu", "cuda" or "reference"; "auto" is "cuda" for arrays on a GPU, else "cpu".
-        precision: of the products of a float32 layer on a GPU: "float32" exactly, or "tf32", "bfloat16"
-            or "float16" on tensor cores; sums and states are float32 in any case.
+        precision: of what the products of a float32 layer multiply; sums of products, states and all
+            else are float32 in any case.  "float32" exactly, or "bfloat16"; on a GPU also "tf32" and
+            "float16"; on a CPU also "int8", for inference: integers with a scale for each row of the
+            weights, and one for each row of the input and of the output at each step.
         form: of the kernels on a GPU: "persistent" is one launch for a sequence, "stepwise" one for each
             step; "auto" decides by the sizes and the device.
         recurrent_dropout: probability with which, in training, an element of the output is set to zero

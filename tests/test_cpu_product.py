@@ -99,7 +99,7 @@ def test_add_outer(case: tuple[int, ...], first: int, dtype: Any) -> None:
         scratch = np.full(MOST_ROWS * PLANES * lanes, np.nan, dtype)
         add(
             words, d, d.strides[0], d.strides[1], count, low, high, order, 3, panel, hidden, 0, hidden,
-            table(values), 0, columns, target, target.strides[0], first, space, scratch,
+            table(values), 0, columns, target, target.strides[0], first, space, scratch, 0,
         )  # fmt: skip
         np.testing.assert_allclose(around, expected, rtol=0, atol=20 * count * np.finfo(dtype).eps)
 

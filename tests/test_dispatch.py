@@ -129,6 +129,14 @@ def test_options_of_cuda_kernels_are_refused_elsewhere(backend: str) -> None:
         dispatch.engine(backend, HOST, "tf32", "stepwise")
 
 
+def test_precisions_are_refused_where_there_are_no_such_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    with pytest.raises(ValueError, match="only CPU kernels have precision 'int8', but backend 'cuda'"):
+        dispatch.engine("cuda", HOST, "int8")
+    with pytest.raises(ValueError, match="only CPU and CUDA kernels have precision 'bfloat16', but backend"):
+        dispatch.engine("reference", HOST, "bfloat16")
+
+
 def test_a_projection_of_a_cell_that_reads_its_output_is_refused() -> None:
     hr, nothing = np.zeros((2, 3)), np.zeros((0, 0))
     with pytest.raises(ValueError, match="cell gru cannot have a projection: it reads its own output 'h'"):

@@ -1210,7 +1210,7 @@ def test_bad_dy(backend: str, dy: Any, error: type[Exception], message: str) -> 
         ({"dtype": "nonsense"}, ValueError, "dtype must be 'float32' or 'float64', got 'nonsense'"),
         ({"dtype": None}, ValueError, "dtype must be 'float32' or 'float64', got None"),
         ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, cuda, reference, got 'gpu'"),
-        ({"precision": "int8"}, ValueError, "precision must be one of float32, tf32, .*, got 'int8'"),
+        ({"precision": "int4"}, ValueError, "precision must be one of float32, tf32, .*, int8, got 'int4'"),
         ({"precision": "tf32", "dtype": "float64"}, ValueError, "precision 'tf32' needs dtype 'float32'"),
         ({"form": "fast"}, ValueError, "form must be one of auto, persistent, stepwise, got 'fast'"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),

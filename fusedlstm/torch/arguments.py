@@ -156,6 +156,18 @@ def converted(
     return convert(x), [convert(part) for part in states], [convert(weight) for weight in weights]
 
 
+def precision_of(module: Any, x: Tensor, weight: Tensor) -> str:
+    """In which precision the products of a module are: its own; on a CPU also that of autocast, or of the
+    weights, where that is bfloat16."""
+    own: str = module.fused_precision
+    if own == "float32" and x.device.type == "cpu" and x.dtype is not torch.float64:
+        if weight.dtype is torch.bfloat16:
+            return "bfloat16"
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16:
+            return "bfloat16"
+    return own
+
+
 def as_results(
     y: Tensor, final: list[Tensor], given: torch.dtype, autocasts: bool
 ) -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from .. import cells
 from ..cells import Cell
-from .arguments import as_results, autocasting, converted, described, parameters_of, refuse_dtype
+from .arguments import (
+    as_results,
+    autocasting,
+    converted,
+    described,
+    parameters_of,
+    precision_of,
+    refuse_dtype,
+)
 from .arrays import NUMPY
 from .export import Unquantized, as_leaf, refuse_script
 from .modules import MODES, check_nonlinearity
@@ -23,6 +31,7 @@ class Single(nn.RNNCellBase):
     __prepare_scriptable__ = refuse_script
     qconfig = Unquantized()
     fused_cell: Cell
+    fused_precision = "float32"  # of products, unless autocast or the weights say something else
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:  # (B, I) or (I,); (B, H) or (H,) each
         """The new state, as ``torch.nn`` shapes it.
@@ -46,10 +55,11 @@ class Single(nn.RNNCellBase):
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input[None, None]
         states = [] if hx is None else self._check_state(hx, x.shape[1], batched, weights[0])
-        autocasts = autocasting()
+        autocasts, precision = autocasting(), self.fused_precision
         if autocasts or x.dtype is not weights[0].dtype or x.dtype not in NUMPY:
+            precision = precision_of(self, x, weights[0])
             x, states, weights = converted(x, states, weights, autocasts)
-        y, *final = apply_layer(x, states, weights, None, None, self.fused_cell, 1)
+        y, *final = apply_layer(x, states, weights, None, None, self.fused_cell, 1, precision)
         _, final = as_results(y, final, input.dtype, autocasts and y.is_cuda)
         final = [part.squeeze(0) if batched else part[0, 0] for part in final]
         return tuple(final) if len(final) > 1 else final[0]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .. import dispatch
 from .arrays import NUMPY
 from .cell_modules import GRUCell, LSTMCell, RNNCell, Single
 from .hints import loops
@@ -71,18 +72,28 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, precision: str = "float32") -> Report:
     """Let our kernels run every ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and cell of a model, in place.
 
     The modules stay the objects that they are and change their class: parameters, hooks, settings and
     everything that refers to them go on working.  So do classes that inherit from PyTorch's, if they
     inherit ``forward`` too or call it by ``super()``.  :func:`restore` undoes it.
 
+    Args:
+        model: of which modules are to be changed.
+        precision: of what products multiply, as for :class:`fusedlstm.Recurrent`: "bfloat16" for training
+            and inference, "int8" for inference.  Parameters stay as they are, and so do results.  Modules
+            that are accelerated already take it too.
+
+    Raises:
+        ValueError: for a precision that there is not.
+
     Example:
         >>> report = accelerate(nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5)))
         >>> report.replaced
         {'1': 'LSTM(4, 5)'}
     """
+    dispatch.check_options(precision=precision)
     report = Report()
     kernels: dict[str, None] = {}
     for name, module in model.named_modules():
@@ -91,11 +102,20 @@ def accelerate(model: nn.Module) -> Report:
         elif convert(module):
             report.replaced[name] = repr(module)
             kernels[_kernels(module)] = None
+        if isinstance(module, (Stack, Single)):
+            _set_precision(module, precision)
         if hint := loops(module):
             report.hints[name] = hint
     report.kernels.extend(kernels)
     report.shared.update(_shared(model, {*report.replaced, *report.skipped}))
     return report
+
+
+def _set_precision(module: Any, precision: str) -> None:
+    """Say so on the module, where it differs from what its class says."""
+    module.__dict__.pop("fused_precision", None)
+    if precision != module.fused_precision:
+        module.__dict__["fused_precision"] = precision
 
 
 def restore(model: nn.Module) -> list[str]:
@@ -114,6 +134,7 @@ def restore(model: nn.Module) -> list[str]:
             found[name] = module, theirs
     for module, theirs in found.values():
         del module.__dict__[_MARK]
+        module.__dict__.pop("fused_precision", None)
         module.__class__ = theirs
     return list(found)
 

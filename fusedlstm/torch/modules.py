@@ -21,6 +21,7 @@ from .arguments import (
     check_state,
     converted,
     parameters_of,
+    precision_of,
 )
 from .arrays import NUMPY
 from .export import Unquantized, as_leaf, export_packed, leaves_python, refuse_script
@@ -45,6 +46,7 @@ class Stack(nn.Module):
     qconfig = Unquantized()
     fused_cell: Cell  # what the kernels run
     fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
+    fused_precision = "float32"  # of products, unless autocast or the weights say something else
     input_size: int
     hidden_size: int
     num_layers: int
@@ -123,9 +125,11 @@ def _run(
             own = [part[level * directions : (level + 1) * directions] for part in states]
         if level and module.dropout:
             x = nn.functional.dropout(x, module.dropout, module.training)
+        precision = module.fused_precision
         if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
+            precision = precision_of(module, x, used[0])
             x, own, used = converted(x, own, used, autocasts)
-        x, *final = apply_layer(x, own, used, lengths, reset, cell, directions)
+        x, *final = apply_layer(x, own, used, lengths, reset, cell, directions, precision)
         results.append(final)
     final = results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results)]
     return as_results(x, final, given, autocasts and (module.fused_autocasts or x.is_cuda))

@@ -17,7 +17,7 @@ from . import passes
 from .export import export_layer, leaves_python, no_operator
 from .records import handle_of, record_of
 from .replay import carry_tangents, replay, replay_backward, replay_second
-from .shapes import empty_results, known_cells, shape_of
+from .shapes import empty_results, known_cell, shape_of, text_of
 
 _SHARED = (
     "Tensor x, Tensor[] initial, Tensor[] weights, Tensor? lengths, Tensor? reset, str cell, int directions"
@@ -56,7 +56,7 @@ _layer_backward = torch.library.custom_op(
 @_layer.register_fake
 def _(x, initial, weights, lengths, reset, cell, directions, training):  # type: ignore[no-untyped-def]
     if torch.onnx.is_in_onnx_export():
-        raise no_operator(known_cells[cell])
+        raise no_operator(known_cell(cell)[0])
     results = empty_results(x, shape_of(x, weights, cell, directions))
     return [*results, torch.empty(1, dtype=torch.int64, device="cpu")]
 
@@ -184,11 +184,13 @@ def apply_layer(
     reset: Tensor | None,
     cell: Cell,
     directions: int,
+    precision: str = "float32",
 ) -> list[Tensor]:
-    """The output and the final states of one layer."""
+    """The output and the final states of one layer, with products in a precision."""
     tensors = [x, *initial, *weights]
     gradients = torch.is_grad_enabled() and _wanted(tensors)
-    args = (x, initial, weights, lengths, reset, cell.key, directions)
+    text = text_of(cell, precision)
+    args = (x, initial, weights, lengths, reset, text, directions)
     if _plain(tensors):
         return (
             list(cast(Any, _Eager).apply(*args, *initial, *weights))
@@ -198,7 +200,7 @@ def apply_layer(
     if leaves_python():
         return export_layer(x, initial, weights, lengths, reset, cell, directions)
     if forward_ad._current_level >= 0:  # whatever else goes on, the replay is right
-        return replay(x, initial, weights, lengths, reset, shape_of(x, weights, cell.key, directions))
+        return replay(x, initial, weights, lengths, reset, shape_of(x, weights, text, directions))
     return _call("layer", *args, gradients)[:-1]
 
 

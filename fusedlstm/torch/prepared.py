@@ -28,6 +28,7 @@ class _Packed(NamedTuple):
     cell: Cell
     owners: list[weakref.ref[Tensor]]  # the weights
     sizes: Sizes
+    precision: str
     device: int  # number of the GPU; -1 is the host
     places: list[Any]  # where and how they lie
     arrays: list[Any]  # their storage, so that nothing else lies there as long as nobody resizes it
@@ -55,6 +56,7 @@ def direction_of(weights: Sequence[Tensor], x: Tensor, shape: Shape, d: int) -> 
         known is not None
         and known.cell is shape.cell
         and known.sizes == shape.layer
+        and known.precision == shape.precision
         and known.device == x.get_device()
         and weights[0].dtype is x.dtype
         and known.places == places_of(weights)
@@ -95,7 +97,7 @@ def _pack(weights: Sequence[Tensor], x: Tensor, shape: Shape, d: int) -> Directi
     check_tensors(named_weights(cell, weights, sizes, d), x)
     owners, places = list(map(_owner, weights)), places_of(weights)
     weights = [weight.detach() for weight in weights]  # whose arrays do not keep the tensors themselves
-    engine = dispatch.engine(x.device.type)
+    engine = dispatch.engine(x.device.type, precision=shape.precision)
     own = storage.unflatten(cell, [as_array(weight.contiguous()) for weight in weights])
     dense = [weight if weight.is_contiguous() else weight.t() for weight in weights]
     if not all(weight.is_contiguous() for weight in dense):  # what would be looked at is a copy
@@ -112,8 +114,9 @@ def _pack(weights: Sequence[Tensor], x: Tensor, shape: Shape, d: int) -> Directi
 
     references = [weakref.ref(owner, drop) for owner in owners]
     _packed[key] = _Packed(
-        cell, references, sizes, x.get_device(), places, arrays, table, sparse, stamps, direction
-    )
+        cell, references, sizes, shape.precision, x.get_device(), places, arrays, table, sparse, stamps,
+        direction,
+    )  # fmt: skip
     return direction
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cells
+from .. import cells, dispatch
 from ..cells import Cell
 from ..once import lazy
 
@@ -23,6 +23,23 @@ from ..once import lazy
 known_cells: dict[str, Cell] = {
     cell.key: cell for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)
 }
+
+
+def text_of(cell: Cell, precision: str) -> str:
+    """How an operator is told which cell, and which precision of products."""
+    return cell.key if precision == "float32" else f"{cell.key} {precision}"
+
+
+def known_cell(text: str) -> tuple[Cell, str]:
+    """What :func:`text_of` was given.
+
+    Raises:
+        ValueError: if no module has been made of such a cell, or there is no such precision.
+    """
+    key, _, precision = text.partition(" ")
+    if key not in known_cells or precision not in ("", *dispatch.OPTIONS["precision"]):
+        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {text!r}")
+    return known_cells[key], precision or "float32"
 
 
 class Sizes(NamedTuple):
@@ -42,6 +59,7 @@ class Shape:
     steps: int
     batch: int
     layer: Sizes
+    precision: str  # of products
 
     @property
     def hidden(self) -> int:
@@ -92,9 +110,7 @@ def shape_of(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) ->
 def _measured(
     x: torch.Size, ih: torch.Size, second: torch.Size | None, weights: int, key: str, directions: int
 ) -> Shape:
-    cell = known_cells.get(key)
-    if cell is None:
-        raise ValueError(f"cell must be the key of a cell that a module has been made of, got {key!r}")
+    cell, precision = known_cell(key)
     least, most = (2, 5) if cell.gates_with_recurrent else (1, 2)
     each, more = divmod(weights, directions) if directions in (1, 2) else (0, 1)
     if more or not least <= each - len(cell.weights) <= most:
@@ -112,7 +128,7 @@ def _measured(
     if not hidden:
         raise RuntimeError(f"weight_ih must have rows for each gate of the cell, got the shape {tuple(ih)}")
     outputs = hidden if len(matrices) == 1 else matrices[1][1]
-    return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs))
+    return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs), precision)
 
 
 def empty_results(x: Tensor, shape: Shape) -> list[Tensor]:

@@ -28,25 +28,40 @@ from .memory import (
     set_rows,
     starts_anew,
     state_at_step,
+    store_rows,
     take_means,
     zero_padding,
 )
-from .product import add_rows, call_add_outer, call_rows_times_planes
+from .product import GROUP, add_rows, call_add_outer, call_rows_times_planes
 from .records import LATE, PLANES_OF, address_of, late_at, own_at, phase_at
 from .shares import Shares, close_queues, each, share
-from .simd import inlined, load, load_row, part, read, read_int, splat, store, store_row, write
+from .simd import (
+    inlined,
+    load,
+    load_row,
+    part,
+    read,
+    read_int,
+    splat,
+    store,
+    store_row,
+    store_values,
+    write,
+)
 from .team import LINE, barrier
 from .tile import PLANES
 from .work import call_phase
 
-GROUP = 4  # panels whose weights' gradients are a piece of the work
 DX_ROWS = 64  # rows of the gradient of the input that are one, at most
 LATE_BYTES, PLANES_BYTES = 8 * LATE.words, 8 * PLANES_OF.words
 
 
 @part
 def multiply_planes(task, own, count, weights, low, high, length, accumulate):
-    """Vectors low to high of the product of the rows of table `first` with planes, to those of `second`."""
+    """Vectors low to high of the product of the rows of table `first` with planes, to those of `second`.
+
+    The rows are stored as products multiply them.
+    """
     for n in range(task.spans):
         call_rows_times_planes(
             task.rows_times_planes,
@@ -116,6 +131,8 @@ def unproject(task, own, here, active, sync):
     barrier(sync, own.threads)
     note_uniform(d_outputs, task.output_width, active, own.first)
     note_uniform(task.d_raw, task.width, active, own.second)
+    if registers.value > 0:
+        store_rows(task, active, own.first, task.outputs, own.stored, 0)
     low, high = own.low_vector, own.high_vector
     multiply_planes(task, own, active, task.projection, low, high, task.hidden, 0)
     if task.tangents:
@@ -132,9 +149,10 @@ def multiply_late(task, own, n, active):
     low, high = own.low_vector, own.high_vector
     for k in range(task.late):
         late = late_at(task.late_table + k * LATE_BYTES)
-        source, target = own.d + late.from_slot * task.width, task.products_of_late + k * task.kept_plane
+        source, target = own.d_stored + late.from_slot * task.d_stored_slot, task.products_of_late
+        target += k * task.kept_plane
         if late.phase == n:
-            note_uniform(source, task.d_row, active, own.first)
+            note_uniform(source, task.d_stored_row, active, own.first)
             note_uniform(target, task.width, active, own.second)
             multiply_planes(task, own, active, late.weights, low, high, length, 0)
         if late.moved_phase == n and task.tangents:
@@ -150,13 +168,12 @@ def multiply_recurrent(task, own, active):
     """The gradient of what the recurrent weights multiplied at a step."""
     if task.recurrent_slots == 0:
         return
-    size = task.registers.size
     target = task.carried
     if task.operand > 0:
         target = task.d_states + (task.operand - 1) * task.batch * task.width
-    source = own.d + task.recurrent_slot * task.width
-    length = task.output_width // size
-    note_uniform(source, task.d_row, active, own.first)
+    source = own.d_stored + task.recurrent_slot * task.d_stored_slot
+    length = task.output_width // task.registers.size
+    note_uniform(source, task.d_stored_row, active, own.first)
     note_uniform(target, task.output_width, active, own.second)
     low, high = own.low_output, own.high_output
     multiply_planes(task, own, active, task.recurrent_weights, low, high, length, task.reads_operand)
@@ -166,6 +183,19 @@ def multiply_recurrent(task, own, active):
             task.moved_recurrent_weights, target + task.moved_shift, task.output_width, low, high, length,
             task.reads_operand,
         )  # fmt: skip
+
+
+@part
+def store_gradients(task, own, active):
+    """Store a thread's own gradients of the gates at a step as products multiply them."""
+    registers = task.registers
+    for slot in range(task.slots):
+        for row in range(active):
+            source = own.d + row * task.d_row + slot * task.width
+            target = own.d_stored + row * task.d_stored_row + slot * task.d_stored_slot
+            for k in range(own.low * task.panel, own.high * task.panel, registers.lanes):
+                values = load(registers, source + k * registers.size)
+                store_values(registers, values, target + k * registers.value)
 
 
 @inlined
@@ -184,10 +214,13 @@ def step_back(task, own, step, base, sync):
     own.operand_rows = task.operands + before * task.width
     own.taped_means = task.means + before * task.registers.size
     own.d = task.d + (before - base) * task.d_row
+    own.d_stored = task.d_stored + (before - base) * task.d_stored_row
     for n in range(task.phases):
         phase = phase_at(task.phase_table + n * PHASE_BYTES)
         multiply_late(task, own, n, active)
         call_phase(phase.address, (address_of(task), address_of(own), own.low, own.high, 0, active))
+        if task.registers.value > 0:
+            store_gradients(task, own, active)
         barrier(sync, own.threads)
         take_means(task, task.d_partials, phase.mean, phase.means, phase.centers, own.means)
     multiply_recurrent(task, own, active)
@@ -253,7 +286,7 @@ def add_panels(piece, task, own, start, end, first):
                     (address_of(task), moved, task.d_row, task.width, count, low, high, gates, gate_count,
                      task.panel, task.hidden, head * size, (head + 1) * size, own.third,
                      head * size * task.registers.size, columns // heads, weight, stride,
-                     first if side == 1 - task.tangents else 0, own.values, own.scratch),
+                     first if side == 1 - task.tangents else 0, own.values, own.scratch, own.pairs),
                 )  # fmt: skip
         d += task.tangents * task.moved_shift
         add_rows(task, d, task.d_row, task.width, count, low, high, gates, gate_count, bias, first)
@@ -276,7 +309,8 @@ def add_weight_gradients(task, own, shares, start, end):
             task.add_outer,
             (address_of(task), d_outputs, task.output_width, 0, count, own.low_output, own.high_output,
              task.no_order, 1, task.registers.lanes, task.outputs, 0, task.outputs, own.first, 0, task.hidden,
-             task.d_hr, task.d_hr_row, first if side == 1 - task.tangents else 0, own.values, own.scratch),
+             task.d_hr, task.d_hr_row, first if side == 1 - task.tangents else 0, own.values, own.scratch,
+             own.pairs),
         )  # fmt: skip
 
 
@@ -323,7 +357,11 @@ def write_gates(piece, task, own, count, row_parts):
 def write_dx(task, own, shares, start, end):
     """The gradient of the input of the steps from start to end."""
     count = rows_before(task, end) - rows_before(task, start)
-    note_uniform(task.d + task.tangents * task.moved_shift, task.d_row, count, own.first)
+    moved = task.tangents * task.moved_shift
+    if task.takes_gates:
+        note_uniform(task.d + moved, task.d_row, count, own.first)
+    else:
+        note_uniform(task.d_stored + moved, task.d_stored_row, count, own.first)
     note_uniform(task.d, task.d_row, count, own.third)
     note_rows(task, task.dx, task.dx_time, task.dx_row, start, end, own.second)
     row_parts, columns = -(-count // DX_ROWS), -(-task.inputs // (PLANES * task.registers.lanes))

@@ -19,8 +19,9 @@ from .entry import adjoint_tangent_pass, again_pass, backward_pass, forward_pass
 from .memory import round_up
 from .plan import BARRIER, BYTES, FLOPS, ONLY, Sequences, sequences, threads_for
 from .records import EVERY, WEIGHT_FIELDS
-from .spec import Registers, machine
+from .spec import WIDENED, Operand, Registers, machine
 from .team import LINE
+from .tile import FEW
 from .work import Compiled, compiled
 
 
@@ -68,6 +69,13 @@ def packers(scalar: types.Float) -> tuple[Kernel, Kernel]:
         for entry, work in ((pack.pack_panels, pack.panels_work), (pack.pack_planes, pack.planes_work))
     )
     return panels, planes
+
+
+@once
+def narrower(scalar: types.Float, precision: str) -> Kernel:
+    """The compiled :func:`pack.narrow`."""
+    captured = (Registers(scalar, precision), INT, INT, INT, INT, INT)
+    return compile_kernel(pack.narrow, pack.narrow_work, types.Tuple(captured), *captured)
 
 
 @once
@@ -161,17 +169,19 @@ class Packed:
         layer, weight, panel = self.layer, self.weights.hh, self.program.panel
         if layer.heads == 1 or weight is None or not gates.size:
             return self._panels(weight, gates)
-        packed = empty(gates.size * heads.numbers(layer.hidden, layer.heads, panel), self.dtype)
-        heads.panels_of(weight, gates, layer.hidden, panel, packed)
-        return packed
+        packed = empty(gates.size * heads.numbers(layer.panel_spans, panel), self.dtype)
+        heads.panels_of(weight, gates, layer.hidden, panel, layer.panel_spans, packed)
+        blocks = [(span.high - span.low, span.depth) for span in layer.panel_spans]
+        return self._narrowed(packed, gates.size * self.program.units, blocks)
 
     def _recurrent_planes(self, gates: np.ndarray) -> np.ndarray:
         layer, weight, lanes = self.layer, self.weights.hh, self.program.registers.lanes
         if layer.heads == 1 or weight is None or not gates.size:
             return self._planes(weight, gates, layer.hidden, layer.padded)
-        packed = empty(gates.size * heads.numbers(layer.hidden, layer.heads, lanes), self.dtype)
-        heads.planes_of(weight, gates, layer.hidden, lanes, packed)
-        return packed
+        packed = empty(gates.size * heads.numbers(layer.spans, lanes), self.dtype)
+        heads.planes_of(weight, gates, layer.hidden, lanes, layer.spans, packed)
+        blocks = [((span.high - span.low) * gates.size, span.depth) for span in layer.spans]
+        return self._narrowed(packed, 1, blocks)
 
     def panel_tables(self) -> dict[str, np.ndarray]:
         """The panels of weights by "ih", "hh" and late gate, as records.PANEL."""
@@ -210,7 +220,8 @@ class Packed:
         threads, address, patience = threads_for(weight.nbytes / 4e3)
         args = (None, weight, gates, self.layer.hidden, self.program.units, packed.ctypes.data)
         kernel.entry(address, threads, patience, kernel.address, *args)
-        return packed
+        panels = self.layer.padded // self.program.panel
+        return self._narrowed(packed, gates.size * self.program.units, [(panels, weight.shape[1])])
 
     def _planes(self, weight: np.ndarray | None, gates: np.ndarray, rows: int, padded: int) -> np.ndarray:
         """The given gates of a matrix, so many rows each, as planes."""
@@ -222,7 +233,29 @@ class Packed:
         threads, address, patience = threads_for(weight.nbytes / 8e3)
         args = (None, weight, gates, rows, padded, packed.ctypes.data)
         kernel.entry(address, threads, patience, kernel.address, *args)
-        return packed
+        return self._narrowed(packed, 1, [(-(-weight.shape[1] // lanes), padded * gates.size)])
+
+    def _narrowed(self, packed: np.ndarray, width: int, blocks: list[tuple[int, int]]) -> np.ndarray:
+        """Panels, or planes of width 1, of what products multiply.
+
+        Args:
+            packed: (panels, depth, width, lanes) for each block, which follow each other.
+            blocks: panels and depth of each.
+        """
+        program = self.program
+        if program.registers.group == 1:
+            return packed
+        sizes = [panels * program.weights_bytes(width, depth) for panels, depth in blocks]
+        narrow = empty(sum(sizes), np.dtype(np.uint8))
+        kernel = narrower(program.scalar, program.precision)
+        source, target = packed.ctypes.data, narrow.ctypes.data
+        for (panels, depth), size in zip(blocks, sizes):
+            nbytes = panels * depth * width * program.registers.lanes * packed.itemsize
+            threads, address, patience = threads_for(nbytes / 4e3)
+            args = (None, source, panels, depth, width, target)
+            kernel.entry(address, threads, patience, kernel.address, *args)
+            source, target = source + nbytes, target + size
+        return narrow
 
     @lazy
     def bias(self) -> np.ndarray:
@@ -272,19 +305,23 @@ class Repeated:
 
 
 class CPUDirection:
-    """One direction of one layer on the CPU; see dispatch.Direction."""
+    """One direction of one layer on the CPU, with products in a precision; see dispatch.Direction."""
 
-    def __init__(self, cell: Cell, weights: Weights) -> None:
+    def __init__(self, cell: Cell, weights: Weights, precision: str = "float32") -> None:
         check_projection(cell, weights)
         self.weights, self.dtype = weights, flatten(weights)[0].dtype
+        _check_precision(precision, weights)
         hidden, inputs = cell.hidden_size(weights), cell.input_size(weights)
         projected = weights.hr is not None
         outputs = len(weights.hr) if projected else hidden
         blocks = 1 if weights.hh is None else outputs // weights.hh.shape[1]
-        self.layer = layer = plan.layer(cell, self.dtype, inputs, hidden, outputs, projected, blocks)
+        self.layer = layer = plan.layer(
+            cell, self.dtype, inputs, hidden, outputs, projected, blocks, precision
+        )
         self.program = program = layer.program
         self.packed = packed = Packed(layer, weights)
-        self._forward = forward_pass(program.scalar, len(cell.states))  # looked up now, which takes a while
+        # looked up now, which takes a while
+        self._forward = forward_pass(program.scalar, len(cell.states), precision)
         self._panels = packed.panel_tables()
         self._products = program.product_table(program.steps, *_recurrent(self._panels, cell))
         self._words = _words(
@@ -297,8 +334,20 @@ class CPUDirection:
         """Bytes of what has been laid out."""
         return self.packed.nbytes
 
+    @lazy
+    def _exact(self) -> CPUDirection:
+        """The same with products of float32, which takes the same tapes."""
+        return self if self.program.precision == "float32" else CPUDirection(self.program.cell, self.weights)
+
+    @property
+    def _trained(self) -> CPUDirection:
+        """What runs the backward pass: where bfloat16 is but a format of storage, that of float32."""
+        return self._exact if self.program.registers.operand is WIDENED else self
+
     def lay_out_for_backward(self) -> None:
         """Do now what the first backward pass would; from then on the weights' memory is not read."""
+        if self._trained is not self:
+            return self._trained.lay_out_for_backward()
         self.packed.input_table  # noqa: B018
         self._backward_words  # noqa: B018
 
@@ -328,6 +377,8 @@ class CPUDirection:
     ) -> Tape | None:
         """See dispatch.Direction."""
         layer, (steps, batch, _) = self.layer, x.shape
+        if training and self.program.precision == "int8":
+            raise ValueError("precision 'int8' is for inference; train in 'float32' or 'bfloat16'")
         threads, _, patience, chunk, task, order = layer.plan(steps, batch)
         if lengths is not None:
             order = sequences(steps, batch, lengths)
@@ -375,6 +426,8 @@ class CPUDirection:
         dstates: States | None = None,  # (T, B, H) each
     ) -> tuple[States, Weights]:
         """See dispatch.Direction."""
+        if self._trained is not self:
+            return self._trained.backward(tape, dy, dfinal, dx, accumulate, dstates)
         layer, program = self.layer, self.program
         x, y, order, reset, reverse, memory = tape
         assert x is not None
@@ -390,7 +443,7 @@ class CPUDirection:
         if dstates is not None:
             table = _every(dstates)
             words = _with(words, every_state=table)
-        entry, _, whole, work = backward_pass(program.scalar, len(dinitial))
+        entry, _, whole, work = backward_pass(program.scalar, len(dinitial), program.precision)
         entry(
             team.current().address if threads > 1 else 0, threads, patience, whole, work, task.words, words,
             x, y, dy, x if dx is None else dx, dx is not None, accumulate,
@@ -426,7 +479,12 @@ class CPUDirection:
         final: States,  # written
         states: States | None = None,  # (T, B, H) each, written
     ) -> Tangent:
-        """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it."""
+        """The tangent of a forward pass, and what :meth:`backward_tangent` needs of it.
+
+        Second derivatives have products of float32, whatever the precision of the first.
+        """
+        if self._exact is not self:
+            return self._exact.tangent(tape, x, initial, weights, y, final, states)
         moved = Packed(self.layer, weights)
         layer, program, cell = self.layer, self.program, self.program.cell
         p_x, p_y, order, reset, reverse, p_memory = tape
@@ -464,6 +522,8 @@ class CPUDirection:
         dstates: States | None = None,  # (T, B, H) each: of the values' backward pass
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
+        if self._exact is not self:
+            return self._exact.backward_tangent(tape, tangent, dy, dfinal, dx, dstates)
         layer, program, cell = self.layer, self.program, self.program.cell
         p_x, p_y, order, reset, reverse, p_memory = tape
         (x, y, *_, memory), moved = tangent
@@ -504,7 +564,8 @@ class CPUDirection:
         threads, _, _, chunk, *_ = self.layer.plan(steps, batch)
         step = self.layer.step_time(batch)
         why = f"of {team.describe()}; a step takes one thread about {step:.1f} us, a barrier {BARRIER} us"
-        computes = 2 * batch / FLOPS > self.dtype.itemsize / BYTES
+        operand = program.registers.operand
+        computes = 2 * batch / (FLOPS * operand.rate) > (operand.weight or self.dtype.itemsize) / BYTES
         panels = (self.packed.input_panels, self.packed.recurrent_panels, *self.packed.late_panels)
         size = sum(array.nbytes for array in panels) / 1e6
         width = len(program.recurrent_order) * program.units
@@ -516,12 +577,44 @@ class CPUDirection:
             "phases": f"{len(program.steps)} a step{back}",
             "tile": f"{program.recurrent_rows} rows x {width} vectors of {lanes} {self.dtype} "
             f"({machine().name})",
+            "products": _describe_products(program.precision, operand),
             "threads": f"{threads} {why}",
             "layout": f"weights in panels of {program.panel} hidden units with all their gates, "
             f"{size:.1f} MB{heads_of}",
             "chunk": f"the input of {chunk} steps is {taken} at once",
             "bound": f"{'multiply-adds' if computes else 'reading the weights'}, at batch {batch}",
         }
+
+
+MOST_INTEGERS = 1 << 17  # products of integers in a sum, which then cannot exceed 32 bits
+
+
+def _check_precision(precision: str, weights: Weights) -> None:
+    """Refuse what there are no products of."""
+    dtype = flatten(weights)[0].dtype
+    if precision != "float32" and dtype != np.float32:
+        raise ValueError(f"precision {precision!r} needs weights of float32, got {dtype}")
+    matrices = (weight for weight in (weights.ih, weights.hh, weights.hr) if weight is not None)
+    depth = max((weight.shape[1] for weight in matrices), default=0)
+    if precision == "int8" and depth > MOST_INTEGERS:
+        raise ValueError(f"precision 'int8' takes at most {MOST_INTEGERS} inputs or units, got {depth}")
+
+
+def _describe_products(precision: str, operand: Operand) -> str:
+    """What is multiplied, and how."""
+    if precision == "float32":
+        return "of the layer's own numbers"
+    if operand is WIDENED:
+        return (
+            "bfloat16 is what weights are stored as, and rows rounded to; this processor has no instruction "
+            "for it, so that they are widened to float32 in registers"
+        )
+    how = f"by {operand.instruction}"
+    if operand.matrix:
+        how += f", and by {operand.matrix} from {FEW + 1} rows on"
+    if precision == "int8":
+        return f"integers of 8 bits with a scale for each row of weights and of values, {how}"
+    return f"bfloat16, {how}; sums are float32"
 
 
 def _address(array: np.ndarray) -> int:
@@ -564,8 +657,15 @@ def _singly(order: np.ndarray) -> list[np.ndarray]:
 
 
 class CPU:
-    """See dispatch.Engine."""
+    """See dispatch.Engine.
+
+    Args:
+        precision: of products in float32 layers: "float32", "bfloat16" or "int8".
+    """
+
+    def __init__(self, precision: str = "float32") -> None:
+        self.precision = precision
 
     def prepare(self, cell: Cell, weights: Weights) -> CPUDirection:
         """See dispatch.Engine."""
-        return CPUDirection(cell, weights)
+        return CPUDirection(cell, weights, self.precision)

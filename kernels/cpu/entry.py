@@ -280,8 +280,8 @@ BYTES = types.uint8[::1]
 HEAD = (INT, INT, INT, INT, INT, INTS, INTS)
 
 
-def _functions(whole: Any, work: Any, scalar: types.Float) -> tuple[Any, Any]:
-    task = task_type(scalar)
+def _functions(whole: Any, work: Any, scalar: types.Float, precision: str) -> tuple[Any, Any]:
+    task = task_type(scalar, precision)
     return (
         c_function(whole, types.void(INT, INT, INT, INT, task), **OPTIONS),
         c_function(work, types.void(INT, INT, INT, task), **OPTIONS),
@@ -293,21 +293,26 @@ def _pass(entry: Any, functions: tuple[Any, Any]) -> Pass:
 
 
 @once
-def _forward_functions(scalar: types.Float) -> tuple[Any, Any]:
-    return _functions(forward, forward_work, scalar)
+def _forward_functions(scalar: types.Float, precision: str = "float32") -> tuple[Any, Any]:
+    return _functions(forward, forward_work, scalar, precision)
 
 
 @once
-def _backward_functions(scalar: types.Float) -> tuple[Any, Any]:
-    return _functions(backward, backward_work, scalar)
+def _backward_functions(scalar: types.Float, precision: str = "float32") -> tuple[Any, Any]:
+    return _functions(backward, backward_work, scalar, precision)
 
 
 @once
-def forward_pass(scalar: types.Float, states: int) -> Pass:
+def forward_pass(scalar: types.Float, states: int, precision: str = "float32") -> Pass:
     """Compile, or load from Numba's cache; for cells with so many states."""
+    return _pass(_forward_entry(scalar, states), _forward_functions(scalar, precision))
+
+
+@once
+def _forward_entry(scalar: types.Float, states: int) -> Any:
     cube, matrices = types.Array(scalar, 3, "A"), types.UniTuple(types.Array(scalar, 2, "A"), states)
     signature = (*HEAD, cube, cube, matrices, FLAG, matrices, *SEQUENCES, BYTES)
-    return _pass(entry_point(enter_forward, *signature), _forward_functions(scalar))
+    return entry_point(enter_forward, *signature)
 
 
 @once
@@ -317,14 +322,19 @@ def again_pass() -> Any:
 
 
 @once
-def backward_pass(scalar: types.Float, states: int) -> Pass:
+def backward_pass(scalar: types.Float, states: int, precision: str = "float32") -> Pass:
     """Compile, or load from Numba's cache; for cells with so many states."""
+    return _pass(_backward_entry(scalar, states), _backward_functions(scalar, precision))
+
+
+@once
+def _backward_entry(scalar: types.Float, states: int) -> Any:
     vector, matrix, cube = scalar[::1], types.Array(scalar, 2, "A"), types.Array(scalar, 3, "A")
     matrices = types.UniTuple(matrix, states)
     arrays = (cube, cube, cube, cube, FLAG, FLAG, matrices, FLAG, matrices)
     gradients = (matrix, matrix, vector, vector, matrix, matrix)
     signature = (*HEAD, *arrays, *gradients, *SEQUENCES, BYTES, BYTES)
-    return _pass(entry_point(enter_backward, *signature), _backward_functions(scalar))
+    return entry_point(enter_backward, *signature)
 
 
 @once

@@ -26,6 +26,8 @@ from .memory import (
     sequence_of,
     set_rows,
     state_at_step,
+    store_rows,
+    stored_bytes,
     take_means,
     time_of,
     zero_padding,
@@ -62,7 +64,7 @@ def project_inputs(piece, task, own, cut, count, gates):
     registers = task.registers
     vector = registers.lanes * registers.size
     p = piece // cut
-    weights = task.input_weights + p * task.inputs * task.input_slots * task.gate
+    weights = task.input_weights + p * task.input_panel
     bias = task.bias + p * task.gates_row
     gates = gates + p * task.gates_panel
     blocks = blocks_of(count, task.input_rows)
@@ -77,8 +79,14 @@ def project_inputs(piece, task, own, cut, count, gates):
             start = task.input_slots * task.gate
             tile_product(
                 task.input_tile, last - first, bias, 0, gates + first * task.gates_row, task.gates_row,
-                own.inputs + first * 8, 0, weights, 0, task.inputs,
+                own.inputs + first * 8, 0, weights, 0, task.input_depth,
             )  # fmt: skip
+            if registers.integer:  # what rounding has left: of the input it would be most of the error
+                sums = gates + first * task.gates_row
+                tile_product(
+                    task.input_tile, last - first, sums, task.gates_row, sums, task.gates_row,
+                    own.rest + first * 8, 0, weights, 0, task.input_depth,
+                )  # fmt: skip
         for place in range(start, task.gates_row, vector):
             value = load(registers, bias + place)
             for row in range(first, last):
@@ -124,6 +132,8 @@ def note_inputs(task, own, start, end, count):
     """Note where the rows are that the products before the steps from start to end multiply."""
     if task.x != 0:
         note_rows(task, task.x, task.x_time, task.x_row, start, end, own.inputs)
+        if task.registers.value > 0 and not task.takes_gates:
+            store_rows(task, count, own.inputs, task.inputs, own.stored, own.rest)
     for n in range(task.more_inputs):
         given, table = input_at(task.input_table + n * INPUT_BYTES), own.more_inputs + n * count * 8
         if given.source == X:
@@ -159,6 +169,18 @@ def note_step(task, own, step, active, here, gates):
             if product.source == STATE:
                 start = own.here + product.place * task.states_plane
             note_uniform(start, task.width, active, rows)
+
+
+@inlined
+def store_operands(task, own, phase, active):
+    """Store what the products of a phase multiply; each thread for itself, in its own cache."""
+    if task.registers.value > 0:
+        to = own.stored
+        for n in range(phase.product, phase.product + phase.products):
+            product = product_at(task.product_table + n * PRODUCT_BYTES)
+            columns = task.hidden if product.late else task.outputs
+            store_rows(task, active, own.operands + n * task.batch * 8, columns, to, 0)
+            to += active * stored_bytes(task.registers, columns)
 
 
 @inlined
@@ -260,6 +282,7 @@ def take_place(task, own, thread, threads):
     own.first, own.second, own.third = start + task.at_first, start + task.at_second, start + task.at_third
     own.values, own.more_inputs = start + task.at_values, start + task.at_more_inputs
     own.p_entering = start + task.at_p_entering
+    own.stored, own.pairs, own.rest = start + task.at_stored, start + task.at_pairs, start + task.at_rest
 
 
 def forward_work(thread, threads, sync, task):
@@ -289,6 +312,7 @@ def forward_work(thread, threads, sync, task):
                 phase = phase_at(task.phase_table + n * PHASE_BYTES)
                 # there and back, so that a step begins with the weights that the one before left in cache
                 backwards = step % 2 == 1
+                store_operands(task, own, phase, active)
                 if together:
                     each(shares, task.panels * cut, backwards, run_panel, (task, own, cut, active, phase))
                 else:
@@ -301,6 +325,8 @@ def forward_work(thread, threads, sync, task):
             if task.every_state != 0:
                 write_states(task, own, step, active)
             if task.projected:
+                if task.registers.value > 0:
+                    store_rows(task, active, own.leaving, task.hidden, own.stored, 0)
                 call_rows_times_planes(
                     task.rows_times_planes,
                     (address_of(task), active, own.leaving, task.projection, own.low_output, own.high_output,

@@ -7,10 +7,33 @@ padding costs nothing.
 from __future__ import annotations
 
 from .records import EVERY, every_at
-from .simd import inlined, load, part, read, read_byte, read_int, splat, store, write, write_int, write_zero
+from .simd import (
+    inlined,
+    larger,
+    largest_lane,
+    load,
+    load_row,
+    part,
+    read,
+    read_byte,
+    read_int,
+    round_whole,
+    splat,
+    store,
+    store_values,
+    write,
+    write_int,
+    write_zero,
+)
+from .team import LINE
 
 OUTPUT, STATE, OPERAND = 0, 1, 2  # where a late gate finds what its weights multiply, after a step
 EVERY_BYTES = 8 * EVERY.words
+
+INTEGERS = 127.0  # the largest that a row is scaled to
+REST = 254.0  # times larger is what half of the last place is scaled by
+LARGEST = 3.4028234e38  # float32
+MOST_FACTOR = 2.0**126  # so that neither it nor one over it is infinite, or less than normal
 
 
 @inlined
@@ -138,6 +161,51 @@ def note_late_operands(task, start, end, source, place, primal, table):
     else:
         at = task.operands + shift + place * task.operands_plane + first * task.width
         note_uniform(at, task.width, last - first, table)
+
+
+@inlined
+def stored_bytes(registers, columns):
+    """Bytes of a stored row: a line with the scale at its end, then whole lines of values."""
+    return LINE + round_up(columns * registers.value, LINE)
+
+
+@part
+def store_rows(task, count, table, columns, target, rest):
+    """Store rows as products multiply them; their addresses take the place of the old ones in the table.
+
+    An integer row has the scale that its largest number needs: NaN if that is NaN or infinite, so that
+    all products of the row are NaN.  If `rest` is the address of another table and not 0, what rounding to
+    integers has left is stored as rows of their own, behind the others.
+    """
+    registers = task.registers
+    lanes, size, value = registers.lanes, registers.size, registers.value
+    stride = stored_bytes(registers, columns)
+    for row in range(count):
+        source, to = read_int(table + row * 8), target + row * stride + LINE
+        further, factor, scale = 0, 1.0, 1.0
+        if registers.integer:
+            magnitude = splat(registers, 0.0)
+            for k in range(0, columns, lanes):
+                magnitude = larger(magnitude, load_row(registers, source + k * size, columns - k))
+            most = largest_lane(magnitude)
+            factor = min(INTEGERS / most, MOST_FACTOR)
+            scale = 1.0 / factor if most <= LARGEST else most - most
+            write(registers, scale, to - size)
+            if rest != 0:
+                further = to + count * stride
+                write(registers, scale / REST, further - size)
+                write_int(further, rest + row * 8)
+        factors, scales = splat(registers, factor), splat(registers, scale)
+        for k in range(0, columns, lanes):
+            values = load_row(registers, source + k * size, columns - k)
+            if registers.integer:
+                scaled = values * factors
+                if further != 0:
+                    left = (values - round_whole(scaled) * scales) * factors
+                    store_values(registers, left * REST, further + k * value)
+                values = scaled
+            store_values(registers, values, to + k * value)
+        write_int(to, table + row * 8)
 
 
 @part

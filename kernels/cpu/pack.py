@@ -5,15 +5,36 @@
 * Planes, for the gradients and the projection: [vectors][k][lanes], a column of vectors for each vector
   of results; k goes through the hidden units of one gate after the other.
 
+Narrow weights (see spec.Operand) are made of these, [panels][group of k][gates * units][lanes][k of a group],
+and planes likewise; behind a panel of integers is what their sums start from, [gates * units][lanes], and
+their scales, likewise.
+
 What is padded is zero.  Weights may come in any layout: loops go along the memory of the two that there
 are, rows (PyTorch's) and columns (Keras's) that are contiguous.
 """
 
 from __future__ import annotations
 
-from .memory import round_up
+from .memory import INTEGERS, LARGEST, MOST_FACTOR, round_up
 from .shares import share
-from .simd import address, load_row, part, read, splat, store, transpose, write
+from .simd import (
+    address,
+    inlined,
+    larger,
+    load,
+    load_row,
+    minimum,
+    part,
+    read,
+    round_whole,
+    splat,
+    store,
+    store_group,
+    store_whole,
+    transpose,
+    where,
+    write,
+)
 from .work import captured, run
 
 SIDE = 128  # rows and columns that are transposed in turn: few enough pages to be found quickly
@@ -89,6 +110,66 @@ def planes_work(thread, threads, sync, arguments):
 def pack_planes(team, threads, patience, work, registers, weight, gates, hidden, padded, target):
     """Lay out the given gates of `weight` (all gates * hidden, columns) as [vectors][gates][padded]."""
     run(team, threads, patience, work, (registers, weight, gates, hidden, padded, target))
+
+
+@inlined
+def vector_at(registers, source, stride, k, depth):
+    """Vector k of `depth`; zero beyond."""
+    return load(registers, source + k * stride) if k < depth else splat(registers, 0.0)
+
+
+@part
+def narrow_vector(registers, source, source_stride, depth, target, target_stride):
+    """Make narrow weights of one vector's column."""
+    for k in range(0, depth, registers.group):
+        a, b, c, d = (
+            vector_at(registers, source, source_stride, k, depth),
+            vector_at(registers, source, source_stride, k + 1, depth),
+            vector_at(registers, source, source_stride, k + 2, depth),
+            vector_at(registers, source, source_stride, k + 3, depth),
+        )
+        store_group(registers, a, b, c, d, target + k // registers.group * target_stride)
+
+
+@part
+def scale_vector(registers, source, stride, depth, tail, tail_stride):
+    """Scale one vector's column to integers, in place, and write what is behind it.
+
+    A lane that has NaN or infinity has the scale NaN.
+    """
+    most, total = splat(registers, 0.0), splat(registers, 0.0)
+    for k in range(depth):
+        most = larger(most, load(registers, source + k * stride))
+    factor = minimum(INTEGERS / most, MOST_FACTOR)
+    store(where(most <= LARGEST, 1.0 / factor, most - most), tail + tail_stride)
+    for k in range(depth):
+        value = round_whole(load(registers, source + k * stride) * factor)
+        value = where(most <= LARGEST, value, 0.0)
+        total = total + value
+        store(value, source + k * stride)
+    # values that have no sign have 128 more than they mean
+    store_whole(total * (-128.0 if registers.value == 1 else 0.0), tail)
+
+
+def narrow_work(thread, threads, sync, arguments):
+    """What each thread does; see :func:`narrow`."""
+    registers, source, panels, depth, width, target = captured(arguments)
+    vector, groups = registers.lanes * registers.size, -(-depth // registers.group)
+    row = width * registers.column
+    panel = groups * row + width * registers.tail
+    low, high = share(panels, thread, threads)
+    for p in range(low, high):
+        for n in range(width):
+            column, to = source + (p * depth * width + n) * vector, target + p * panel
+            if registers.integer:
+                tail = to + groups * row + n * vector
+                scale_vector(registers, column, width * vector, depth, tail, width * vector)
+            narrow_vector(registers, column, width * vector, depth, to + n * registers.column, row)
+
+
+def narrow(team, threads, patience, work, registers, source, panels, depth, width, target):
+    """Make narrow weights of panels [panels][depth][width][lanes], which are lost; of planes with width 1."""
+    run(team, threads, patience, work, (registers, source, panels, depth, width, target))
 
 
 def transposed_work(thread, threads, sync, arguments):

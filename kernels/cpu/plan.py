@@ -13,8 +13,9 @@ from fusedlstm.once import lazy, once
 
 from . import team
 from .heads import Span, spans
-from .memory import round_up
+from .memory import round_up, stored_bytes
 from .phase import count
+from .product import GROUP
 from .program import program
 from .records import OWN, PANEL, TASK
 from .team import LINE
@@ -90,9 +91,15 @@ class Layer:
     """
 
     def __init__(
-        self, cell: Cell, scalar: types.Float, sizes: tuple[int, int, int], projected: bool, heads: int
+        self,
+        cell: Cell,
+        scalar: types.Float,
+        sizes: tuple[int, int, int],
+        projected: bool,
+        heads: int,
+        precision: str,
     ) -> None:
-        self.program = program(cell, scalar, projected)
+        self.program = program(cell, scalar, projected, precision)
         self.inputs, self.hidden, self.outputs = sizes
         self.heads = heads
         self.padded = round_up(self.hidden, self.program.panel)
@@ -105,7 +112,9 @@ class Layer:
         program = self.program
         columns = self.outputs // self.heads
         weights = self.hidden * columns * (len(program.cell.gates_with_recurrent) + program.projected)
-        return float(max(2 * weights * batch / FLOPS, weights * program.registers.size / BYTES))
+        operand = program.registers.operand
+        reading = weights * (operand.weight or program.registers.size) / BYTES
+        return float(max(2 * weights * batch / (FLOPS * operand.rate), reading))
 
     def plan(self, steps: int, batch: int) -> Plan:
         """The plan for sequences of `steps` steps, or fewer."""
@@ -119,8 +128,9 @@ class Layer:
 
     def _make_plan(self, steps: int, batch: int) -> Plan:
         program = self.program
+        rate = FLOPS * program.registers.operand.rate
         rows = 0 if program.cell.takes_gates else len(program.input_order) * self.hidden
-        project = 2 * rows * self.inputs * batch / FLOPS
+        project = 2 * rows * self.inputs * batch / rate
         alone = steps * (self.step_time(batch) + project)
         meetings = START + steps * BARRIER * (len(program.steps) + program.projected)
         panels = self.padded // program.panel
@@ -161,7 +171,8 @@ class Layer:
         end = fields["memory_end"]
         products = 1 + len(program.late_order)
         inputs = batch * chunk * (2 + products if tangents else 1)
-        space = self._thread_space(fields, batch, inputs, products, program.means, 0)
+        stored = 0 if program.cell.takes_gates else batch * chunk
+        space = self._thread_space(fields, batch, inputs, products, program.means, 0, stored)
         fields["at_more_inputs"] = fields["at_inputs"] + batch * chunk * 8
         fields["queues"], fields["thread_space"] = end, end + threads * LINE
         fields["memory_end"] = end + threads * (LINE + space)
@@ -183,7 +194,8 @@ class Layer:
         if tangents:  # the same once more
             fields["moved_shift"] = end - fields["carried"]
             end += fields["moved_shift"]
-        space = self._thread_space(fields, batch, 0, 0, count(cuts, "sum"), batch * chunk)
+        # rows of the gradient of the output are stored like those of a product
+        space = self._thread_space(fields, batch, 0, 1, count(cuts, "sum"), batch * chunk)
         fields["d_queues"], fields["d_thread_space"] = end, end + 2 * threads * LINE
         fields["scratch_end"] = end + threads * (2 * LINE + space)
         return _filled(words, fields, fields["scratch_end"])
@@ -217,13 +229,21 @@ class Layer:
             "output_width": round_up(self.outputs, program.panel) * size,
             "kept_plane": batch * panels * gate,
             "mean_row": mean, "means_plane": mean, "partials_plane": panels * program.units * mean,
+            "input_depth": program.groups(self.inputs),
+            "input_panel": program.weights_bytes(len(program.input_order) * program.units, self.inputs),
         }  # fmt: skip
         return np.zeros(len(TASK), np.int64), fields
 
     @lazy
+    def panel_spans(self) -> list[Span]:
+        """The panels of the recurrent weights, and the columns that they meet."""
+        return spans(self.hidden, self.heads, self.program.panel, self.program.registers.group)
+
+    @lazy
     def spans(self) -> list[Span]:
         """The vectors of what the recurrent weights multiply, and the units that they meet."""
-        return spans(self.hidden, self.heads, self.program.registers.lanes)
+        registers = self.program.registers
+        return spans(self.hidden, self.heads, registers.lanes, registers.group)
 
     def panel_table(self, array: np.ndarray, gates: int, columns: int, recurrent: bool = True) -> np.ndarray:
         """Panels of so many gates as records.PANEL, where `array` has them; none if it is empty.
@@ -232,16 +252,15 @@ class Layer:
             columns: of all weights.
             recurrent: whether they are cut into heads.
         """
-        size, panel, rows = self.program.registers.size, self.program.panel, []
-        cut = [Span(0, self.padded // panel, 0, columns)]
+        program, rows = self.program, []
+        cut = [Span(0, self.padded // program.panel, 0, columns, 0)]
         if recurrent and self.heads > 1:
-            cut = spans(self.hidden, self.heads, panel)
+            cut = self.panel_spans
         place = int(array.ctypes.data)
         for span in cut if array.size else ():
-            depth = span.stop - span.start
             for _ in range(span.low, span.high):
-                rows.append((place, span.start * size, depth))
-                place += depth * gates * panel * size
+                rows.append((place, span.begin * self._value, program.groups(span.depth)))
+                place += program.weights_bytes(gates * program.units, span.depth)
         return np.array(rows, np.int64).reshape(-1, PANEL.words)
 
     def planes_table(self, array: np.ndarray, depth: int, columns: int, gates: int = 0) -> np.ndarray:
@@ -252,18 +271,24 @@ class Layer:
             columns: of all weights.
             gates: if they are cut into heads, so that a plane meets some units of each of these.
         """
-        size, lanes, rows = self.program.registers.size, self.program.registers.lanes, []
+        program, place, rows = self.program, int(array.ctypes.data), []
         if not array.size:
             return np.zeros(0, np.int64)
-        place, vector = int(array.ctypes.data), lanes * size
         if not gates or self.heads == 1:
-            return np.array([(0, -(-columns // lanes), place, 0, depth, 1, 0)], np.int64)
-        for low, high, start, stop in self.spans:
-            plane = gates * (stop - start) * vector
-            step = self.padded * size
-            rows.append((low, high, place - low * plane, start * size, stop - start, gates, step))
-            place += (high - low) * plane
+            vectors = -(-columns // program.registers.lanes)
+            return np.array([(0, vectors, place, 0, program.groups(depth), 1, 0)], np.int64)
+        for span in self.spans:
+            plane = gates * program.weights_bytes(1, span.depth)
+            where = place - span.low * plane, span.begin * self._value
+            meets = program.groups(span.depth), gates, self.padded * self._value
+            rows.append((span.low, span.high, *where, *meets))
+            place += (span.high - span.low) * plane
         return np.array(rows, np.int64)
+
+    @property
+    def _value(self) -> int:
+        """Bytes of a value of a row as products multiply it."""
+        return int(self.program.registers.value or self.program.registers.size)
 
     def _lay_out_memory(
         self, fields: dict[str, int], batch: int, rows: int, gate_rows: int, kept: int
@@ -300,11 +325,14 @@ class Layer:
         (B, H); of the other states (S, B, H); of the initial output and the other initial states; of the
         learned vectors (V, H).  What a phase hands on (kept, B, H); products with the weights of late gates
         (late, B, H); sums over the units of a vector (means, vectors, B).  Gradients of the gates (rows of a
-        chunk, slots, H), and of the output, if it is projected (rows of a chunk, P).
+        chunk, slots, H), the same once more as products multiply them, if that is something else, and of the
+        output, if it is projected (rows of a chunk, P).
         """
-        program, width = self.program, fields["width"]
+        program, registers, width = self.program, self.program.registers, fields["width"]
         # a line more than the row needs, so that the rows of a column do not fall on the same cache set
         fields["d_row"] = round_up(width * fields["slots"], LINE) + LINE
+        fields["d_stored_slot"] = width // registers.size * registers.value
+        fields["d_stored_row"] = round_up(fields["d_stored_slot"] * fields["slots"], LINE) + LINE
         states = fields["further"] * fields["kept_plane"]
         _place_in_turn(
             fields, HEADER + 32 * (1 + fields["further"]), "scratch_end",
@@ -315,14 +343,25 @@ class Layer:
             products_of_late=fields["late"] * fields["kept_plane"],
             d_partials=means * fields["partials_plane"],
             d=chunk_rows * fields["d_row"],
+            d_stored=chunk_rows * fields["d_stored_row"] if registers.value else 0,
             d_outputs=chunk_rows * fields["output_width"] if program.projected else 0,
         )  # fmt: skip
+        if not registers.value:
+            fields |= {"d_stored": fields["d"], "d_stored_row": fields["d_row"], "d_stored_slot": width}
 
     def _thread_space(
-        self, fields: dict[str, int], batch: int, inputs: int, products: int, means: int, chunk_rows: int
+        self,
+        fields: dict[str, int],
+        batch: int,
+        inputs: int,
+        products: int,
+        means: int,
+        chunk_rows: int,
+        input_rows: int = 0,
     ) -> int:
         """Where what is where in the space of a thread, and its size: its record, tables of row addresses,
-        the means of a step, and room for tiles."""
+        the means of a step, room for tiles, and rows as products multiply them: those of the input, or later
+        those of the products of a step."""
         registers = self.program.registers
         vector = registers.lanes * registers.size
         row = batch * 8
@@ -332,9 +371,28 @@ class Layer:
             at_operands=products * row, at_p_entering=row, at_means=means * fields["mean_row"],
             at_scratch=registers.rows(PLANES) * PLANES * vector,
             at_first=chunk_rows * 8, at_second=chunk_rows * 8, at_third=chunk_rows * 8,
-            at_values=chunk_rows * PLANES * vector,
+            at_values=chunk_rows * PLANES * vector, at_stored=self._stored(batch * products, input_rows),
+            at_pairs=self._pairs(chunk_rows), at_rest=input_rows * 8,
         )  # fmt: skip
         return size
+
+    def _pairs(self, rows: int) -> int:
+        """Bytes of the groups of rows of gradients that a piece of the weights' gradients is made of."""
+        program, registers = self.program, self.program.registers
+        if registers.group == 1:
+            return 0
+        gates = max(len(program.input_order), len(program.recurrent_order), 1)
+        units = max(gates * GROUP * program.panel, self.outputs + registers.lanes)
+        return int(program.groups(rows) * units * registers.size)
+
+    def _stored(self, rows: int, input_rows: int) -> int:
+        """Bytes of stored rows of products, or of the input."""
+        registers = self.program.registers
+        if not registers.value:
+            return 0
+        of_products = rows * stored_bytes(registers, max(self.hidden, self.outputs))
+        terms = 2 if registers.integer else 1
+        return int(max(of_products, terms * input_rows * stored_bytes(registers, self.inputs)))
 
 
 def _place_in_turn(fields: dict[str, int], start: int, end: str, **sizes: int) -> int:
@@ -355,11 +413,18 @@ def _filled(words: np.ndarray, fields: dict[str, int], nbytes: int) -> Task:
 
 @once
 def layer(
-    cell: Cell, dtype: np.dtype[Any], inputs: int, hidden: int, outputs: int, projected: bool, heads: int
+    cell: Cell,
+    dtype: np.dtype[Any],
+    inputs: int,
+    hidden: int,
+    outputs: int,
+    projected: bool,
+    heads: int,
+    precision: str = "float32",
 ) -> Layer:
     """The same object for equal arguments."""
     scalar = types.float32 if dtype == np.float32 else types.float64
-    return Layer(cell, scalar, (inputs, hidden, outputs), projected, heads)
+    return Layer(cell, scalar, (inputs, hidden, outputs), projected, heads, precision)
 
 
 def threads_for(work: float) -> tuple[int, int, int]:

@@ -15,9 +15,11 @@ from fusedlstm.once import once
 from .compile import c_function
 from .records import planes_at, task_type
 from .shares import share
-from .simd import OPTIONS, inlined, load, load_row, part, read_int, splat, store, store_row
-from .tile import PLANES, plane_rows, tile_product
+from .simd import OPTIONS, inlined, load, load_row, part, read_int, splat, store, store_group, store_row
+from .tile import PLANES, outer_rows, plane_rows, tile_product
 from .work import calling
+
+GROUP = 4  # panels whose weights' gradients are a piece of the work
 
 
 def rows_times_planes(task, count, a_rows, b, low, high, out_rows, out_length, accumulate, scratch):
@@ -30,7 +32,7 @@ def rows_times_planes(task, count, a_rows, b, low, high, out_rows, out_length, a
     vector = registers.lanes * registers.size
     planes = planes_at(b)
     low, high = max(low, planes.low), min(high, planes.high)
-    stretch, stride = planes.depth * vector, PLANES * vector
+    stretch, stride = planes.depth * registers.column + registers.tail, PLANES * vector
     plane = planes.stretches * stretch
     blocks = -(-count // plane_rows(registers))
     for block in range(blocks):
@@ -68,7 +70,7 @@ def rows_times_planes(task, count, a_rows, b, low, high, out_rows, out_length, a
 
 def add_outer(
     task, d, d_stride, d_slot, count, low, high, gates, gate_count, panel, hidden, begin_unit, end_unit,
-    rows, shift, columns, target, stride, first, values, scratch,
+    rows, shift, columns, target, stride, first, values, scratch, pairs,
 ):  # fmt: skip
     """Add `d.T @ values` to the rows of a weight gradient of the panels low to high, of the units from
     `begin_unit` to `end_unit`.
@@ -76,11 +78,15 @@ def add_outer(
     `d` is the address of (count, gates, H), with rows `d_stride` and gates `d_slot` bytes apart; `rows` that
     of the table of the `count` rows of values, which begin `shift` bytes behind these addresses; `gates` that
     of the places of the gates in `target`, whose rows are `stride` bytes apart; if `first`, the target is
-    written.
+    written.  `values` and `pairs` have room for what of the values and of `d` is multiplied at once.
     """
     registers = task.registers
     lanes, size = registers.lanes, registers.size
     vector = lanes * size
+    low, high = max(low, begin_unit // panel), min(high, -(-end_unit // panel))
+    groups = -(-count // registers.group)
+    if registers.group > 1:
+        pair_rows(registers, d, d_stride, d_slot, count, low, high, gate_count, panel, pairs)
     column = 0
     while column < columns:
         wide, tile = 1, task.thin_outer_tile
@@ -91,12 +97,16 @@ def add_outer(
         for p in range(low, high):
             start = max(p * panel, begin_unit)
             units = min((p + 1) * panel, end_unit) - start
-            blocks = -(-units // plane_rows(registers))
+            blocks = -(-units // outer_rows(registers))
             for gate in range(gate_count):
                 for block in range(blocks):
                     begin, end = share(units, block, blocks)
-                    a = d + gate * d_slot + (start + begin) * size
-                    row = read_int(gates + gate * 8) * hidden + start + begin
+                    begin, end = start + begin, start + end
+                    a, a_stride = d + gate * d_slot + begin * size, d_stride
+                    if registers.group > 1:
+                        place = (gate * (high - low) + p - low) * groups * panel + begin - p * panel
+                        a, a_stride = pairs + place * size, panel * size
+                    row = read_int(gates + gate * 8) * hidden + begin
                     to = target + row * stride + column * size
                     sums, sums_stride = to, stride
                     if not whole:
@@ -104,17 +114,46 @@ def add_outer(
                     if first or not whole:
                         clear(registers, end - begin, wide, sums, sums_stride)
                     tile_product(
-                        tile, end - begin, sums, sums_stride, sums, sums_stride, a, d_stride, values, 0, count
-                    )
+                        tile, end - begin, sums, sums_stride, sums, sums_stride, a, a_stride, values, 0,
+                        groups,
+                    )  # fmt: skip
                     if not whole:
                         add_tile(registers, end - begin, wide, scratch, to, stride, columns - column, first)
         column += wide * lanes
 
 
 @inlined
+def pair_rows(registers, d, d_stride, d_slot, count, low, high, gate_count, panel, pairs):
+    """Lay out the rows of some panels in groups, [gates][panels][groups][units]."""
+    size = registers.size
+    vector = registers.lanes * size
+    for gate in range(gate_count):
+        for p in range(low, high):
+            for n in range(0, count, registers.group):
+                for place in range(0, panel * size, vector):
+                    source = d + gate * d_slot + p * panel * size + n * d_stride + place
+                    first = load(registers, source)
+                    second = load(registers, source + d_stride) if n + 1 < count else splat(registers, 0.0)
+                    store_group(registers, first, second, first, second, pairs)
+                    pairs += vector
+
+
+@inlined
 def pack_columns(registers, count, rows, shift, column, columns, wide, values):
-    """Lay out some vectors of columns of rows next to each other."""
+    """Lay out some vectors of columns of rows next to each other, in groups of rows."""
     vector = registers.lanes * registers.size
+    if registers.group > 1:
+        for n in range(0, count, registers.group):
+            for v in range(wide):
+                left = columns - column - v * registers.lanes
+                place = shift + column * registers.size + v * vector
+                first = load_row(registers, read_int(rows + n * 8) + place, left)
+                second = splat(registers, 0.0)
+                if n + 1 < count:
+                    second = load_row(registers, read_int(rows + (n + 1) * 8) + place, left)
+                store_group(registers, first, second, first, second, values)
+                values += vector
+        return
     for n in range(count):
         source = read_int(rows + n * 8) + shift + column * registers.size
         for v in range(wide):
@@ -162,15 +201,16 @@ def add_rows(task, d, d_stride, d_slot, count, low, high, gates, gate_count, tar
             store_row(registers, total, to, valid)
 
 
-PLANES_ARGUMENTS, OUTER_ARGUMENTS = 10, 21
+PLANES_ARGUMENTS, OUTER_ARGUMENTS = 10, 22
 call_rows_times_planes, call_add_outer = calling(PLANES_ARGUMENTS), calling(OUTER_ARGUMENTS)
 
 
 @once
-def routines(scalar: types.Float) -> tuple[Any, Any]:
+def routines(scalar: types.Float, precision: str = "float32") -> tuple[Any, Any]:
     """The compiled `rows_times_planes` and `add_outer`; keep them as long as their addresses are used."""
+    task = task_type(scalar, precision)
     planes, outer = (
-        c_function(function, types.void(task_type(scalar), *[types.int64] * (count - 1)), **OPTIONS)
+        c_function(function, types.void(task, *[types.int64] * (count - 1)), **OPTIONS)
         for function, count in ((rows_times_planes, PLANES_ARGUMENTS), (add_outer, OUTER_ARGUMENTS))
     )
     return planes, outer

@@ -26,10 +26,10 @@ WIDTH = 4  # vectors that a tile should have at least, to hide the latency of it
 
 
 class Program:
-    """A cell in a precision, with or without a projection, as the kernels run it.
+    """A cell on such numbers, with or without a projection, as the kernels run it.
 
     Attributes:
-        cell, scalar, projected: what it is of.
+        cell, scalar, projected, precision: what it is of; the precision is that of products.
         registers: what kernels are compiled for.
         units: vectors of hidden units that a panel holds of each gate.
         panel: hidden units of a panel.
@@ -44,9 +44,9 @@ class Program:
         ring: steps whose states are held if no tape is kept.
     """
 
-    def __init__(self, cell: Cell, scalar: types.Float, projected: bool) -> None:
-        self.cell, self.scalar, self.projected = cell, scalar, projected
-        self.registers = Registers(scalar)
+    def __init__(self, cell: Cell, scalar: types.Float, projected: bool, precision: str = "float32") -> None:
+        self.cell, self.scalar, self.projected, self.precision = cell, scalar, projected, precision
+        self.registers = Registers(scalar, precision)
         recurrent, inputs = len(cell.recurrent_gates), len(cell.input_gates)
         self.units = max(1, WIDTH // max(recurrent, -(-inputs // 2)))
         self.panel = self.units * self.registers.lanes
@@ -94,15 +94,23 @@ class Program:
 
     def tile(self, gates: int) -> int:
         """The address of the table of a panel's tile for so many gates."""
-        return int(tile_table(self.scalar, "panel", gates * self.units).ctypes.data)
+        return int(tile_table(self.scalar, "panel", gates * self.units, self.precision).ctypes.data)
+
+    def groups(self, depth: int) -> int:
+        """How many groups so many neighbours in k make."""
+        return int(-(-depth // self.registers.group))
+
+    def weights_bytes(self, width: int, depth: int) -> int:
+        """Bytes of the weights of a panel so many vectors wide; of a plane, with width 1."""
+        return int(width * (self.groups(depth) * self.registers.column + self.registers.tail))
 
     @lazy
     def routines(self) -> dict[str, int]:
         """The addresses of what is compiled for a precision only, by their names in a task."""
         kinds = {"planes": ("planes", PLANES), "plane": ("planes", 1)}
         kinds |= {"outer": ("outer", PLANES), "thin_outer": ("outer", 1)}
-        tables = {name: tile_table(self.scalar, *kind) for name, kind in kinds.items()}
-        planes, outer = routines(self.scalar)
+        tables = {name: tile_table(self.scalar, *kind, self.precision) for name, kind in kinds.items()}
+        planes, outer = routines(self.scalar, self.precision)
         found = {f"{name}_tile": int(table.ctypes.data) for name, table in tables.items()}
         return found | {"rows_times_planes": planes.address, "add_outer": outer.address}
 
@@ -125,7 +133,8 @@ class Program:
     def _forward_table(self, cuts: tuple[Phase, ...], places: Any, kind: str) -> np.ndarray:
         rows, products, means = [], 0, 0
         for cut, address, here in zip(cuts, self._addresses(cuts, places, kind), self._products(cuts)):
-            most = min([MOST_ROWS, *[self.registers.rows(len(gates) * self.units) for gates, _ in here]])
+            highest = [self.registers.rows(len(gates) * self.units) for gates, _ in here]
+            most = min(highest, default=MOST_ROWS)
             sums = phase.count([cut], "sum")
             rows.append((address, products, len(here), most, means, sums, self._centers(cut)))
             products, means = products + len(here), means + sums
@@ -262,6 +271,6 @@ def _table(rows: list[Any], record: Any) -> np.ndarray:
 
 
 @once
-def program(cell: Cell, scalar: types.Float, projected: bool) -> Program:
+def program(cell: Cell, scalar: types.Float, projected: bool, precision: str = "float32") -> Program:
     """The same object for equal arguments."""
-    return Program(cell, scalar, projected)
+    return Program(cell, scalar, projected, precision)

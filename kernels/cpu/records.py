@@ -37,7 +37,8 @@ WEIGHT_FIELDS = """
 # addresses of these are added.
 MEMORY_FIELDS = "initial states operands raw means gates kept partials queues thread_space memory_end"
 SCRATCH_FIELDS = """
-    carried d_raw d_states d_initial d_initial_states d_learned d_kept products_of_late d_partials d d_outputs
+    carried d_raw d_states d_initial d_initial_states d_learned d_kept products_of_late d_partials d d_stored
+    d_outputs
     d_queues d_thread_space scratch_end
 """
 PLAN_FIELDS = """
@@ -51,6 +52,7 @@ PLAN_FIELDS = """
     mean_row means_plane taped_means_plane partials_plane  d_row thread_bytes  tangents moved_shift
     at_inputs at_entering at_leaving at_projected at_offsets at_operands at_means at_scratch
     at_first at_second at_third at_values  at_more_inputs at_p_entering
+    at_stored input_depth input_panel  at_pairs at_rest d_stored_row d_stored_slot
 """
 TASK_FIELDS = " ".join([CALL_FIELDS, WEIGHT_FIELDS, MEMORY_FIELDS, SCRATCH_FIELDS, PLAN_FIELDS])
 # Of one thread: where things are at a step, and its own space.
@@ -58,7 +60,7 @@ OWN_FIELDS = """
     thread threads low high low_vector high_vector low_output high_output
     inputs entering leaving projected offsets operands means scratch  first second third values
     gates here operand_rows taped_means carried carried_row d kept partials
-    more_inputs p_entering
+    more_inputs p_entering stored rest  d_stored pairs
 """
 
 
@@ -87,18 +89,18 @@ TASK = {field: n for n, field in enumerate(TASK_FIELDS.split())}  # places in th
 
 
 @once
-def task_type(scalar: types.Float) -> Record:
-    """The record of a pass in a precision."""
-    return Record("task", TASK_FIELDS, True, Registers(scalar))
+def task_type(scalar: types.Float, precision: str = "float32") -> Record:
+    """The record of a pass on such numbers, with products in a precision."""
+    return Record("task", TASK_FIELDS, True, Registers(scalar, precision))
 
 
 OWN = Record("own", OWN_FIELDS, constant=False)
 PHASE = Record("phase", "address product products rows mean means centers", constant=True)
 PRODUCT = Record("product", "tile offset panels late source place", constant=True)
-# Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many numbers.
+# Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many groups.
 PANEL = Record("panel", "weights shift depth", constant=True)
 # Of the planes of the vectors from `low` to `high`: where those of vector 0 would be; bytes from the start
-# of a row to what they multiply; how many numbers that is, and in how many stretches, so many bytes apart.
+# of a row to what they multiply; how many groups that is, and in how many stretches, so many bytes apart.
 PLANES_OF = Record("planes", "low high weights shift depth stretches step", constant=True)
 LATE = Record(
     "late",

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, lower_builtin, models, overload, register
 
 from .compile import Part
 
-INT64 = ir.IntType(64)
+INT64, INT32 = ir.IntType(64), ir.IntType(32)
 
 # Without reference counts, since all memory belongs to who calls a kernel, and as in C when dividing by 0.
 OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
@@ -39,6 +39,22 @@ def inlined(function: Any) -> Any:
 def _on_vectors(function: Any) -> Any:
     """Like `numba.extending.overload`, inlined."""
     return overload(function, jit_options={"forceinline": True, **INNER})
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no type for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BFLOAT = _BFloat()
 
 
 class Vector(types.Type):
@@ -404,6 +420,130 @@ def address(typingctx: Any, array: Any) -> Any:
         return builder.ptrtoint(view.data, INT64)
 
     return types.int64(array), codegen
+
+
+# --- narrow numbers -------------------------------------------------------------------------
+
+# Added to a float32 that is small enough, it leaves the nearest integer in the lowest bits.
+_INTEGER = 1.5 * 2**23
+
+
+def _whole(builder: ir.IRBuilder, x: ir.Value, registers: Any) -> ir.Value:
+    """The nearest integers of the lanes as 32 bits, of which the lower 16 are meant."""
+    shift = ir.Constant(x.type, [_INTEGER] * registers.lanes)
+    return builder.bitcast(builder.fadd(x, shift), ir.VectorType(INT32, registers.lanes))
+
+
+def _bfloat16_bits(builder: ir.IRBuilder, x: ir.Value, registers: Any) -> ir.Value:
+    """The lanes rounded to bfloat16, to even where two are equally near, in the lower 16 of 32 bits."""
+    kind = ir.VectorType(INT32, registers.lanes)
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(kind, [value] * registers.lanes)
+
+    bits = builder.bitcast(x, kind)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
+    return builder.select(builder.fcmp_unordered("uno", x, x), constant(0x7FC0), rounded)
+
+
+@intrinsic
+def store_values(typingctx: Any, registers: Any, vector: Any, address: Any) -> Any:
+    """Write the lanes of a vector, neighbours in k, as values of a row; integers have their scale already.
+
+    Where weights are signed and values are not, 128 is added to them.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, lanes, value = args[1], registers.lanes, registers.value
+        if not value:  # rows are read where they are, and nobody comes here
+            return context.get_dummy_value()
+        if registers.operand.instruction == "dpbf16ps":
+            narrow = builder.fptrunc(x, ir.VectorType(BFLOAT, lanes))
+        elif not registers.integer:
+            bits = _bfloat16_bits(builder, x, registers)
+            narrow = builder.shl(bits, ir.Constant(bits.type, [16] * lanes))
+        else:
+            bits = _whole(builder, x, registers)
+            if value == 1:
+                bits = builder.xor(bits, ir.Constant(bits.type, [128] * lanes))
+            narrow = builder.trunc(bits, ir.VectorType(ir.IntType(8 * value), lanes))
+        builder.store(narrow, _pointer(builder, args[2], narrow.type), align=value)
+        return context.get_dummy_value()
+
+    return types.void(registers, registers.vector, types.int64), codegen
+
+
+@intrinsic
+def store_group(typingctx: Any, registers: Any, a: Any, b: Any, c: Any, d: Any, address: Any) -> Any:
+    """Write a vector of weights for a group, whose neighbours in k are a, b, c and d, or a and b alone."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if registers.group == 1:  # numbers as they are, and nobody comes here
+            return context.get_dummy_value()
+        narrow = _whole if registers.integer else _bfloat16_bits
+        lanes, width = registers.lanes, 8 * registers.operand.weight
+        kind = ir.VectorType(INT32, lanes)
+        total: Any = ir.Constant(kind, None)
+        for n, x in enumerate(args[1 : 1 + registers.group]):
+            low = builder.and_(narrow(builder, x, registers), ir.Constant(kind, [(1 << width) - 1] * lanes))
+            low = builder.shl(low, ir.Constant(kind, [n * width] * lanes))
+            total = builder.or_(total, low)
+        if width * registers.group < 32:
+            total = builder.trunc(total, ir.VectorType(ir.IntType(width * registers.group), lanes))
+        builder.store(total, _pointer(builder, args[5], total.type), align=registers.operand.weight)
+        return context.get_dummy_value()
+
+    vector = registers.vector
+    return types.void(registers, vector, vector, vector, vector, types.int64), codegen
+
+
+@intrinsic
+def store_whole(typingctx: Any, vector: Any, address: Any) -> Any:
+    """Write the lanes, which are whole numbers, as integers of 32 bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        whole = builder.fptosi(args[0], vector.bits)
+        builder.store(whole, _pointer(builder, args[1], vector.bits), align=4)
+        return context.get_dummy_value()
+
+    return types.void(vector, types.int64), codegen
+
+
+@intrinsic
+def round_whole(typingctx: Any, vector: Any) -> Any:
+    """The nearest integers."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call_ir(builder, f"llvm.rint.{vector.suffix}", vector.ir, args[0])
+
+    return vector(vector), codegen
+
+
+@intrinsic
+def larger(typingctx: Any, x: Any, y: Any) -> Any:
+    """The larger magnitude in each lane; NaN counts as larger than infinity."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        sign = ir.Constant(x.bits, [(1 << (x.scalar.bitwidth - 1)) - 1] * x.lanes)
+        a, b = (builder.and_(builder.bitcast(arg, x.bits), sign) for arg in args)
+        return builder.bitcast(builder.select(builder.icmp_unsigned(">", a, b), a, b), x.ir)
+
+    return x(x, x), codegen
+
+
+@intrinsic
+def largest_lane(typingctx: Any, x: Any) -> Any:
+    """The largest lane of a vector of magnitudes; NaN counts as larger than infinity."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], x.bits)
+        most = call_ir(
+            builder, f"llvm.vector.reduce.umax.v{x.lanes}i{x.scalar.bitwidth}", x.bits.element, bits
+        )
+        return builder.bitcast(most, x.ir.element)
+
+    return x.scalar(x), codegen
 
 
 # --- the functions of fusedlstm.math --------------------------------------------------------

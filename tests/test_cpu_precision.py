@@ -5,12 +5,13 @@ That is far tighter than what the precisions allow against exact products, which
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
 from checks import ALL, error, five_gates, late_and_means, name, other_operand
-from test_cpu_engine import SHARED, SIZES, Case, Problem, cast, problem, several_threads
+from test_cpu_engine import GIVEN, HEADS, SHARED, SIZES, Case, Problem, cast, problem, several_threads
 from test_cpu_spec import AVX2, AVX512, SSE, X86, python
 
 import fusedlstm
@@ -69,9 +70,12 @@ def named(y: np.ndarray, final: Any) -> Found:
     return {"y": y, **{f"final {n}": state for n, state in enumerate(final)}}
 
 
-def narrow_weights(weights: Weights, precision: str) -> Weights:
-    """Weights of the reference whose products are rounded."""
+def narrow_weights(cell: Cell, weights: Weights, precision: str) -> Weights:
+    """Weights of the reference whose products are rounded; heads have zeros between them."""
     ih, hh, bias_ih, bias_hh, hr, vectors = weights
+    if hh is not None and hr is None:
+        parts, hidden = np.split(hh, len(cell.gates_with_recurrent)), cell.hidden_size(weights)
+        hh = np.concatenate([reference.block_diagonal(part, hidden) for part in parts])
     of_input = "int8 twice" if precision == "int8" else precision
     ih, hh, hr = rounding(ih, of_input), rounding(hh, precision), rounding(hr, precision)
     return Weights(ih, hh, bias_ih, bias_hh, hr, vectors)
@@ -79,7 +83,7 @@ def narrow_weights(weights: Weights, precision: str) -> Weights:
 
 def expected(cell: Cell, p: Problem, case: Case, precision: str | None) -> Found:
     """What the reference says in float64, with rounded products if a precision is given."""
-    weights = narrow_weights(p.weights, precision) if precision else p.weights
+    weights = narrow_weights(cell, p.weights, precision) if precision else p.weights
     y, final, _ = reference.forward(cell, weights, p.x, p.initial, p.lengths, p.reset, case.reverse)
     return named(np.asarray(y), [np.asarray(state) for state in final])
 
@@ -123,16 +127,75 @@ def test_training_in_bfloat16(cell: Cell, case: Case) -> None:
     x, dy, dx = (array.astype(np.float32) for array in (p.x, p.dy, p.dx))
     initial, dfinal = (tuple(s.astype(np.float32) for s in states) for states in (p.initial, p.dfinal))
     y, final = np.full_like(dy, np.nan), tuple(np.full_like(s, np.nan) for s in initial)
-    tape = made.forward(x, initial, y, final, p.lengths, p.reset, case.reverse, True)
-    dinitial, grads = made.backward(tape, dy, dfinal, dx, True)
-    weights = narrow_weights(p.weights, "bfloat16")
+    states, dstates = (tuple(s.astype(np.float32) for s in p.dstates) if case.every else None for _ in "ab")
+    tape = made.forward(x, initial, y, final, p.lengths, p.reset, case.reverse, True, states)
+    dinitial, grads = made.backward(tape, dy, dfinal, dx, True, dstates)
+    weights = narrow_weights(cell, p.weights, "bfloat16")
     *_, taped = reference.forward(cell, weights, p.x, p.initial, p.lengths, p.reset, case.reverse)
-    dx_wanted, dinitial_wanted, grads_wanted = reference.backward(taped, p.dy, p.dfinal)
+    for found, wanted in zip(states or (), taped.states):
+        assert error(found, np.asarray(wanted)) < CLOSE["bfloat16"]
+    dx_wanted, dinitial_wanted, grads_wanted = reference.backward(
+        taped, p.dy, p.dfinal, p.dstates if case.every else ()
+    )
+    if grads.hh is not None and case.heads > 1:
+        parts = np.split(np.asarray(grads_wanted.hh), len(cell.gates_with_recurrent))
+        own = [reference.diagonal_blocks(part, case.hidden // case.heads) for part in parts]
+        grads_wanted = grads_wanted._replace(hh=np.concatenate(own))
     assert error(dx, p.dx + np.asarray(dx_wanted)) < 3e-3
     for found, wanted in zip(dinitial, dinitial_wanted):
         assert error(found, np.asarray(wanted)) < 3e-3
     for found, wanted in zip(flatten(grads), flatten(grads_wanted)):
         assert error(found, np.asarray(wanted)) < 6e-3
+
+
+# Heads that begin within a group, and with it, of less than one, and whose last ends where rows do.
+NARROW_HEADS = [*HEADS, (30, 15), (48, 16), (130, 10)]
+
+
+@pytest.mark.parametrize("case", SIZES[1:3], ids=str)
+@pytest.mark.parametrize(("hidden", "heads"), NARROW_HEADS)
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
+@pytest.mark.parametrize("precision", NARROW)
+def test_heads(precision: str, cell: Cell, hidden: int, heads: int, case: Case) -> None:
+    check(cell, case._replace(hidden=hidden, heads=heads), precision)
+
+
+@pytest.mark.parametrize(("hidden", "heads"), NARROW_HEADS)
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
+def test_training_heads_in_bfloat16(cell: Cell, hidden: int, heads: int) -> None:
+    test_training_in_bfloat16(cell, SIZES[2]._replace(hidden=hidden, heads=heads))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("cell", GIVEN, ids=name)
+@pytest.mark.parametrize("precision", NARROW)
+def test_gate_inputs(precision: str, cell: Cell, heads: int) -> None:
+    case = SIZES[2]._replace(heads=heads)
+    check(cell, case, precision)
+    if precision == "bfloat16":
+        test_training_in_bfloat16(cell, case)
+
+
+@pytest.mark.parametrize("cell", [cells.lstm, late_and_means, GIVEN[0]], ids=name)
+@pytest.mark.parametrize("precision", NARROW)
+def test_a_bound_pass_keeps_what_it_multiplies(precision: str, cell: Cell) -> None:
+    """A step at a time, after everything else that knew of the weights is gone."""
+    case = Case(6, 5, 7, 34, heads=2)
+    p = problem(cell, case, np.float32)
+    states = tuple(state.astype(np.float32) for state in p.initial)
+    x, y = np.zeros((1, *p.x.shape[1:]), np.float32), np.zeros((1, *p.dy.shape[1:]), np.float32)
+    bound = CPU(precision).prepare(cell, cast(p.weights, np.float32)).repeated(x, y, states)
+    for state, start in zip(states, p.initial):
+        state[...] = start
+    gc.collect()
+    outputs = []
+    for given in p.x:
+        x[0] = given
+        bound.run()
+        outputs.append(y[0].copy())
+    wanted = expected(cell, p, case, precision)
+    for what, array in named(np.array(outputs), states).items():
+        assert error(array, wanted[what]) < CLOSE[precision], what
 
 
 @pytest.mark.parametrize("proj", [1, 5, 16])
@@ -268,13 +331,6 @@ def test_what_sums_of_integers_cannot_hold_is_refused() -> None:
         CPU("int8").prepare(cells.rnn_tanh, Weights(ih, np.zeros((1, 1), np.float32)))
     with pytest.raises(ValueError, match="needs weights of float32, got float64"):
         CPU("int8").prepare(cells.rnn_tanh, Weights(np.zeros((1, 1)), np.zeros((1, 1))))
-
-
-@pytest.mark.parametrize("precision", NARROW)
-def test_heads_are_refused(precision: str) -> None:
-    layer = fusedlstm.LSTM(3, 8, heads=2, precision=precision)
-    with pytest.raises(ValueError, match="needs recurrent weights in one piece, got 2 heads"):
-        layer(np.zeros((1, 1, 3), np.float32))
 
 
 @pytest.mark.parametrize("precision", NARROW)

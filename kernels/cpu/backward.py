@@ -168,12 +168,11 @@ def multiply_recurrent(task, own, active):
     """The gradient of what the recurrent weights multiplied at a step."""
     if task.recurrent_slots == 0:
         return
-    size = task.registers.size
     target = task.carried
     if task.operand > 0:
         target = task.d_states + (task.operand - 1) * task.batch * task.width
     source = own.d_stored + task.recurrent_slot * task.d_stored_slot
-    length = task.output_width // size
+    length = task.output_width // task.registers.size
     note_uniform(source, task.d_stored_row, active, own.first)
     note_uniform(target, task.output_width, active, own.second)
     low, high = own.low_output, own.high_output
@@ -359,7 +358,10 @@ def write_dx(task, own, shares, start, end):
     """The gradient of the input of the steps from start to end."""
     count = rows_before(task, end) - rows_before(task, start)
     moved = task.tangents * task.moved_shift
-    note_uniform(task.d_stored + moved, task.d_stored_row, count, own.first)
+    if task.takes_gates:
+        note_uniform(task.d + moved, task.d_row, count, own.first)
+    else:
+        note_uniform(task.d_stored + moved, task.d_stored_row, count, own.first)
     note_uniform(task.d, task.d_row, count, own.third)
     note_rows(task, task.dx, task.dx_time, task.dx_row, start, end, own.second)
     row_parts, columns = -(-count // DX_ROWS), -(-task.inputs // (PLANES * task.registers.lanes))

@@ -171,17 +171,19 @@ class Packed:
         layer, weight, panel = self.layer, self.weights.hh, self.program.panel
         if layer.heads == 1 or weight is None or not gates.size:
             return self._panels(weight, gates)
-        packed = empty(gates.size * heads.numbers(layer.hidden, layer.heads, panel), self.dtype)
-        heads.panels_of(weight, gates, layer.hidden, panel, packed)
-        return packed
+        packed = empty(gates.size * heads.numbers(layer.panel_spans, panel), self.dtype)
+        heads.panels_of(weight, gates, layer.hidden, panel, layer.panel_spans, packed)
+        blocks = [(span.high - span.low, span.depth) for span in layer.panel_spans]
+        return self._narrowed(packed, gates.size * self.program.units, blocks)
 
     def _recurrent_planes(self, gates: np.ndarray) -> np.ndarray:
         layer, weight, lanes = self.layer, self.weights.hh, self.program.registers.lanes
         if layer.heads == 1 or weight is None or not gates.size:
             return self._planes(weight, gates, layer.hidden, layer.padded)
-        packed = empty(gates.size * heads.numbers(layer.hidden, layer.heads, lanes), self.dtype)
-        heads.planes_of(weight, gates, layer.hidden, lanes, packed)
-        return packed
+        packed = empty(gates.size * heads.numbers(layer.spans, lanes), self.dtype)
+        heads.planes_of(weight, gates, layer.hidden, lanes, layer.spans, packed)
+        blocks = [((span.high - span.low) * gates.size, span.depth) for span in layer.spans]
+        return self._narrowed(packed, 1, blocks)
 
     def panel_tables(self) -> dict[str, np.ndarray]:
         """The panels of weights by "ih", "hh" and late gate, as records.PANEL."""
@@ -221,7 +223,7 @@ class Packed:
         args = (None, weight, gates, self.layer.hidden, self.program.units, packed.ctypes.data)
         kernel.entry(address, threads, patience, kernel.address, *args)
         panels = self.layer.padded // self.program.panel
-        return self._narrowed(packed, panels, weight.shape[1], gates.size * self.program.units)
+        return self._narrowed(packed, gates.size * self.program.units, [(panels, weight.shape[1])])
 
     def _planes(self, weight: np.ndarray | None, gates: np.ndarray, rows: int, padded: int) -> np.ndarray:
         """The given gates of a matrix, so many rows each, as planes."""
@@ -233,20 +235,28 @@ class Packed:
         threads, address, patience = threads_for(weight.nbytes / 8e3)
         args = (None, weight, gates, rows, padded, packed.ctypes.data)
         kernel.entry(address, threads, patience, kernel.address, *args)
-        return self._narrowed(packed, -(-weight.shape[1] // lanes), padded * gates.size, 1)
+        return self._narrowed(packed, 1, [(-(-weight.shape[1] // lanes), padded * gates.size)])
 
-    def _narrowed(self, packed: np.ndarray, panels: int, depth: int, width: int) -> np.ndarray:
-        """Panels (panels, depth, width, lanes), or planes of width 1, of what products multiply."""
+    def _narrowed(self, packed: np.ndarray, width: int, blocks: list[tuple[int, int]]) -> np.ndarray:
+        """Panels, or planes of width 1, of what products multiply.
+
+        Args:
+            packed: (panels, depth, width, lanes) for each block, which follow each other.
+            blocks: panels and depth of each.
+        """
         program = self.program
-        registers = program.registers
-        if registers.group == 1:
+        if program.registers.group == 1:
             return packed
-        size = panels * width * (program.groups(depth) * registers.column + registers.tail)
-        narrow = empty(size, np.dtype(np.uint8))
+        sizes = [panels * program.weights_bytes(width, depth) for panels, depth in blocks]
+        narrow = empty(sum(sizes), np.dtype(np.uint8))
         kernel = narrower(program.scalar, program.precision)
-        threads, address, patience = threads_for(packed.nbytes / 4e3)
-        args = (None, packed.ctypes.data, panels, depth, width, narrow.ctypes.data)
-        kernel.entry(address, threads, patience, kernel.address, *args)
+        source, target = packed.ctypes.data, narrow.ctypes.data
+        for (panels, depth), size in zip(blocks, sizes):
+            nbytes = panels * depth * width * program.registers.lanes * packed.itemsize
+            threads, address, patience = threads_for(nbytes / 4e3)
+            args = (None, source, panels, depth, width, target)
+            kernel.entry(address, threads, patience, kernel.address, *args)
+            source, target = source + nbytes, target + size
         return narrow
 
     @lazy
@@ -302,11 +312,11 @@ class CPUDirection:
     def __init__(self, cell: Cell, weights: Weights, precision: str = "float32") -> None:
         check_projection(cell, weights)
         self.weights, self.dtype = weights, flatten(weights)[0].dtype
+        _check_precision(precision, weights)
         hidden, inputs = cell.hidden_size(weights), cell.input_size(weights)
         projected = weights.hr is not None
         outputs = len(weights.hr) if projected else hidden
         blocks = 1 if weights.hh is None else outputs // weights.hh.shape[1]
-        _check_precision(precision, self.dtype, max(inputs, hidden), blocks)
         self.layer = layer = plan.layer(
             cell, self.dtype, inputs, hidden, outputs, projected, blocks, precision
         )
@@ -479,7 +489,7 @@ class CPUDirection:
         Second derivatives have products of float32, whatever the precision of the first.
         """
         if self._exact is not self:
-            return self._exact.tangent(tape, x, initial, weights, y, final)
+            return self._exact.tangent(tape, x, initial, weights, y, final, states)
         moved = Packed(self.layer, weights)
         layer, program, cell = self.layer, self.program, self.program.cell
         p_x, p_y, order, reset, reverse, p_memory, noise = tape
@@ -520,7 +530,7 @@ class CPUDirection:
     ) -> tuple[States, Weights]:
         """The tangents of what :meth:`backward` gives, where dy and dfinal do not move."""
         if self._exact is not self:
-            return self._exact.backward_tangent(tape, tangent, dy, dfinal, dx)
+            return self._exact.backward_tangent(tape, tangent, dy, dfinal, dx, dstates)
         layer, program, cell = self.layer, self.program, self.program.cell
         p_x, p_y, order, reset, reverse, p_memory, noise = tape
         (x, y, _, _, _, memory, _), moved = tangent
@@ -588,14 +598,13 @@ class CPUDirection:
 MOST_INTEGERS = 1 << 17  # products of integers in a sum, which then cannot exceed 32 bits
 
 
-def _check_precision(precision: str, dtype: np.dtype[Any], depth: int, heads: int) -> None:
+def _check_precision(precision: str, weights: Weights) -> None:
     """Refuse what there are no products of."""
-    if precision == "float32":
-        return
-    if dtype != np.float32:
+    dtype = flatten(weights)[0].dtype
+    if precision != "float32" and dtype != np.float32:
         raise ValueError(f"precision {precision!r} needs weights of float32, got {dtype}")
-    if heads > 1:
-        raise ValueError(f"precision {precision!r} needs recurrent weights in one piece, got {heads} heads")
+    matrices = (weight for weight in (weights.ih, weights.hh, weights.hr) if weight is not None)
+    depth = max((weight.shape[1] for weight in matrices), default=0)
     if precision == "int8" and depth > MOST_INTEGERS:
         raise ValueError(f"precision 'int8' takes at most {MOST_INTEGERS} inputs or units, got {depth}")
 

@@ -128,8 +128,9 @@ class Layer:
 
     def _make_plan(self, steps: int, batch: int) -> Plan:
         program = self.program
+        rate = FLOPS * program.registers.operand.rate
         rows = 0 if program.cell.takes_gates else len(program.input_order) * self.hidden
-        project = 2 * rows * self.inputs * batch / (FLOPS * program.registers.operand.rate)
+        project = 2 * rows * self.inputs * batch / rate
         alone = steps * (self.step_time(batch) + project)
         meetings = START + steps * BARRIER * (len(program.steps) + program.projected)
         panels = self.padded // program.panel
@@ -170,7 +171,8 @@ class Layer:
         end = fields["memory_end"]
         products = 1 + len(program.late_order)
         inputs = batch * chunk * (2 + products if tangents else 1)
-        space = self._thread_space(fields, batch, inputs, products, program.means, 0, batch * chunk)
+        stored = 0 if program.cell.takes_gates else batch * chunk
+        space = self._thread_space(fields, batch, inputs, products, program.means, 0, stored)
         fields["at_more_inputs"] = fields["at_inputs"] + batch * chunk * 8
         fields["queues"], fields["thread_space"] = end, end + threads * LINE
         fields["memory_end"] = end + threads * (LINE + space)
@@ -228,14 +230,20 @@ class Layer:
             "kept_plane": batch * panels * gate,
             "mean_row": mean, "means_plane": mean, "partials_plane": panels * program.units * mean,
             "input_depth": program.groups(self.inputs),
-            "input_panel": program.panel_bytes(len(program.input_order), self.inputs),
+            "input_panel": program.weights_bytes(len(program.input_order) * program.units, self.inputs),
         }  # fmt: skip
         return np.zeros(len(TASK), np.int64), fields
 
     @lazy
+    def panel_spans(self) -> list[Span]:
+        """The panels of the recurrent weights, and the columns that they meet."""
+        return spans(self.hidden, self.heads, self.program.panel, self.program.registers.group)
+
+    @lazy
     def spans(self) -> list[Span]:
         """The vectors of what the recurrent weights multiply, and the units that they meet."""
-        return spans(self.hidden, self.heads, self.program.registers.lanes)
+        registers = self.program.registers
+        return spans(self.hidden, self.heads, registers.lanes, registers.group)
 
     def panel_table(self, array: np.ndarray, gates: int, columns: int, recurrent: bool = True) -> np.ndarray:
         """Panels of so many gates as records.PANEL, where `array` has them; none if it is empty.
@@ -244,16 +252,15 @@ class Layer:
             columns: of all weights.
             recurrent: whether they are cut into heads.
         """
-        size, panel, rows = self.program.registers.size, self.program.panel, []
-        cut = [Span(0, self.padded // panel, 0, columns)]
+        program, rows = self.program, []
+        cut = [Span(0, self.padded // program.panel, 0, columns, 0)]
         if recurrent and self.heads > 1:
-            cut = spans(self.hidden, self.heads, panel)
+            cut = self.panel_spans
         place = int(array.ctypes.data)
         for span in cut if array.size else ():
-            depth = span.stop - span.start
             for _ in range(span.low, span.high):
-                rows.append((place, span.start * size, self.program.groups(depth)))
-                place += self.program.panel_bytes(gates, depth)
+                rows.append((place, span.begin * self._value, program.groups(span.depth)))
+                place += program.weights_bytes(gates * program.units, span.depth)
         return np.array(rows, np.int64).reshape(-1, PANEL.words)
 
     def planes_table(self, array: np.ndarray, depth: int, columns: int, gates: int = 0) -> np.ndarray:
@@ -264,19 +271,24 @@ class Layer:
             columns: of all weights.
             gates: if they are cut into heads, so that a plane meets some units of each of these.
         """
-        size, lanes, rows = self.program.registers.size, self.program.registers.lanes, []
+        program, place, rows = self.program, int(array.ctypes.data), []
         if not array.size:
             return np.zeros(0, np.int64)
-        place, vector = int(array.ctypes.data), lanes * size
         if not gates or self.heads == 1:
-            groups = self.program.groups(depth)
-            return np.array([(0, -(-columns // lanes), place, 0, groups, 1, 0)], np.int64)
-        for low, high, start, stop in self.spans:
-            plane = gates * (stop - start) * vector
-            step = self.padded * size
-            rows.append((low, high, place - low * plane, start * size, stop - start, gates, step))
-            place += (high - low) * plane
+            vectors = -(-columns // program.registers.lanes)
+            return np.array([(0, vectors, place, 0, program.groups(depth), 1, 0)], np.int64)
+        for span in self.spans:
+            plane = gates * program.weights_bytes(1, span.depth)
+            where = place - span.low * plane, span.begin * self._value
+            meets = program.groups(span.depth), gates, self.padded * self._value
+            rows.append((span.low, span.high, *where, *meets))
+            place += (span.high - span.low) * plane
         return np.array(rows, np.int64)
+
+    @property
+    def _value(self) -> int:
+        """Bytes of a value of a row as products multiply it."""
+        return int(self.program.registers.value or self.program.registers.size)
 
     def _lay_out_memory(
         self, fields: dict[str, int], batch: int, rows: int, gate_rows: int, kept: int

@@ -83,6 +83,7 @@ def add_outer(
     registers = task.registers
     lanes, size = registers.lanes, registers.size
     vector = lanes * size
+    low, high = max(low, begin_unit // panel), min(high, -(-end_unit // panel))
     groups = -(-count // registers.group)
     if registers.group > 1:
         pair_rows(registers, d, d_stride, d_slot, count, low, high, gate_count, panel, pairs)
@@ -100,11 +101,12 @@ def add_outer(
             for gate in range(gate_count):
                 for block in range(blocks):
                     begin, end = share(units, block, blocks)
-                    a, a_stride = d + gate * d_slot + (start + begin) * size, d_stride
+                    begin, end = start + begin, start + end
+                    a, a_stride = d + gate * d_slot + begin * size, d_stride
                     if registers.group > 1:
-                        place = (gate * (high - low) + p - low) * groups * panel + start - p * panel + begin
+                        place = (gate * (high - low) + p - low) * groups * panel + begin - p * panel
                         a, a_stride = pairs + place * size, panel * size
-                    row = read_int(gates + gate * 8) * hidden + start + begin
+                    row = read_int(gates + gate * 8) * hidden + begin
                     to = target + row * stride + column * size
                     sums, sums_stride = to, stride
                     if not whole:

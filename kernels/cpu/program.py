@@ -100,10 +100,9 @@ class Program:
         """How many groups so many neighbours in k make."""
         return int(-(-depth // self.registers.group))
 
-    def panel_bytes(self, gates: int, depth: int) -> int:
-        """Bytes of a panel of so many gates."""
-        registers = self.registers
-        return int(gates * self.units * (self.groups(depth) * registers.column + registers.tail))
+    def weights_bytes(self, width: int, depth: int) -> int:
+        """Bytes of the weights of a panel so many vectors wide; of a plane, with width 1."""
+        return int(width * (self.groups(depth) * self.registers.column + self.registers.tail))
 
     @lazy
     def routines(self) -> dict[str, int]:

@@ -98,10 +98,10 @@ def task_type(scalar: types.Float, precision: str = "float32") -> Record:
 OWN = Record("own", OWN_FIELDS, constant=False)
 PHASE = Record("phase", "address product products rows mean means centers", constant=True)
 PRODUCT = Record("product", "tile offset panels late source place", constant=True)
-# Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many numbers.
+# Of a panel: its weights, bytes from the beginning of a row to what they multiply, and how many groups.
 PANEL = Record("panel", "weights shift depth", constant=True)
 # Of the planes of the vectors from `low` to `high`: where those of vector 0 would be; bytes from the start
-# of a row to what they multiply; how many numbers that is, and in how many stretches, so many bytes apart.
+# of a row to what they multiply; how many groups that is, and in how many stretches, so many bytes apart.
 PLANES_OF = Record("planes", "low high weights shift depth stretches step", constant=True)
 LATE = Record(
     "late",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +40,9 @@ with suppress(ImportError):  # tests on a GPU do without
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--guarded", type=int, default=0, metavar="N", help="N random cases of each group in guarded memory"
+    )
+    parser.addoption(
+        "--thorough", action="store_true", help="all cases of the tests of which a sample is run otherwise"
     )
 
 
@@ -78,10 +83,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that none runs alone at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --thorough, samples of large tests; the longest first, so that none runs alone at the end."""
+    if not config.option.thorough and (left_out := _beyond_samples(items)):
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def _beyond_samples(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases of tests marked `sampled` that are not in their samples: the same ones in every run."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    beyond: set[pytest.Item] = set()
+    for cases in groups.values():
+        marker = cases[0].get_closest_marker("sampled")
+        assert marker is not None
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.partition("[")[2].encode()))
+        beyond.update(cases[math.ceil(len(cases) * marker.args[0]) :])
+    return beyond
 
 
 @pytest.hookimpl(wrapper=True)

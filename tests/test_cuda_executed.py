@@ -80,6 +80,7 @@ def test_every_form_and_precision(precision: str, form: str) -> None:
     check(case(cells.lstm, *sizes, precision=precision, **FORMS[form]))
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     ("cell", "form"),
     [
@@ -101,6 +102,7 @@ def test_every_kind_of_cell(cell: fusedlstm.Cell, form: str) -> None:
     check(case(cell, 3, 5, 2, 7, **FORMS[form]))
 
 
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize(
     ("precision", "form", "sizes"),
     [
@@ -117,6 +119,7 @@ def test_projection(precision: str, form: str, sizes: tuple[int, ...]) -> None:
     check(case(cells.lstm, *sizes, precision=precision, **FORMS[form]))
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     ("cell", "precision", "form", "hidden"),
     [
@@ -142,6 +145,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("form", ["polled", "stepwise"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("many_blocks")
@@ -164,6 +168,7 @@ def test_inference(form: str) -> None:
             np.testing.assert_allclose(y.get(), truth, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize(
     ("cell", "precision", "sizes"),
     [
@@ -179,6 +184,7 @@ def test_buffers_are_used_again(cell: fusedlstm.Cell, precision: str, sizes: tup
     check(case(cell, *sizes, precision=precision, form="persistent", barrier_every=2), seeds=(None, 1, 2))
 
 
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize(
     ("precision", "sizes"),
     [("float32", (3, 1, 3, 32)), ("float64", (3, 2, 3, 32)), ("bfloat16", (3, 33, 3, 64))],
@@ -188,6 +194,7 @@ def test_batches_of_another_width(precision: str, sizes: tuple[int, ...]) -> Non
     check(case(cells.lstm, *sizes, precision=precision))
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(
     ("cell", "precision", "sizes"),
     [(cells.lstm, "float32", (2, 3, 3, 19)), (cells.gru, "bfloat16", (2, 3, 3, 33))],
@@ -209,6 +216,7 @@ def test_weights_in_registers(
     check(case(cell, *sizes, precision=precision))
 
 
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 @pytest.mark.usefixtures("many_blocks")
 def test_any_nan_may_be_exchanged(precision: str) -> None:
@@ -229,6 +237,7 @@ def test_any_nan_may_be_exchanged(precision: str) -> None:
 # --- As an H200 would run it ------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 def test_a_plan_of_an_h200(precision: str) -> None:
     check(case(cells.lstm, 3, 9, 5, 64, precision=precision), H200, seeds=(1,))
@@ -302,6 +311,7 @@ def test_what_is_broken_is_noticed(what: str) -> None:
     assert noticed(*BROKEN[what])
 
 
+@pytest.mark.sampled(0.25)
 @pytest.mark.parametrize("given", [MET, REUSED, replace(TENSOR, steps=9, barrier_every=2), STEPWISE], ids=str)
 @pytest.mark.usefixtures("many_blocks")
 def test_each_barrier_of_a_block_is_needed(given: Case) -> None:

@@ -28,6 +28,7 @@ STAND_IN = ROOT / "tests" / "gpu_stand_in"
 H200 = DEVICES["sm_90"]
 
 
+@pytest.mark.sampled(0)
 def test_the_whole_of_it(tmp_path: Path) -> None:
     """Where products on tensor cores are wrong, cuDNN is missing, and compute-sanitizer finds something."""
     path = tmp_path / "record.json"

@@ -29,9 +29,10 @@ def run_pytest(
 
 
 @pytest.mark.parametrize("file", ["cuda_simulated.py", "cuda_numba_simulator.py"])
-def test_kernels_in_a_simulator(file: str) -> None:
+def test_kernels_in_a_simulator(file: str, request: pytest.FixtureRequest) -> None:
     """Every kernel form, cell and option against the reference; see the file."""
-    done = run_pytest(f"tests/{file}", NUMBA_ENABLE_CUDASIM="1")
+    thorough = ["--thorough"] if request.config.option.thorough else []
+    done = run_pytest(f"tests/{file}", *thorough, NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0, f"\n{done.stdout}\n{done.stderr}"
 
 

@@ -232,6 +232,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("cell", [*ALL, seven_gates], ids=name)
 def test_every_cell(cell: Cell, case: Case) -> None:
@@ -250,6 +251,7 @@ HEADS = [(16, 16), (33, 3), (34, 2), (64, 4), (75, 5)]  # H, heads
 GIVEN = (cells.gate_inputs(cells.lstm), cells.gate_inputs(late_and_means), cells.gate_inputs(five_gates))
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("case", SIZES[1:], ids=str)
 @pytest.mark.parametrize(("hidden", "heads"), HEADS)
 @pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
@@ -300,6 +302,7 @@ LONG = [
 ]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("case", LONG, ids=str)
 @pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, other_operand, *LATE], ids=name)
 def test_several_chunks(cell: Cell, case: Case) -> None:
@@ -353,6 +356,7 @@ SHARED = Case(8, 20, 9, 75, padded=True, reset=True)
 APART = Case(30, 3, 9, 75, padded=True, reset=True)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", [SHARED, APART], ids=str)
 @pytest.mark.parametrize(

@@ -742,6 +742,7 @@ def _describe(function: Any, name: str, cell: Cell, parameters: Iterable[inspect
     function.__signature__ = inspect.Signature([*parameters])
 
 
+@once
 def gate_inputs(cell: Cell) -> Cell:
     """`cell` for layers whose input is what the gates get of it, so that there is no product with it.
 

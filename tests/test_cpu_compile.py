@@ -434,7 +434,9 @@ def as_user(script: str, package: Path, **environment: str) -> tuple[str, str]:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    # that it takes long is said where it does
+    said = [line for line in done.stderr.splitlines(True) if not line.startswith("compiling kernels, which")]
+    return done.stdout, "".join(said)
 
 
 def writable(folder: Path, yes: bool) -> None:

@@ -71,7 +71,7 @@ def test_cells(precision: str, kind: type[nn.Module]) -> None:
     cell, x = kind(40, 48), torch.randn(3, 40)
     with torch.no_grad():
         expected = cell(x)
-        accelerate(cell, precision=precision)
+        accelerate(cell, precision=precision, cells=True)
         found = cell(x)
     expected, found = (value[0] if isinstance(value, tuple) else value for value in (expected, found))
     assert 1e-4 < error(found, expected) < WITHIN[precision]

@@ -75,7 +75,6 @@ class Stack(nn.Module):
         hx: Tensor | tuple[Tensor, ...] | None = None,  # (L*D, B, P), others (L*D, B, H)
         lengths: Tensor | Sequence[int] | None = None,  # (B,)
         reset: Tensor | None = None,  # (T, B), (B, T) or (T,)
-        *,
         mask: Tensor | None = None,  # (T, B), (B, T) or (T,)
         all_states: bool = False,
     ) -> Any:
@@ -89,7 +88,7 @@ class Stack(nn.Module):
                 if mask is not None or all_states:
                     raise ValueError("a PackedSequence has no mask and no all_states: pad it instead")
                 return _run_packed(self, input, hx, lengths, reset)
-            every = all_states or None
+            every = None if all_states is False else all_states
             return as_leaf(self, input, hx, lengths=lengths, reset=reset, mask=mask, all_states=every)
         weights = _weights(self)
         weight = weights[0][0]

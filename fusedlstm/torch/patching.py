@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -10,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from ..once import fork_lock
 from .conversion import convert
 
-_lock = threading.Lock()
+_lock = fork_lock()
 _theirs: list[tuple[type[nn.Module], str, Any]] = []  # what classes had in the places of ours; None: nothing
 
 

@@ -18,7 +18,7 @@ from fusedlstm.weights import Weights
 from .gemm import cublas, matmul
 from .launch import array_module, current_device, kernel
 from .phases import phases, recurrent_slots, unsupported
-from .plan import BARRIER_EVERY, Device, Form, Plan, Precision, Product, choose
+from .plan import BARRIER_EVERY, PRECISIONS, Device, Form, Plan, Precision, Product, choose
 
 
 class Tape(NamedTuple):
@@ -58,6 +58,10 @@ class CUDA:
         barrier_every: int = BARRIER_EVERY,
     ) -> None:
         check_options(precision=precision, form=form or "auto")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)} with the backend 'cuda', got {precision!r}"
+            )
         if barrier_every < 1:
             raise ValueError(f"barrier_every must be 1 or more, got {barrier_every}")
         self.precision, self.form, self.barrier_every = precision, form, barrier_every

@@ -76,7 +76,7 @@ class Stack(nn.Module):
         lengths: Tensor | Sequence[int] | None = None,  # (B,)
         reset: Tensor | None = None,  # (T, B), (B, T) or (T,)
         mask: Tensor | None = None,  # (T, B), (B, T) or (T,)
-        all_states: bool = False,
+        all_states: bool | None = None,  # None is False, which traces would make a tensor of
     ) -> Any:
         """Output and final state, as ``torch.nn`` shapes them; and all states if asked for.
 
@@ -88,8 +88,7 @@ class Stack(nn.Module):
                 if mask is not None or all_states:
                     raise ValueError("a PackedSequence has no mask and no all_states: pad it instead")
                 return _run_packed(self, input, hx, lengths, reset)
-            every = None if all_states is False else all_states
-            return as_leaf(self, input, hx, lengths=lengths, reset=reset, mask=mask, all_states=every)
+            return as_leaf(self, input, hx, lengths=lengths, reset=reset, mask=mask, all_states=all_states)
         weights = _weights(self)
         weight = weights[0][0]
         check_input(self, input, weight)
@@ -104,6 +103,7 @@ class Stack(nn.Module):
             reset = check_marks(self, "reset", reset, input.shape[:-1], batched)
         if mask is not None:
             mask = check_marks(self, "mask", mask, input.shape[:-1], batched)
+        all_states = False if all_states is None else all_states
         if type(all_states) is not bool:
             raise TypeError(f"all_states must be True or False, got {described(all_states)}")
         if mask is None or not x.size(0):

@@ -219,7 +219,8 @@ def test_check_covers_every_cell_option_and_precision() -> None:
         for option in check.OPTIONS:
             refused = option == "projection" and bool(cell.unprojectable)
             for dtype in ("float32", "float64"):
-                assert ((cell.name, option, dtype) in covered) != refused
+                left_out = refused or (cell.name, dtype) in check.ILL_CONDITIONED
+                assert ((cell.name, option, dtype) in covered) != left_out
 
 
 def test_the_cases_of_check_without_all_are_of_each_kind_and_need_few_kernels() -> None:
@@ -231,9 +232,10 @@ def test_the_cases_of_check_without_all_are_of_each_kind_and_need_few_kernels() 
     assert any(case.cell.weights for case in few)
     assert sum(cost > 1 for cost in check.costs(few)) == 4
     # in both precisions, plain, with recurrent dropout, and with a projection where there can be one
-    cells = check.BUILT_IN.values()
+    cells = [cell for cell in check.BUILT_IN.values() for dtype in ("float32", "float64")
+             if (cell.name, dtype) not in check.ILL_CONDITIONED]  # fmt: skip
     kernels = 2 * len(cells) + sum(not cell.unprojectable for cell in cells)
-    assert sum(cost > 1 for cost in check.costs(every)) == 2 * kernels
+    assert sum(cost > 1 for cost in check.costs(every)) == kernels
 
 
 def test_an_error_is_measured_by_the_terms_of_a_result() -> None:

@@ -121,9 +121,7 @@ def test_parameters_are_named_shaped_and_drawn_as_in_pytorch(
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
     cell = draw(st.sampled_from(ALL))
-    hidden = draw(
-        st.sampled_from([2, 3, 5, 8, 16, 17, 33])
-    )  # one number alone is all rounding
+    hidden = draw(st.sampled_from([2, 3, 5, 8, 16, 17, 33]))  # one number alone is all rounding
     proj = draw(st.sampled_from([0, hidden - 1, hidden // 2])) if cell in PROJECTED else 0
     dropout = draw(st.sampled_from([0.0, 0.0, 0.3]))
     return {

@@ -93,7 +93,7 @@ def three_blocks(case: Case) -> None:
         assert plan.threads >= 8
 
 
-@pytest.mark.sampled(0.34)
+@pytest.mark.sampled(0.15)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("cell", RUN, ids=name)
 @pytest.mark.parametrize("form", FORMS)
@@ -103,7 +103,7 @@ def test_every_cell(form: str, cell: fusedlstm.Cell, options: str) -> None:
     check(case)
 
 
-@pytest.mark.sampled(0.25)
+@pytest.mark.sampled(0.12)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("cell", [c for c in RUN if not c.unprojectable], ids=name)
 @pytest.mark.parametrize("form", FORMS)
@@ -113,14 +113,14 @@ def test_projection(form: str, cell: fusedlstm.Cell, options: str) -> None:
     check(case)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", [cells.lstm, cells.gru, five_gates, three_states, *LATE], ids=name)
 def test_float64(cell: fusedlstm.Cell, form: str) -> None:
     check(Case(cell, 3, 5, 2, 6, precision="float64", form=form, lengths=True, reset=True))
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", TENSOR)
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_any_size_and_option(
     )
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 5), (LATE[0], 0), (LATE[2], 0)])
 @pytest.mark.parametrize(("form", "barrier_every"), [("persistent", 1), ("persistent", 2), ("stepwise", 1)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -251,7 +251,7 @@ def test_same_bits_under_any_schedule(
 # --- Exchange buffers that are polled ---------------------------------------------------------------------
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.parametrize("barrier_every", [1, 2, 3])
 @pytest.mark.parametrize("proj", [0, 5])
 @pytest.mark.parametrize("cell", [cells.lstm, cells.gru, other_operand, *LATE], ids=name)
@@ -459,7 +459,7 @@ def test_inference_gives_the_bits_of_training(form: str) -> None:
         np.testing.assert_array_equal(with_tape, without)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("lengths", [[0, 3, 0, 2, 1], [0] * 5], ids=["some", "all"])
 @pytest.mark.parametrize("proj", [0, 5])
 @pytest.mark.parametrize("form", FORMS)

@@ -162,6 +162,7 @@ class Problem:
         return total
 
 
+@pytest.mark.sampled(0.5)
 @EVERY
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

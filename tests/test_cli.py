@@ -266,7 +266,7 @@ def _seeded(number: int, *arguments: Any, **options: Any) -> Recurrent:
     return Recurrent(*arguments, **options | {"seed": number})
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.12)
 @pytest.mark.parametrize("cell", check.BUILT_IN)
 def test_the_reference_in_float32_passes_the_check(cell: str) -> None:
     """The tolerances suit an implementation without any cleverness."""

@@ -232,7 +232,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("cell", [*ALL, seven_gates], ids=name)
 def test_every_cell(cell: Cell, case: Case) -> None:
@@ -356,7 +356,7 @@ SHARED = Case(8, 20, 9, 75, padded=True, reset=True)
 APART = Case(30, 3, 9, 75, padded=True, reset=True)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", [SHARED, APART], ids=str)
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def check(cell: Cell, case: Case, precision: str) -> None:
         assert any(error(wanted[what], exact[what]) > 1e-4 for what in found), "nothing was rounded"
 
 
-@pytest.mark.sampled(0.34)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("case", SIZES[1:], ids=str)
 @pytest.mark.parametrize("cell", ALL, ids=name)
 @pytest.mark.parametrize("precision", NARROW)
@@ -154,7 +154,7 @@ def test_training_in_bfloat16(cell: Cell, case: Case) -> None:
 NARROW_HEADS = [*HEADS, (30, 15), (48, 16), (130, 10)]
 
 
-@pytest.mark.sampled(0.34)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("case", SIZES[1:3], ids=str)
 @pytest.mark.parametrize(("hidden", "heads"), NARROW_HEADS)
 @pytest.mark.parametrize("cell", [cells.lstm, late_and_means], ids=name)
@@ -209,7 +209,7 @@ def test_projection(precision: str, case: Case, proj: int) -> None:
     check(cells.lstm, case._replace(proj=proj), precision)
 
 
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("hidden", [1, 2, 3, 5, 31, 66, 130])
 @pytest.mark.parametrize("inputs", [1, 2, 3, 4, 6, 33])
 @pytest.mark.parametrize("precision", NARROW)
@@ -217,7 +217,7 @@ def test_sizes_that_fill_no_group(precision: str, inputs: int, hidden: int) -> N
     check(cells.gru, Case(3, 4, inputs, hidden), precision)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize(("cell", "proj"), [(cells.lstm, 0), (cells.lstm, 20), (late_and_means, 0)], ids=name)
 @pytest.mark.parametrize("precision", NARROW)
@@ -396,6 +396,7 @@ def can_run(kind: str) -> bool:
         return NEEDED[kind] in file.read()
 
 
+@pytest.mark.sampled(0.5)
 @X86
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_kernels_for_another_processor(kind: str) -> None:

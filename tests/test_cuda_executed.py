@@ -68,6 +68,7 @@ def check(given: Case, device: Device = SMALL, seeds: tuple[int | None, ...] = (
 # --- Each once, at a small size ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(
     ("precision", "form"),
     [(precision, form) for precision in plans.PRECISIONS for form in ("polled", "stepwise")]
@@ -80,7 +81,7 @@ def test_every_form_and_precision(precision: str, form: str) -> None:
     check(case(cells.lstm, *sizes, precision=precision, **FORMS[form]))
 
 
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     ("cell", "form"),
     [
@@ -102,7 +103,7 @@ def test_every_kind_of_cell(cell: fusedlstm.Cell, form: str) -> None:
     check(case(cell, 3, 5, 2, 7, **FORMS[form]))
 
 
-@pytest.mark.sampled(0.34)
+@pytest.mark.sampled(0.17)
 @pytest.mark.parametrize(
     ("precision", "form", "sizes"),
     [
@@ -119,7 +120,7 @@ def test_projection(precision: str, form: str, sizes: tuple[int, ...]) -> None:
     check(case(cells.lstm, *sizes, precision=precision, **FORMS[form]))
 
 
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize(
     ("cell", "precision", "form", "hidden"),
     [
@@ -145,7 +146,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("form", ["polled", "stepwise"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.usefixtures("many_blocks")
@@ -305,6 +306,7 @@ def noticed(given: Case, broken: Callable[[str], str]) -> str:
     return ""
 
 
+@pytest.mark.sampled(0.6)
 @pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.usefixtures("many_blocks")
 def test_what_is_broken_is_noticed(what: str) -> None:

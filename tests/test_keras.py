@@ -74,6 +74,7 @@ def together(function):
 """
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("backend", FIRST_CALLS)
 def test_two_threads_make_the_first_call_of_a_process(backend: str) -> None:
     """Kernels are compiled by the first process, and loaded by the others."""

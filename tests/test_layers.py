@@ -64,6 +64,7 @@ STACKS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("size", SIZES, ids="T{0[0]}-B{0[1]}-I{0[2]}-H{0[3]}".format)
 @pytest.mark.parametrize("stack", STACKS, ids=["one", "stacked", "batch-first"])
 @pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS, ids=lambda v: getattr(v, "__name__", str(v)))
@@ -163,7 +164,7 @@ def test_masks_and_all_states_are_the_oracle(
     check_against_oracle(backend, **problem, mask=mask, all_states=all_states)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (5, 7, 1, 33), (3, 13, 4, 17)], ids=str)
 @pytest.mark.parametrize("cell", ALL, ids=name)
@@ -267,7 +268,7 @@ def check_against_oracle(
         assert_close(grads[key], value, depth, key, gradient=True)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", BUILT_IN, ids=name)
 def test_long_sequences(backend: str, cell: Cell, dtype: str) -> None:
@@ -298,7 +299,7 @@ def test_recurrent_dropout_is_the_oracle(backend: str, cell: Cell, dtype: str, s
 HEADS = [(1, 1), (12, 3), (20, 4), (34, 2), (48, 3), (33, 33), (70, 7)]  # H, heads
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "heads"), HEADS)
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_heads_are_the_oracle(backend: str, cell: Cell, hidden: int, heads: int,
     check_against_oracle(backend, options, steps=5, batch=7, lengths=True, reset=True, all_states=True)
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.15)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str
@@ -525,7 +526,7 @@ def test_the_shapes_of_x_and_y_may_change_before_backward(backend: str) -> None:
 # --- Empty sequences, no sequences, no steps --------------------------------------------------------------
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("lengths", [[0, 3, 0, 5, 1], [0] * 5], ids=["some", "all"])
 @pytest.mark.parametrize(
     ("cell", "proj_size"),

@@ -84,7 +84,7 @@ def flat(results: Any) -> list[Tensor]:
     return [*grads, x, *initial, *weights]
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize("cell", ALL, ids=name)
 def test_sequences_that_end_and_begin_anew(cell: Cell) -> None:
     Case(cell, (7, 5, 3, 37), torch.float64).cut().check()
@@ -192,7 +192,7 @@ def differences(cell: Cell, case: Sizes) -> list[np.ndarray]:
     return [(high - low) / (2 * h) for high, low in zip(at(h), at(-h))]
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.34)
 @pytest.mark.parametrize(
     "options", [{}, {"padded": True, "reset": True, "reverse": True, "every": True}], ids=str
 )

@@ -79,6 +79,7 @@ def state(kind: str, rows: int, batch: int, dtype: torch.dtype, outputs: int = H
 # --- The drop-in --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

@@ -32,7 +32,7 @@ def leaf(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy()).requires_grad_()
 
 
-@pytest.mark.sampled(0.34)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("marks", [(), ("lengths", "reset", "mask")], ids=["all steps", "some"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +96,12 @@ def compare(
     of_layers, of_gates = {}, {}
     for level in range(layer.num_layers):
         entering = [part[level * layer._directions :][: layer._directions] for part in initial]
-        run = _Level(layer, level, entering, lengths, reset)
-        y, final = run(exact, "float32")
-        of_layers[f"layer {level}"] = _error(run(exact, precision)[0], y)
-        of_gates.update(run.gates(exact, precision))
-        narrow, found = run(narrow, precision)
+        plain, other = (_alone(layer, level, kind) for kind in ("float32", precision))
+        y, final = _run(plain, exact, entering, lengths, reset)
+        of_layers[f"layer {level}"] = _error(_run(other, exact, entering, lengths, reset)[0], y)
+        for d, errors in enumerate(_gates(plain, exact, entering, lengths, reset, precision)):
+            of_gates[f"layer {level}, reverse" if d else f"layer {level}"] = errors
+        narrow, found = _run(other, narrow, entering, lengths, reset)
         exact = y
         finals.append((found, final))
     states = {
@@ -108,50 +111,56 @@ def compare(
     return Comparison(precision, _error(narrow, exact), states, of_layers, of_gates)
 
 
-class _Level:
-    """One layer of a stack, both directions of it."""
+def _alone(layer: Recurrent, level: int, precision: str) -> Recurrent:
+    """One layer of a stack, both directions of it, with products in a precision."""
+    settings = layer._settings() | {
+        "input_size": layer._width if level else layer.input_size,
+        "num_layers": 1,
+        "dropout": 0.0,
+        "batch_first": False,
+        "backend": "cpu",
+        "precision": precision,
+    }
+    own = slice(level * layer._directions, (level + 1) * layer._directions)
+    arrays = {
+        re.sub(r"_l\d+(_reverse)?$", r"_l0\1", name): array
+        for names, place in zip(layer._names[own], layer._places[own])
+        for name, array in zip(storage.flatten(names), storage.flatten(place.weights))
+    }
+    return layers._rebuilt(Recurrent, layer.cell, settings, arrays)
 
-    def __init__(self, layer: Recurrent, level: int, initial: list[Any], lengths: Any, reset: Any) -> None:
-        self.layer, self.level, self.initial = layer, level, initial
-        self.lengths, self.reset = lengths, reset
-        first = level * layer._directions
-        self.weights = [place.weights for place in layer._places[first : first + layer._directions]]
 
-    def __call__(self, x: np.ndarray, precision: str) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The output (T, B, D*P) and the final states (D, B, P) and (D, B, H)."""
-        engine, directions = dispatch.engine("cpu", precision=precision), self.layer._directions
-        outputs = self.layer._sizes[0]
-        y = np.empty((*x.shape[:2], directions * outputs), np.float32)
-        final = [np.empty_like(part) for part in self.initial]
-        for d, weights in enumerate(self.weights):
-            here = y[..., d * outputs : (d + 1) * outputs]
-            entering, leaving = (tuple(part[d] for part in states) for states in (self.initial, final))
-            direction = engine.prepare(self.layer.cell, weights)
-            direction.forward(x, entering, here, leaving, self.lengths, self.reset, d == 1, False)
-        return y, final
+def _run(
+    layer: Recurrent, x: np.ndarray, initial: list[Any], lengths: Any, reset: Any
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The output (T, B, D*P) and the final states (D, B, P) and (D, B, H)."""
+    y, final = layer(x, tuple(initial) if len(initial) > 1 else initial[0], lengths, reset)
+    return y, list(final) if len(initial) > 1 else [final]
 
-    def gates(self, x: np.ndarray, precision: str) -> dict[str, dict[str, float]]:
-        """The error of what each gate's weights give, by direction and gate."""
-        cell, found = self.layer.cell, {}
-        for d, weights in enumerate(self.weights):
-            entering = tuple(part[d] for part in self.initial)
-            options = (self.lengths, self.reset, d == 1)
-            *_, tape = reference.forward(cell, weights, x, entering, *options)
-            of_input, recurrent = reference.by_gate(cell, weights)
-            errors = {}
-            for gate in cell.gates:
-                exact, difference = [], []
-                if gate in of_input:
-                    rows = x[tape.active]
-                    exact.append(rows @ of_input[gate].T)
-                    difference.append(_product(rows, of_input[gate], precision, 2) - exact[-1])
-                if gate in recurrent:
-                    rows = np.stack([step.operands[gate] for step in tape.steps])[tape.active]
-                    exact.append(rows @ recurrent[gate].T)
-                    difference.append(_product(rows, recurrent[gate], precision, 1) - exact[-1])
-                errors[gate] = float(np.linalg.norm(sum(difference)) / max(np.linalg.norm(sum(exact)), 1e-30))
-            found[f"layer {self.level}, reverse" if d else f"layer {self.level}"] = errors
-        return found
+
+def _gates(
+    layer: Recurrent, x: np.ndarray, initial: list[Any], lengths: Any, reset: Any, precision: str
+) -> Iterator[dict[str, float]]:
+    """For each direction of a layer the error of what each gate's weights give, by gate."""
+    cell = layer._cell(0)
+    for d, place in enumerate(layer._places):
+        entering = tuple(part[d] for part in initial)
+        fed = layer._fed(x, d)
+        *_, tape = reference.forward(cell, place.weights, fed, entering, lengths, reset, d == 1)
+        of_input, recurrent = reference.by_gate(cell, place.weights)
+        errors = {}
+        for gate in cell.gates:
+            exact, difference = [], []
+            if gate in of_input:
+                rows = fed[tape.active]
+                exact.append(rows @ of_input[gate].T)
+                difference.append(_product(rows, of_input[gate], precision, 2) - exact[-1])
+            if gate in recurrent:
+                rows = np.stack([step.operands[gate] for step in tape.steps])[tape.active]
+                exact.append(rows @ recurrent[gate].T)
+                difference.append(_product(rows, recurrent[gate], precision, 1) - exact[-1])
+            errors[gate] = float(np.linalg.norm(sum(difference)) / max(np.linalg.norm(sum(exact)), 1e-30))
+        yield errors
 
 
 def _product(rows: np.ndarray, weight: np.ndarray, precision: str, terms: int) -> np.ndarray:

@@ -57,6 +57,27 @@ def test_any_cell_and_one_sequence() -> None:
     assert compare(fusedlstm.Recurrent(cells.lstm, 5, 8, proj_size=3, seed=1), data(6, 2, 5)).output < 0.05
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input_size": None, "bidirectional": True, "num_layers": 2},
+        {"heads": 4},
+        {"zoneout": (0.2, 0.4), "recurrent_dropout": 0.3, "weight_dropout": 0.1, "num_layers": 2},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_the_error_is_that_of_layers_with_options(options: dict[str, Any], precision: str) -> None:
+    settings: dict[str, Any] = {"input_size": 20, "hidden_size": 32, "seed": 1} | options
+    exact = fusedlstm.LSTM(**settings)
+    narrow = fusedlstm.LSTM(**settings, precision=precision)
+    x = data(9, 3, exact._features)
+    y, other = exact(x)[0], narrow(x)[0]
+    found = compare(exact, x, precision=precision)
+    assert found.output == pytest.approx(np.linalg.norm(other - y) / np.linalg.norm(y), rel=1e-3)
+    assert set(found.gates["layer 0"]) == set("ifgo")
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     layer = fusedlstm.LSTM(3, 5)
     with pytest.raises(ValueError, match="precision must be one of bfloat16, int8, got 'tf32'"):

@@ -22,8 +22,10 @@ class Stepper:
         input: (B, I), or (T, B, I) with `steps`: what the next call reads.
         output: (B, P), or (T, B, P): what the last call has written.
         state: a tuple of the states of all layers, the output (L, B, P) first, others (L, B, H): where the
-            next call starts, zero at first.  Write to it to start elsewhere.
+            next call starts, zero at first.  Write to its arrays to start elsewhere.
     """
+
+    __slots__ = ("_input", "_output", "_runs", "_state")
 
     def __init__(self, layer: Recurrent, batch: int, steps: int | None) -> None:
         if layer.bidirectional:
@@ -37,18 +39,35 @@ class Stepper:
         backend = dispatch.backend_for(layer.backend, x)
         if backend != "cpu":
             raise ValueError(f"a stepper runs on the CPU, got a layer with backend={backend!r}")
-        self.state = tuple(np.zeros((layer.num_layers, batch, size), dtype) for size in sizes)
-        self.input = x if steps is not None else x[0]
+        self._state = tuple(np.zeros((layer.num_layers, batch, size), dtype) for size in sizes)
+        self._input = x if steps is not None else x[0]
         self._runs = []
         for n, place in enumerate(layer._places):
             direction: Any = place.ready.get(np.ndarray) or layer._prepare(place, x)
             y = np.zeros((*shape, layer._width), dtype)
-            repeated = direction.repeated(x, y, tuple(state[n] for state in self.state))
+            repeated = direction.repeated(x, y, tuple(state[n] for state in self._state))
             self._runs.append(repeated.run)
             x = y
-        self.output = x if steps is not None else x[0]
-        self._shape = self.input.shape
+        self._output = x if steps is not None else x[0]
         self.reset()
+
+    @property
+    def input(self) -> np.ndarray:
+        return self._input
+
+    @property
+    def output(self) -> np.ndarray:
+        return self._output
+
+    @property
+    def state(self) -> tuple[np.ndarray, ...]:
+        return self._state
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The kernels know where the buffers are, so that neither can be copied."""
+        raise TypeError(
+            "a stepper cannot be copied or pickled: make another one, and copy the state to its own"
+        )
 
     def __call__(self, x: Any = None) -> np.ndarray:
         """Run the next step, or steps.
@@ -64,12 +83,12 @@ class Stepper:
             TypeError: if its numbers do not fit the layer's dtype.
         """
         if x is not None:
-            if np.shape(x) != self._shape:
-                raise ValueError(f"x must have the shape {self._shape}, got {np.shape(x)}")
-            np.copyto(self.input, x, "same_kind")
+            if np.shape(x) != self._input.shape:
+                raise ValueError(f"x must have the shape {self._input.shape}, got {np.shape(x)}")
+            np.copyto(self._input, x, "same_kind")
         for run in self._runs:
             run()
-        return self.output
+        return self._output
 
     def reset(self, where: Any = None) -> None:
         """Go back to a state of zero: of all sequences, or of those that `where`, (B,) booleans, picks.

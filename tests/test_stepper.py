@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -116,3 +118,13 @@ def test_errors() -> None:
         step.reset([True, False, True])
     with pytest.raises(TypeError, match=r"^where must be an array of booleans, got int64"):
         step.reset([1, 0])
+
+
+def test_buffers_stay_where_they_are() -> None:
+    step = LSTM(5, 19).stepper()
+    for name in ("input", "output", "state"):
+        with pytest.raises(AttributeError):
+            setattr(step, name, getattr(step, name))
+    for take in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"^a stepper cannot be copied or pickled"):
+            take(step)

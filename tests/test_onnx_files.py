@@ -23,6 +23,7 @@ from onnx.reference import ReferenceEvaluator
 import fusedlstm.onnx
 from fusedlstm import GRU, LSTM, RNN, Recurrent, cells
 from fusedlstm.cells import Cell
+from fusedlstm.math import tanh, where
 from fusedlstm.onnx import RecurrentNodes, export, layers, to_model
 
 # --- Files that others write ------------------------------------------------------------------------------
@@ -343,6 +344,19 @@ def test_what_is_no_layer_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"layer must be a layer on arrays, .*, got torch\.nn\."):
         export(torch.nn.LSTM(2, 3), tmp_path / "m.onnx")  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
+
+
+@fusedlstm.cell(gates=("a",), noise=("u",))
+def noisy(a: Any, h: Any, u: Any) -> Any:
+    new = tanh(a)
+    return new if u is None else where(u < 0.5, h, new)
+
+
+def test_a_cell_with_noise_is_exported_without_it() -> None:
+    layer = Recurrent(noisy, 3, 5, seed=1, backend="reference")
+    x = np.random.default_rng(1).normal(size=(4, 2, 3)).astype("f4")
+    session = onnxruntime.InferenceSession(to_model(layer).SerializeToString())
+    assert error(session.run(None, {"x": x})[0], layer(x)[0]) < 1e-6
 
 
 @pytest.mark.parametrize(

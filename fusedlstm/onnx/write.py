@@ -128,15 +128,15 @@ class _Layer:
         self.layer, self.states = layer, states
         self.graph = _Graph(layer.dtype)
         self.lengths = "lengths" if lengths else ""
-        cell = layer.cell
+        self.cell = cell = layer.cell.inference
         self.sizes = [layer.proj_size or layer.hidden_size, *[layer.hidden_size] * (len(cell.states) - 1)]
         self.directions = 2 if layer.bidirectional else 1
 
     def made(self) -> ModelProto:
         layer, graph = self.layer, self.graph
-        names, finals = layer.cell.states, []
+        names, finals = self.cell.states, []
         x = graph.one("Transpose", "x", perm=[1, 0, 2]) if layer.batch_first else "x"
-        form = None if layer.proj_size else form_of(layer.cell)
+        form = None if layer.proj_size else form_of(self.cell)
         levels = [None] * layer.num_layers if form is None else storage.to_onnx(layer)
         for level, inputs in enumerate(levels):
             initial = self._initial(level)
@@ -149,7 +149,7 @@ class _Layer:
         for name, parts in zip(names, zip(*finals)):
             graph.rename(graph.joined(parts, 0), f"{name}_n")
         model = helper.make_model(
-            graph.made(layer.cell.name, self._inputs(), self._outputs()),
+            graph.made(self.cell.name, self._inputs(), self._outputs()),
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR,
             producer_name="fusedlstm",
@@ -175,7 +175,7 @@ class _Layer:
         rows = self.layer.num_layers * self.directions
         return [
             self.graph.info(f"{name}_{when}", rows, "batch", size)
-            for name, size in zip(self.layer.cell.states, self.sizes)
+            for name, size in zip(self.cell.states, self.sizes)
         ]
 
     def _initial(self, level: int) -> list[str]:
@@ -184,9 +184,9 @@ class _Layer:
         if not self.states:
             return [""] * len(self.sizes)
         if self.layer.num_layers == 1:
-            return [f"{name}_0" for name in self.layer.cell.states]
+            return [f"{name}_0" for name in self.cell.states]
         bounds = graph.integers(first), graph.integers(first + self.directions), graph.integers(0)
-        return [graph.one("Slice", f"{name}_0", *bounds) for name in self.layer.cell.states]
+        return [graph.one("Slice", f"{name}_0", *bounds) for name in self.cell.states]
 
     def _node(
         self, x: str, initial: list[str], form: Form, inputs: dict[str, np.ndarray]
@@ -256,7 +256,7 @@ class _Layer:
 
     def _body(self, weights: Weights) -> GraphProto:
         """A step of a loop: from states and the product of the input to new states and the output."""
-        cell = self.layer.cell
+        cell = self.cell
         graph = _Graph(self.graph.dtype, self.graph.numbers)
         states = [graph.name(name) for name in cell.states]
         product = graph.name("product")

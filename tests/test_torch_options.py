@@ -161,3 +161,59 @@ def test_other_inputs_of_gates_are_refused() -> None:
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 3)])
     with pytest.raises(ValueError, match="a PackedSequence has no mask and no all_states"):
         fused.LSTM(3, 5)(packed, all_states=True)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 12])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_recurrent_matrix_that_looks_like_other_heads_is_refused(heads: int, columns: int) -> None:
+    module = fused.Recurrent(cells.lstm, 3, 6, heads=heads)
+    if columns == 6 // heads:
+        columns = 6
+    wrong = {"weight_hh_l0": torch.zeros(24, columns)}
+    with pytest.raises(RuntimeError, match=rf"^weight_hh must have the shape \(24, {6 // heads}\), got"):
+        torch.func.functional_call(module, wrong, (torch.zeros(2, 1, 3),))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 12])
+def test_a_recurrent_matrix_of_a_cell_that_looks_like_heads_is_refused(columns: int) -> None:
+    wrong = {"weight_hh": torch.zeros(24, columns)}
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"^weight_hh must have the shape \(24, 6\), got"),
+    ):
+        torch.func.functional_call(fused.LSTMCell(3, 6), wrong, (torch.zeros(1, 3),))
+
+
+@pytest.mark.parametrize(
+    "text", ["{} float32", "{} int4 1", "{} float32 0", "{} float32 -1", "{} float32 1 1"]
+)
+def test_the_operator_refuses_other_texts(text: str) -> None:
+    weights = [parameter.detach() for parameter in fused.LSTM(3, 6).parameters()]
+    with pytest.raises(ValueError, match=r"^cell must be the key of a cell"):
+        torch.ops.fusedlstm.layer(
+            torch.zeros(2, 1, 3), [], weights, None, None, text.format(cells.lstm.key), 1, False
+        )
+
+
+def test_heads_are_not_recorded() -> None:
+    module = fused.Recurrent(cells.lstm, 3, 6, heads=2)
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        sequences = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2]))
+        return module(sequences)[1][0]  # type: ignore[no-any-return]
+
+    for run in (module, packed):
+        with pytest.raises(RuntimeError, match="have no operator for a layer with heads"):
+            torch.jit.trace(run, torch.zeros(2, 1, 3), check_trace=False)
+
+
+@pytest.mark.parametrize("inputs", [3, None])
+def test_dropout_of_recurrent_weights_is_that_of_the_recurrent_matrix(inputs: int | None) -> None:
+    """Which has another place among the weights where the first layer has no input weights."""
+    module = fused.Recurrent(cells.lstm, inputs, 6, bidirectional=True, weight_dropout=1.0)
+    free = fused.Recurrent(cells.lstm, inputs, 6, bidirectional=True)
+    free.load_state_dict(
+        {name: value * (not name.startswith("weight_hh")) for name, value in module.state_dict().items()}
+    )
+    x = torch.randn(4, 2, module.features)
+    torch.testing.assert_close(module(x)[0], free(x)[0])

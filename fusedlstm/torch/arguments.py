@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arrays import STRIDED
+from .arrays import NUMPY, STRIDED
 from .checks import is_integral
 
 if TYPE_CHECKING:
@@ -139,24 +139,28 @@ def described(value: Any) -> str:
     return f"{type(value).__name__}{entries}"
 
 
-def converted(
-    x: Tensor, states: list[Tensor], weights: list[Tensor], autocasts: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """All in the precision in which kernels compute: that of the weights, but float32 at least.
+def as_computed(
+    module: Any, x: Tensor, states: list[Tensor], weights: list[Tensor], autocasts: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], str]:
+    """All in the type in which kernels compute, that of the weights, but float32 at least; and in which
+    precision products are.
 
     What autocast would not convert, or without it has another type than the weights, stays, to be refused.
     """
     given = weights[0].dtype
+    if not autocasts and x.dtype is given and given in NUMPY:
+        return x, states, weights, module.fused_precision
+    precision = _precision_of(module, x, weights[0])
     dtype = torch.promote_types(given, torch.float32)
 
     def convert(part: Tensor) -> Tensor:
         fits = part.dtype.is_floating_point if autocasts else part.dtype is given
         return part.to(dtype) if fits else part
 
-    return convert(x), [convert(part) for part in states], [convert(weight) for weight in weights]
+    return convert(x), [convert(part) for part in states], [convert(weight) for weight in weights], precision
 
 
-def precision_of(module: Any, x: Tensor, weight: Tensor) -> str:
+def _precision_of(module: Any, x: Tensor, weight: Tensor) -> str:
     """In which precision the products of a module are: its own; on a CPU also that of autocast, or of the
     weights, where that is bfloat16."""
     own: str = module.fused_precision

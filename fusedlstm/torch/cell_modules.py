@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from .. import cells
 from ..cells import Cell
 from .arguments import (
+    as_computed,
     as_results,
     autocasting,
-    converted,
     described,
     parameters_of,
-    precision_of,
     refuse_dtype,
 )
-from .arrays import NUMPY
 from .export import Unquantized, as_leaf, refuse_script
 from .modules import MODES, check_nonlinearity
 from .operators import apply_layer, apply_step
@@ -80,10 +78,8 @@ def _any_step(module: Single, input: Any, hx: Any) -> Any:
     batched = input.dim() == 2
     x = input.unsqueeze(0) if batched else input[None, None]
     states = [] if hx is None else _check_state(module, hx, x.shape[1], batched, weights[0])
-    autocasts, precision = autocasting(), module.fused_precision
-    if autocasts or x.dtype is not weights[0].dtype or x.dtype not in NUMPY:
-        precision = precision_of(module, x, weights[0])
-        x, states, weights = converted(x, states, weights, autocasts)
+    autocasts = autocasting()
+    x, states, weights, precision = as_computed(module, x, states, weights, autocasts)
     y, *final = apply_layer(x, states, weights, None, None, module.fused_cell, 1, precision=precision)
     _, final = as_results(y, final, input.dtype, autocasts and y.is_cuda)
     final = [part.squeeze(0) if batched else part[0, 0] for part in final]

@@ -42,6 +42,7 @@ def export_layer(
     reset: Tensor | None,
     cell: Cell,
     directions: int,
+    heads: int,
     every: bool,
 ) -> list[Tensor]:
     """What `apply_layer` returns."""
@@ -56,14 +57,14 @@ def export_layer(
             f"no such argument: call the layer on each piece of the sequence; {_RESTORE}"
         )
     if lengths is None:
-        return _export_layers((x,), x.shape[1], initial, weights, cell, directions)
+        return _export_layers((x,), x.shape[1], initial, weights, cell, directions, heads)
     if torch._C._get_tracing_state() is None:
         raise RuntimeError(
             "lengths cannot be recorded by torch.onnx.export(dynamo=True), which has no packed sequences: "
             f"use dynamo=False; {_RESTORE}"
         )
     packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
-    y, *final = export_packed(packed, initial, weights, cell, directions)
+    y, *final = export_packed(packed, initial, weights, cell, directions, heads)
     padded, _ = pad_packed_sequence(packed._replace(data=y), total_length=x.shape[0])
     return [padded, *final]
 
@@ -86,6 +87,7 @@ def _export_layers(
     weights: list[Tensor],  # of both directions of each layer
     cell: Cell,
     directions: int,
+    heads: int,
     num_layers: int = 1,
     dropout: float = 0.0,
     training: bool = False,
@@ -93,6 +95,8 @@ def _export_layers(
     """The output and the final states, by the operator of PyTorch's module of the kind."""
     if cell.key not in _PYTORCHS:
         raise no_operator(cell)
+    if heads > 1:
+        raise RuntimeError(f"TorchScript and ONNX have no operator for a layer with heads; {_RESTORE}")
     rows, (ih, hh) = num_layers * directions, weights[:2]
     sizes = (hh.shape[1], ih.shape[0] // len(cell.gates_with_input))[: len(cell.states)]
     states = initial or [source[0].new_zeros((rows, batch, size)) for size in sizes]

@@ -13,18 +13,16 @@ from .. import cells, layers
 from .. import weights as storage
 from ..cells import Cell
 from .arguments import (
+    as_computed,
     as_results,
     autocasting,
     check_input,
     check_lengths,
     check_marks,
     check_state,
-    converted,
     described,
     parameters_of,
-    precision_of,
 )
-from .arrays import NUMPY
 from .export import Unquantized, as_leaf, export_packed, leaves_python, refuse_script
 from .masks import TensorSteps
 from .operators import apply_layer
@@ -51,6 +49,7 @@ class Stack(nn.Module):
     __prepare_scriptable__ = refuse_script
     qconfig = Unquantized()
     fused_cell: Cell  # what the kernels run
+    heads = 1
     weight_dropout = 0.0
     fused_autocasts = True  # whether autocast gives its type to the results, on a CPU too
     fused_precision = "float32"  # of products, unless autocast or the weights say something else
@@ -160,11 +159,10 @@ def _run(
         cell = module.fused_cell if level else module.first_cell
         if module.training and module.weight_dropout:
             used = _dropped(used, module.weight_dropout, directions, 1 - cell.takes_gates)
-        precision = module.fused_precision
-        if autocasts or x.dtype is not used[0].dtype or x.dtype not in NUMPY:
-            precision = precision_of(module, x, used[0])
-            x, own, used = converted(x, own, used, autocasts)
-        x, *rest = apply_layer(x, own, used, lengths, reset, cell, directions, all_states, precision)
+        x, own, used, precision = as_computed(module, x, own, used, autocasts)
+        x, *rest = apply_layer(
+            x, own, used, lengths, reset, cell, directions, all_states, precision, module.heads
+        )
         results.append(rest[:count])
         if all_states:
             every.append([torch.stack(x.chunk(directions, -1), 1), *rest[count:]])
@@ -242,7 +240,7 @@ def _export_packed(module: Stack, packed: PackedSequence, hx: Any, weights: list
     batch = int(packed.batch_sizes[0])
     states = [] if hx is None else check_state(module, hx, batch, True, weights[0][0])
     flat = [weight for level in weights for weight in level]
-    settings = (1 + module.bidirectional, module.num_layers, module.dropout, module.training)
+    settings = (1 + module.bidirectional, module.heads, module.num_layers, module.dropout, module.training)
     data, *final = export_packed(packed, states, flat, module.fused_cell, *settings)
     return packed._replace(data=data), tuple(final) if len(final) > 1 else final[0]
 
@@ -422,7 +420,7 @@ class Recurrent(Stack):
     @property
     def first_cell(self) -> Cell:
         cell = self.fused_cell
-        return cell if self.input_size is not None else cells.gate_inputs(cell)
+        return cell if self._of_gates is None else self._of_gates
 
     @property
     def features(self) -> int:
@@ -432,8 +430,8 @@ class Recurrent(Stack):
 
     def _make_known(self) -> None:
         cell = self.cell.inference
-        first = cell if self.input_size is not None else cells.gate_inputs(cell)
-        known_cells.update({cell.key: cell, first.key: first})
+        self._of_gates = None if self.input_size is not None else cells.gate_inputs(cell)
+        known_cells.update({known.key: known for known in (cell, self._of_gates) if known is not None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = {"heads": 1, "weight_dropout": 0.0}  # pickles of before there were any

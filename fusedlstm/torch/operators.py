@@ -210,12 +210,13 @@ def apply_layer(
     directions: int,
     every: bool = False,
     precision: str = "float32",
+    heads: int = 1,
 ) -> list[Tensor]:
     """The output and the final states of one layer, with products in a precision; if every state is asked
     for, those but the output after each step too, (T, D, B, H)."""
     tensors = [x, *initial, *weights]
     gradients = torch.is_grad_enabled() and _wanted(tensors)
-    text = text_of(cell, precision)
+    text = text_of(cell, precision, heads)
     args = (x, initial, weights, lengths, reset, text, directions)
     if _plain(tensors):
         return (
@@ -224,7 +225,7 @@ def apply_layer(
             else passes.run(*args, False, every)[0]
         )
     if leaves_python():
-        return export_layer(x, initial, weights, lengths, reset, cell, directions, every)
+        return export_layer(x, initial, weights, lengths, reset, cell, directions, heads, every)
     if forward_ad._current_level >= 0:  # whatever else goes on, the replay is right
         shape = shape_of(x, weights, text, directions)
         return replay(x, initial, weights, lengths, reset, shape, every)

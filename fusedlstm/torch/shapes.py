@@ -25,21 +25,27 @@ known_cells: dict[str, Cell] = {
 }
 
 
-def text_of(cell: Cell, precision: str) -> str:
-    """How an operator is told which cell, and which precision of products."""
-    return cell.key if precision == "float32" else f"{cell.key} {precision}"
+def text_of(cell: Cell, precision: str, heads: int) -> str:
+    """How an operator is told which cell, which precision of products, and how many heads.
+
+    Heads are told, not seen: a recurrent matrix that is too narrow would look like some.
+    """
+    plain = precision == "float32" and heads == 1
+    return cell.key if plain else f"{cell.key} {precision} {heads}"
 
 
-def known_cell(text: str) -> tuple[Cell, str]:
+def known_cell(text: str) -> tuple[Cell, str, int]:
     """What :func:`text_of` was given.
 
     Raises:
         ValueError: if no module has been made of such a cell, or there is no such precision.
     """
-    key, _, precision = text.partition(" ")
-    if key not in known_cells or precision not in ("", *dispatch.OPTIONS["precision"]):
+    key, *settings = text.split(" ")
+    precision, heads = settings if len(settings) == 2 else ("float32", "1")
+    fits = len(settings) in (0, 2) and precision in dispatch.OPTIONS["precision"]
+    if key not in known_cells or not fits or not heads.isdecimal() or not int(heads):
         raise ValueError(f"cell must be the key of a cell that a module has been made of, got {text!r}")
-    return known_cells[key], precision or "float32"
+    return known_cells[key], precision, int(heads)
 
 
 class Sizes(NamedTuple):
@@ -127,7 +133,7 @@ def shape_of(x: Tensor, weights: Sequence[Tensor], key: str, directions: int) ->
 def _measured(
     x: torch.Size, ih: torch.Size, second: torch.Size | None, weights: int, key: str, directions: int
 ) -> Shape:
-    cell, precision = known_cell(key)
+    cell, precision, heads = known_cell(key)
     own = int(not cell.takes_gates) + bool(cell.gates_with_recurrent)  # matrices of weights
     least, most = (2, 5) if own == 2 else (own, 2 * own)
     each, more = divmod(weights, directions) if directions in (1, 2) else (0, 1)
@@ -153,7 +159,10 @@ def _measured(
     if cell.gates_with_recurrent:
         columns = matrices[-1][1]
     projected = own == 2 and (each - len(cell.weights)) % 2 == 1
-    heads = 1 if projected or not columns or hidden % columns else hidden // columns
+    if heads > 1 and (projected or hidden % heads):
+        raise RuntimeError(
+            f"heads must divide the {hidden} hidden units, and be 1 with a projection, got {heads}"
+        )
     outputs = columns if projected else hidden
     return Shape(cell, directions, x[0], x[1], Sizes(x[2], hidden, outputs, heads), precision)
 

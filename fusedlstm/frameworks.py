@@ -8,7 +8,6 @@ _INSTALL = {
     "keras": "pip install 'keras>=3.10', and one of PyTorch, JAX and TensorFlow, which KERAS_BACKEND names",
     "jax": "pip install jax",
     "tensorflow": "pip install tensorflow; or set KERAS_BACKEND to torch, jax or numpy before the import",
-    "onnx": "pip install onnx",
 }
 
 

@@ -174,6 +174,16 @@ def test_a_recurrent_matrix_that_looks_like_other_heads_is_refused(heads: int, c
         torch.func.functional_call(module, wrong, (torch.zeros(2, 1, 3),))
 
 
+def test_tangents_refuse_it_too() -> None:
+    module, x = fused.LSTM(3, 6), torch.zeros(2, 1, 3)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"weight_hh_l0": torch.zeros(24, 3)}, (x,))[0]  # type: ignore[no-any-return]
+
+    with pytest.raises(RuntimeError, match=r"^weight_hh must have the shape \(24, 6\), got \(24, 3\)"):
+        torch.func.jvp(run, (x,), (x,))
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3, 12])
 def test_a_recurrent_matrix_of_a_cell_that_looks_like_heads_is_refused(columns: int) -> None:
     wrong = {"weight_hh": torch.zeros(24, columns)}

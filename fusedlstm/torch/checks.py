@@ -87,6 +87,17 @@ def check_backward(
         check_tensors([*named_inputs(x, initial, weights, shape), *_named_results(y, grads, results)], x)
 
 
+def check_shapes(named: Iterable[_Named]) -> None:
+    """Refuse tensors of another shape than is said; whatever else they are.
+
+    Raises:
+        RuntimeError: for the first; it names the argument.
+    """
+    for name, tensor, shape in named:
+        if tensor.shape != tuple(shape):
+            raise RuntimeError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
 def check_tensors(named: Iterable[_Named], like: Tensor) -> None:
     """Refuse tensors of another shape than is said, or of another type or device than `like`.
 
@@ -94,8 +105,7 @@ def check_tensors(named: Iterable[_Named], like: Tensor) -> None:
         RuntimeError, TypeError: for the first; it names the argument.
     """
     for name, tensor, shape in named:
-        if tensor.shape != tuple(shape):
-            raise RuntimeError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        check_shapes([(name, tensor, shape)])
         if tensor.dtype is not like.dtype:
             raise RuntimeError(f"{name} must be {like.dtype}, as what it goes with, got {tensor.dtype}")
         if tensor.dtype not in NUMPY:

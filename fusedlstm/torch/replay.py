@@ -14,7 +14,7 @@ from ..cells import Cell
 from ..derive import compile_source
 from ..once import once
 from ..weights import Weights
-from .checks import check_range
+from .checks import check_range, check_shapes, named_inputs
 from .shapes import Shape
 
 
@@ -72,6 +72,7 @@ def replay(
     every: bool = False,
 ) -> list[Tensor]:
     """What `passes.forward` computes, without the handle."""
+    check_shapes(named_inputs(x, [*initial], weights, shape))
     if lengths is not None:
         _check_ends(lengths, shape.steps)
         lengths = lengths.to(x.device)
